@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+# One command per job. `make demo` and `make test` do all set-up by themselves on a fresh Debian 12.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/installed
+RUN := $(VENV)/bin/python
+
+# What the test suite and the bench use beside Python; stasis itself needs none of it.
+DEBIAN_PACKAGES := python3-venv e2fsprogs xfsprogs util-linux mount fuse3 fio nbdkit libnbd-bin python3-libnbd \
+	nbd-client qemu-utils qemu-system-common gnutls-bin openssl strace file groff-base systemd
+VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod xz-utils
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench figures man lint vmtest deps print-packages clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(STAMP) ## Snapshot and copy two disks under load, in about a minute, without root
+	@$(RUN) tools/demo.py $(DEMO_OPTIONS)
+
+test: $(STAMP) ## Run the test suite (TESTS=... and PYTEST_OPTIONS=... narrow it)
+	@$(RUN) -m pytest $(PYTEST_OPTIONS) $(TESTS)
+
+bench: $(STAMP) ## Measure against nbdkit and qemu-storage-daemon; writes bench/results/
+	@$(RUN) bench/run.py $(BENCH_OPTIONS)
+
+figures: $(STAMP) ## Write results of the bench into README.md and docs/figures.md (RESULTS=FILE...)
+	@$(RUN) tools/figures.py $(or $(RESULTS),$(lastword $(sort $(wildcard bench/results/*.json))))
+
+man: $(STAMP) ## Build the manual pages and shell completions into build/
+	@$(RUN) tools/build_man.py build/man
+	@$(RUN) tools/build_completion.py build/completion
+
+lint: $(STAMP) ## Check style and types
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
+
+vmtest: $(STAMP) ## Run tests/vm as root on Debian's 6.1 and 6.12 kernels, in a virtual machine
+	@tools/vmtest setup
+	@tools/vmtest test
+
+deps: ## Install the Debian packages that tests and bench use (as root), or name them
+	@if [ "$$(id -u)" = 0 ]; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -q -y --no-install-recommends $(DEBIAN_PACKAGES); \
+	else \
+		echo "Run as root: apt-get install --no-install-recommends $(DEBIAN_PACKAGES)"; \
+	fi
+	@echo "make vmtest also needs: $(VM_PACKAGES)"
+
+print-packages:
+	@echo $(DEBIAN_PACKAGES)
+
+clean: ## Remove the environment and everything built
+	@rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(STAMP): pyproject.toml tools/setup-env
+	@PYTHON=$(PYTHON) tools/setup-env $(VENV)
