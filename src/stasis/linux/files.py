@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Linux offers on files beyond POSIX: holes, extents, unnamed files, sealed memory, writeback errors."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+
+from stasis.linux import libc
+
+__all__ = [
+    "allocate",
+    "create_memfd",
+    "data_extents",
+    "open_unnamed",
+    "punch_hole",
+    "reopen",
+    "writeback_error",
+    "zero_range",
+]
+
+# include/uapi/linux/falloc.h
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+# include/uapi/linux/fs.h
+SYNC_FILE_RANGE_WAIT_BEFORE = 1
+
+_fallocate = libc.libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_sync_file_range = libc.libc.sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+def _call_fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    while _fallocate(fd, mode, offset, length) < 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise libc.error(code, "fallocate", fd)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give back the space of length bytes at offset; they read as zeroes, the size stays. EOPNOTSUPP.
+
+    Works on block devices too (since Linux 4.9), where it needs zeroing discards.
+    """
+    _call_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def zero_range(fd: int, offset: int, length: int, keep_size: bool = True) -> None:
+    """Make length bytes at offset read as zeroes and keep them allocated. EOPNOTSUPP."""
+    mode = FALLOC_FL_ZERO_RANGE | (FALLOC_FL_KEEP_SIZE if keep_size else 0)
+    _call_fallocate(fd, mode, offset, length)
+
+
+def allocate(fd: int, offset: int, length: int) -> None:
+    """Allocate space and raise the size to at least offset + length. ENOSPC, EOPNOTSUPP.
+
+    Unlike posix_fallocate this never falls back to writing a byte into every block.
+    """
+    _call_fallocate(fd, 0, offset, length)
+
+
+def data_extents(fd: int, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield (offset, length, is_data) in bytes that together cover the range; neighbours differ.
+
+    What lies behind the end of the file is a hole. A file system that does not tell gives one extent of data.
+    Moves the file position of fd.
+    """
+    end = offset + length
+    while offset < end:
+        data = _seek(fd, offset, os.SEEK_DATA, end)
+        if data > offset:
+            yield offset, data - offset, False
+        if data < end:
+            hole = _seek(fd, data, os.SEEK_HOLE, end)
+            yield data, hole - data, True
+            data = hole
+        offset = data
+
+
+def _seek(fd: int, offset: int, whence: int, end: int) -> int:
+    """Where the next data or hole begins, at most end."""
+    try:
+        return min(os.lseek(fd, offset, whence), end)
+    except OSError as e:
+        if e.errno == errno.ENXIO:  # no data behind offset, or offset behind the end of the file
+            return end
+        if e.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot tell: all is data
+            return offset if whence == os.SEEK_DATA else end
+        raise libc.error(e.errno, "lseek", fd) from e
+
+
+def writeback_error(fd: int) -> None:
+    """Raise the OSError of a failed writeback that the kernel has recorded since fd was opened or last asked.
+
+    sync_file_range with WAIT_BEFORE alone ends in file_check_and_advance_wb_err() (mm/filemap.c) and starts
+    no writeback. It waits for a writeback of the first page that happens to run.
+    """
+    while _sync_file_range(fd, 0, 1, SYNC_FILE_RANGE_WAIT_BEFORE) < 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise libc.error(code, "writeback", fd)
+
+
+def open_unnamed(directory: str, mode: int = 0o600) -> int:
+    """Open a new file for reading and writing that has no name in directory, on its file system.
+
+    Where the file system has no O_TMPFILE the file has a random name for the moment until it is unlinked.
+    """
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
+    except OSError as e:
+        # EISDIR: the kernel's answer from a file system that does not know O_TMPFILE (open(2), BUGS)
+        if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+    fd, path = tempfile.mkstemp(prefix=".unnamed-", dir=directory)
+    try:
+        os.unlink(path)
+        os.fchmod(fd, mode)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def reopen(fd: int, flags: int) -> int:
+    """Open the same file again with other flags; unnamed files too. Permissions are checked again."""
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
+def create_memfd(name: str, size: int, seal_shrink: bool = True) -> int:
+    """A memory file of size bytes. Sealed against shrinking, a mapping of it can never fault with SIGBUS."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        if seal_shrink:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
