@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What worker and image server have in common: their configuration, and the sockets they serve on."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from select import EPOLLIN
+from typing import Any
+
+from stasis.block.settings import Settings
+from stasis.linux.eventloop import EventLoop
+from stasis.nbd.export import ExportSource
+from stasis.nbd.server import Server
+
+
+def read_config(arguments: list[str]) -> dict[str, Any]:
+    """The JSON object behind --config-fd, which is closed."""
+    parser = argparse.ArgumentParser(description="started by the stasis daemon")
+    parser.add_argument("--config-fd", type=int, required=True)
+    fd = parser.parse_args(arguments).config_fd
+    with os.fdopen(fd, "rb") as file:
+        file.seek(0)
+        config: dict[str, Any] = json.loads(file.read())
+    return config
+
+
+def start_servers(loop: EventLoop, exports: ExportSource, config: dict[str, Any], settings: Settings) -> list[Server]:
+    """Serve on the unix socket that was inherited and, by option, on TCP sockets with TLS."""
+    limit = settings.nbd_maximum_connections
+    server = Server(loop, exports, max_connections=limit)
+    server.add_listener(socket.socket(fileno=os.dup(config["listen_fd"])))
+    servers = [server]
+    if tcp := config.get("tcp"):
+        tls = None
+        if tcp.get("certificates") or tcp.get("psk"):
+            from stasis.nbd.tls import TlsConfig  # ssl takes 10 ms and 6 MiB that a unix socket does not need
+
+            tls = TlsConfig(
+                directory=Path(tcp["certificates"]) if tcp.get("certificates") else None,
+                psk_file=Path(tcp["psk"]) if tcp.get("psk") else None,
+            )
+        remote = Server(loop, exports, tls, max_connections=limit)
+        for fd in tcp["listen_fds"]:
+            remote.add_listener(socket.socket(fileno=os.dup(fd)))
+        servers.append(remote)
+    return servers
+
+
+def listen_inner(loop: EventLoop, exports: ExportSource, path: str) -> Server:
+    """Serve on a new unix socket of our own, mode 0600."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(mask)
+    listener.listen(16)
+    server = Server(loop, exports)
+    server.add_listener(listener)
+    return server
+
+
+def close_others(fds: Iterable[int]) -> None:
+    """Close descriptors that came with a message and are not wanted."""
+    for fd in fds:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def signals_stop(loop: EventLoop, stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `stop` from the loop, between batches."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def arrived(_events: int) -> None:
+        reader.recv(64)
+        stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _nothing)
+    # Python retries a wait that a signal interrupted; the descriptor that it writes to ends the wait.
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    loop.register(reader.fileno(), EPOLLIN, arrived)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        reader.close()
+        writer.close()
+
+
+def _nothing(_number: int, _frame: object) -> None:
+    """The wake-up descriptor tells of the signal."""

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker: one process that serves one device.
+
+`python -m stasis.block.worker --config-fd N` reads its configuration (JSON, see `Config`) from a memfd. It
+stands on its own: when the daemon dies it goes on, and the next daemon finds it by its control socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from errno import EALREADY, EBUSY, EINVAL, EIO, ENOENT, ENOTTY, EPERM
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stasis.block import settings as settings_module
+from stasis.block.background import Background
+from stasis.block.chunktable import ChunkTable
+from stasis.block.control import Connection, ControlSocket, Message
+from stasis.block.cow import CopyOnWrite
+from stasis.block.diffstorage import DiffStorage, private_descriptor
+from stasis.block.exports import ImageWriter, OriginExport
+from stasis.block.hold import Hold
+from stasis.block.origin import Origin, describe
+from stasis.block.serving import close_others, listen_inner, read_config, signals_stop, start_servers
+from stasis.block.tracking import Tracker
+from stasis.linux import process
+from stasis.linux.eventloop import EventLoop
+from stasis.nbd.export import ExportList
+
+
+class Worker:
+    """Everything one device's process owns. See docs/design/architecture.md for the configuration's keys."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.settings = settings_module.Settings().with_values(config.get("settings", {}))
+        self.name: str = config["name"]
+        self.loop = EventLoop()
+        self.origin = Origin(config["path"], config["origin_fd"], config.get("buffered_fd"))
+        self.tracker = self._open_tracker() if config.get("tracking", True) else None
+        self.export = OriginExport(self.name, self.origin, self.tracker, config.get("contexts") or ())
+        self.background = Background(self.loop)
+        self.snapshot: str | None = None
+        self.storage_fd = -1
+        self._prepared: tuple[str, CopyOnWrite, int] | None = None
+        self._taken_at = 0
+        self._switched = False
+        if config.get("snapshot"):
+            self._resume(config["snapshot"])
+        elif self.tracker is not None and self.tracker.changes.is_held:
+            self.tracker.changes.release_held()
+        self.control = ControlSocket(self.loop, config["control_path"], self._handle)
+        self.servers = start_servers(self.loop, ExportList(self.export), config, self.settings)
+        self.writer = ImageWriter(self.export)
+        self.servers.append(listen_inner(self.loop, ExportList(self.writer), config["inner_path"]))
+        self._start_timers()
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    def _open_tracker(self) -> Tracker:
+        directory = Path(self.config["map_path"]).parent
+        shift = settings_module.tracking_block_shift(self.origin.size, self.settings, self.config.get("tracking_block"))
+        tracker, self.opening = Tracker.open(
+            directory,
+            self.origin.size,
+            shift,
+            self.settings.intent_region_shift,
+            self.origin.identity(),
+            continuous=bool(self.config.get("continuity")),
+        )
+        return tracker
+
+    def _start_timers(self) -> None:
+        self._timers = [
+            self.loop.every(1.0, self._tick),
+            self.loop.every(self.settings.intent_clear_seconds, self._clear_intents),
+        ]
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        with signals_stop(self.loop, self.stop):
+            self.loop.run()
+
+    def stop(self) -> None:
+        """End in order: no more requests, origin and map durable, the map marked clean."""
+        for timer in self._timers:
+            timer.cancel()
+        for server in self.servers:
+            server.close()
+        self.servers.clear()
+        self.background.close()
+        self.origin.flush()
+        if self.tracker is not None:
+            self.tracker.finish(self.origin.identity())
+            self.tracker.close()
+        self.control.close()
+        self.loop.stop()
+
+    # -- timers -------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        if self.tracker is not None:
+            self.tracker.changes.tick()
+        if self.origin.current_size() != self.origin.size:
+            self._resized(self.origin.current_size())
+        cow = self.export.cow
+        if cow is not None and not cow.table.error:
+            try:
+                cow.storage.check()
+            except OSError as error:
+                cow.fail(error.errno or EIO)
+
+    def _resized(self, size: int) -> None:
+        cow = self.export.cow
+        if cow is not None and size < cow.table.size:
+            cow.fail(EIO)
+        self._abort()  # what was prepared is for a device of another size
+        reason = f"new generation: the size changed from {self.origin.size} to {size} bytes"
+        self.origin.size = self.export.size = self.writer.size = size
+        if self.tracker is None:
+            return
+        shift = settings_module.tracking_block_shift(size, self.settings, self.config.get("tracking_block"))
+        try:
+            self.tracker.begin_anew(size, shift, self.settings.intent_region_shift, self.origin.identity(), reason)
+        except OSError as error:
+            self.tracker.changes.set_broken(f"the map could not follow a resize ({error.strerror})")
+            self.export.tracker = None  # there is no place for marks behind the former end
+        self._event("generation", reason=reason)
+
+    def _clear_intents(self) -> None:
+        tracker = self.tracker
+        if tracker is not None and tracker.start_clearing():
+            self.background.run(tracker.changes.sync, lambda error: tracker.end_clearing(error is None))
+
+    # -- events -------------------------------------------------------------------------------------
+
+    def _event(self, kind: str, **fields: object) -> None:
+        self.control.broadcast(
+            {"event": kind, "snapshot": self.snapshot, "device": self.name, "time": time.monotonic_ns(), **fields}
+        )
+
+    def _failed(self, errno: int) -> None:
+        self._event("corrupted", error_code=-errno)
+
+    def _low(self, storage: DiffStorage) -> None:
+        if not storage.is_low() or (growth := storage.request_growth()) is None:
+            return
+        old, new, limit = growth
+        if new == old:
+            self._event("no_space", requested=limit)
+            return
+        self._event("low_space", requested=new)
+        self.background.run(
+            partial(storage.grow, old, new), lambda error: self._event("no_space", requested=old) if error else None
+        )
+
+    # -- requests -----------------------------------------------------------------------------------
+
+    def _handle(self, connection: Connection, message: Message, fds: list[int]) -> None:
+        handler = getattr(self, f"_do_{message.get('op', '')}", None)
+        keep = message.get("op") == "prepare"
+        try:
+            if handler is None:
+                connection.refuse(ENOTTY, f"unknown request {message.get('op')!r}")
+            elif keep:
+                handler(connection, message, fds)
+            else:
+                handler(connection, message)
+        except OSError as error:
+            connection.refuse(error.errno or EIO, error.strerror or str(error))
+        finally:
+            if not keep:
+                close_others(fds)
+
+    def _do_hello(self, connection: Connection, _message: Message) -> None:
+        changes = self.tracker.changes if self.tracker else None
+        state = None
+        if self._prepared is not None:
+            state = "prepared"
+        elif self.snapshot is not None:
+            state = "taken"
+        connection.reply(
+            pid=os.getpid(),
+            name=self.name,
+            size=self.origin.size,
+            path=self.origin.path,
+            generation=changes.generation if changes else None,
+            change_number=changes.change_number if changes else 0,
+            snapshot=self.snapshot or (self._prepared[0] if self._prepared else None),
+            snapshot_state=state,
+        )
+
+    def _do_subscribe(self, connection: Connection, _message: Message) -> None:
+        connection.reply()
+        connection.subscribed = True
+
+    def _do_info(self, connection: Connection, _message: Message) -> None:
+        cow = self.export.cow
+        fields: dict[str, Any] = {"device": describe(self.origin) | {"name": self.name}}
+        if self.tracker is not None:
+            fields["map"] = self.tracker.changes.info().as_dict()
+            fields["intent_regions"] = len(self.tracker.log.dirty())
+            fields["opening"] = {"fresh": self.opening.fresh, "reason": self.opening.reason}
+        if cow is not None:
+            counters = cow.counters
+            fields["snapshot"] = {
+                "id": self.snapshot,
+                "error_code": -cow.table.error,
+                "read": counters.read,
+                "stored": counters.stored,
+                "zero": counters.zero,
+                "image_written": counters.image_written,
+                "leaves": cow.table.leaf_count,
+                "chunk_size": 1 << cow.table.chunk_shift,
+            }
+        fields["connections"] = sum(server.connections for server in self.servers)
+        connection.reply(**fields)
+
+    def _do_descriptors(self, connection: Connection, _message: Message) -> None:
+        fds = [self.config["origin_fd"], self.config["listen_fd"]]
+        names = ["origin", "listen"]
+        for name, fd in (("buffered", self.config.get("buffered_fd")), ("storage", self.storage_fd)):
+            if fd is not None and fd >= 0:
+                fds.append(fd)
+                names.append(name)
+        connection.reply(tuple(fds), descriptors=names)
+
+    def _do_mark(self, connection: Connection, message: Message) -> None:
+        if self.tracker is None:
+            raise OSError(EPERM, "changes of this device are not tracked")
+        ranges = [(int(offset), int(length)) for offset, length in message["ranges"]]
+        for offset, length in ranges:
+            if offset < 0 or length <= 0 or offset + length > self.origin.size:
+                raise OSError(EINVAL, f"range {offset}:{length} is not inside the device")
+        self.tracker.mark_both(ranges)
+        connection.reply()
+
+    def _do_sync(self, connection: Connection, _message: Message) -> None:
+        tracker = self.tracker
+        if tracker is None:
+            connection.reply()
+            return
+
+        def again(error: OSError | None) -> None:
+            if error is not None:
+                connection.refuse(error.errno or EIO, "the change map cannot be made durable")
+            elif tracker.changes.clear_wrapped():
+                self.background.run(tracker.changes.sync, again)
+            else:
+                connection.reply()
+
+        self.background.run(tracker.changes.sync, again)
+
+    def _do_stop(self, connection: Connection, _message: Message) -> None:
+        # The answer means that everything is done; the connection's end follows it.
+        reply = partial(connection.reply)
+        sock = connection.sock.dup()
+        self.stop()
+        connection.sock = sock
+        reply()
+        sock.close()
+
+    # -- snapshots ----------------------------------------------------------------------------------
+
+    def _resume(self, snapshot: dict[str, Any]) -> None:
+        """Go on with a snapshot that an earlier worker of this device held."""
+        storage = DiffStorage(private_descriptor(snapshot["storage_fd"]), Path(snapshot["storage"]))
+        table = ChunkTable.open(Path(snapshot["table"]), writable=True)
+        self.export.cow = self._copy_on_write(table, storage)
+        self.snapshot, self.storage_fd = snapshot["uuid"], snapshot["storage_fd"]
+
+    def _copy_on_write(self, table: ChunkTable, storage: DiffStorage) -> CopyOnWrite:
+        return CopyOnWrite(self.origin, table, storage, failed=self._failed, low=partial(self._low, storage))
+
+    def _do_prepare(self, connection: Connection, message: Message, fds: list[int]) -> None:
+        with contextlib.ExitStack() as undo:
+            undo.callback(close_others, fds)
+            uuid, header, path = message["snapshot"], Path(message["storage"]), Path(message["table"])
+            shift = int(message["chunk_shift"])
+            if self.snapshot is not None or self._prepared is not None:
+                raise OSError(EBUSY, "the device is in a snapshot already")
+            if len(fds) != 1:
+                raise OSError(EINVAL, "one storage descriptor is expected")
+            storage = DiffStorage(private_descriptor(fds[0]), header)
+            undo.callback(storage.close)
+            table = ChunkTable.create(path, self.origin.size, shift)
+            undo.pop_all()
+        if self.tracker is not None:
+            self.tracker.changes.prepare_switch()
+        self._prepared = (uuid, self._copy_on_write(table, storage), fds[0])
+        connection.reply()
+
+    def _do_hold(self, connection: Connection, message: Message) -> None:
+        if self._prepared is None:
+            raise OSError(EINVAL, "nothing was prepared")
+        self._switched = False
+        hold = Hold(connection, {"switch": self._switch, "abort": self._abort, "release": self._release})
+        connection.reply()
+        if not hold.serve(int(message.get("timeout_ms", self.settings.hold_timeout_ms)) / 1000):
+            self._abort()
+
+    def _switch(self) -> dict[str, Any]:
+        if self._prepared is None or self._switched:
+            raise OSError(EALREADY, "switched already")
+        result: dict[str, Any] = {"generation": None, "change_number": 0, "wrapped": False}
+        if self.tracker is not None:
+            switched = self.tracker.switch()
+            result = {
+                "generation": switched.generation,
+                "change_number": switched.change_number,
+                "wrapped": switched.wrapped,
+            }
+        self.export.cow = self._prepared[1]
+        self._switched = True
+        return result
+
+    def _release(self) -> dict[str, Any]:
+        if not self._switched or self._prepared is None:
+            raise OSError(EINVAL, "not switched")
+        self.snapshot, _, self.storage_fd = self._prepared
+        self._prepared, self._switched = None, False
+        if self.tracker is not None:
+            self.tracker.changes.forget_undo()
+            if self.tracker.changes.change_number == 0:
+                self._event("generation", reason="new generation: the change number passed 255")
+        return {}
+
+    def _do_abort(self, connection: Connection, _message: Message) -> None:
+        self._abort()
+        connection.reply()
+
+    def _abort(self) -> dict[str, Any]:
+        """Undo prepare, and switch if nothing was written since."""
+        if self._prepared is None:
+            return {}
+        _, cow, fd = self._prepared
+        if self._switched and self.tracker is not None:
+            self.tracker.changes.undo_switch()
+        self._prepared, self._switched, self.export.cow = None, False, None
+        cow.close()
+        os.close(fd)
+        return {}
+
+    def _do_drop(self, connection: Connection, message: Message) -> None:
+        cow = self.export.cow
+        if self.snapshot is None or self.snapshot != message["snapshot"] or cow is None:
+            raise OSError(ENOENT, "the device is not in this snapshot")
+        storage_fd, self.storage_fd = self.storage_fd, -1
+        self.export.cow, self.snapshot = None, None
+        if self.tracker is not None:
+            self.tracker.changes.release_held()
+
+        def closed(_error: OSError | None) -> None:
+            os.close(storage_fd)
+            connection.reply()
+
+        # Behind the growth of the storage that may be under way in the background: it uses the same descriptor.
+        self.background.run(cow.close, closed)
+
+    def _do_corrupt(self, connection: Connection, message: Message) -> None:
+        """End protection of a taken snapshot by order: its image answers EIO from now on."""
+        if self.export.cow is not None:
+            self.export.cow.fail(int(message.get("errno", EIO)))
+        connection.reply()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `python -m stasis.block.worker`."""
+    config = read_config(sys.argv[1:] if arguments is None else arguments)
+    with contextlib.suppress(OSError):
+        # Memory reclaim must not wait for the block device that we are behind. Needs CAP_SYS_RESOURCE.
+        process.set_io_flusher()
+    Worker(config).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
