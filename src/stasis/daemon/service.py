@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods of org.stasis.varlink: they check arguments, call the keepers, and answer with model objects.
+
+Method and parameter names are those of the interface file.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import logging
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import varlink
+
+import stasis
+from stasis.block import settings as settings_file
+from stasis.block.events import EventQueue
+from stasis.daemon import ctl, maps, model, record, views
+from stasis.daemon.devices import FILTER, DeviceKeeper
+from stasis.daemon.interface import NAME
+from stasis.daemon.record import DeviceRecord
+from stasis.daemon.snapshots import SnapshotKeeper, SnapshotOptions
+from stasis.errors import StasisError, UsageError
+
+__all__ = ["Methods", "failure"]
+
+
+POLL_SECONDS = 1.0
+"""How often a call that streams events looks whether its caller is still there."""
+
+log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
+Answer = dict[str, Any]
+
+
+def failure(error: StasisError) -> Exception:
+    """The error as varlink sends it."""
+    wrapped: Exception = varlink.VarlinkError({"error": f"{NAME}.Failed", "parameters": error.as_dict()})
+    return wrapped
+
+
+def _method(function: F) -> F:
+    """Turn what a method raises into the interface's one error; nothing else may end a connection."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        try:
+            return function(*arguments, **named)
+        except StasisError as error:
+            raise failure(error) from error
+        except OSError as error:
+            raise failure(_from_os(error)) from error
+        except Exception as error:
+            log.exception("%s failed in a way that nobody expected", function.__name__)
+            text = f"the daemon failed: {type(error).__name__}: {error}"
+            raise failure(StasisError(text, hint="this is a mistake in stasis; daemon.log has more")) from error
+
+    return call  # type: ignore[return-value]
+
+
+def _from_os(error: OSError) -> StasisError:
+    where = f"{error.filename}: " if error.filename else ""
+    return StasisError(f"{where}{error.strerror or error}", errno=error.errno or 0)
+
+
+def _absolute(path: str | None, what: str) -> str:
+    if not path or not os.path.isabs(path):
+        raise UsageError(f"{what} must be an absolute path", hint="the daemon has another working directory")
+    return path
+
+
+class Methods:
+    """The interface. `stop` is called with True to leave the devices served."""
+
+    def __init__(self, devices: DeviceKeeper, snapshots: SnapshotKeeper, stop: Callable[[bool], None]) -> None:
+        self._devices = devices
+        self._snapshots = snapshots
+        self._stop = stop
+
+    # -- devices ----------------------------------------------------------------------------------
+
+    @_method
+    def Attach(self, path: str, name: str | None, filter: str | None, kernel: bool | None,  # noqa: A002
+               tracking_block: int | None, buffered: bool | None, tcp: str | None, tls_certificates: str | None,
+               tls_psk: str | None, bitmaps: list[int] | None) -> Answer:
+        wanted = DeviceRecord(name or record.default_name(path), _absolute(path, "path"), bool(kernel),
+                              tracking_block, bool(buffered), tcp, tls_certificates, tls_psk, bitmaps or [])
+        is_new = not self._devices.directories.device(wanted.name).exists()
+        device = self._devices.attach(wanted, filter or FILTER)
+        if kernel:
+            try:
+                self._devices.make_node(device)
+            except BaseException:
+                self._devices.detach(device.name, forget=is_new)
+                raise
+        return self._device(device.name)
+
+    def _device(self, name: str, *, detailed: bool = False) -> Answer:
+        with self._devices.lock:
+            device = views.device(self._snapshots, self._devices.find(name), detailed=detailed)
+        return {"device": model.as_dict(device)}
+
+    @_method
+    def Detach(self, name: str, force: bool | None, forget: bool | None) -> Answer:
+        self._devices.detach(name, force=bool(force), forget=bool(forget))
+        return {}
+
+    @_method
+    def ListDevices(self) -> Answer:
+        with self._devices.lock:
+            names = sorted(self._devices.devices)
+            return {"devices": [self._device(name)["device"] for name in names]}
+
+    @_method
+    def ShowDevice(self, name: str) -> Answer:
+        return self._device(name, detailed=True)
+
+    @_method
+    def RefreshDevice(self, name: str) -> Answer:
+        return self._device(self._devices.refresh(name).name)
+
+    @_method
+    def ListFilters(self) -> Answer:
+        return {"filters": self._devices.filters.names()}
+
+    @_method
+    def Control(self, name: str, filter: str, command: str,  # noqa: A002
+                argument: Mapping[str, Any] | None) -> Answer:
+        return {"result": self._devices.ctl(name, filter, command, argument or {})}
+
+    # -- snapshots --------------------------------------------------------------------------------
+
+    @_method
+    def CreateSnapshot(self, devices: list[str], storage: str | None, storage_fd: int | None, limit: int | None,
+                       chunk: int | None, take: bool | None, bitmaps: list[int] | None, tcp: str | None,
+                       tls_certificates: str | None, tls_psk: str | None, _request: socket.socket) -> Answer:
+        fd = None if storage_fd is None else _peer_descriptor(_request, storage_fd)
+        try:
+            if fd is None and storage != "memory":
+                _absolute(storage, "storage")
+            options = SnapshotOptions("descriptor" if fd is not None else str(storage), fd, limit, chunk,
+                                      bitmaps or [], tcp, tls_certificates, tls_psk)
+            return self._snapshot(self._snapshots.create(options, devices, take=bool(take)).id)
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _snapshot(self, uuid: str) -> Answer:
+        with self._snapshots.lock:
+            return {"snapshot": model.as_dict(views.snapshot(self._snapshots, self._snapshots.find(uuid)))}
+
+    @_method
+    def AddDevice(self, id: str, device: str) -> Answer:  # noqa: A002
+        return self._snapshot(self._snapshots.add(id, device).id)
+
+    @_method
+    def TakeSnapshot(self, id: str) -> Answer:  # noqa: A002
+        return self._snapshot(self._snapshots.take(id).id)
+
+    @_method
+    def ShowSnapshot(self, id: str) -> Answer:  # noqa: A002
+        return self._snapshot(id)
+
+    @_method
+    def ListSnapshots(self) -> Answer:
+        with self._snapshots.lock:
+            return {"snapshots": [self._snapshot(uuid)["snapshot"] for uuid in self._snapshots.snapshots]}
+
+    @_method
+    def CollectSnapshots(self) -> Answer:
+        return {"ids": list(self._snapshots.snapshots)}
+
+    @_method
+    def DestroySnapshot(self, id: str) -> Answer:  # noqa: A002
+        self._snapshots.destroy(id)
+        return {}
+
+    @_method
+    def WaitEvents(self, id: str, after: int | None, timeout_ms: int | None,  # noqa: A002
+                   _request: socket.socket, _more: bool = False) -> Answer | Iterator[Answer]:
+        snapshot = self._snapshots.find(id)
+        if _more:
+            return _stream(snapshot.events, after or 0, _request)
+        timeout = None if timeout_ms is None else timeout_ms / 1000
+        events, gone = self._snapshots.wait_events(snapshot.id, after or 0, timeout)
+        return {"events": [event.as_dict() for event in events], "gone": gone}
+
+    # -- maps -------------------------------------------------------------------------------------
+
+    @_method
+    def GetMapInfo(self, device: str) -> Answer:
+        info = model.from_dict(model.MapInfo, maps.info(self._devices.directories, device))
+        return {"info": model.as_dict(info)}
+
+    @_method
+    def GetChangedExtents(self, device: str, since: int, held: bool | None, generation: str | None) -> Answer:
+        with maps.open_map(self._devices.directories, device) as change_map:
+            extents = change_map.changed_extents(since, held=bool(held), generation=generation)
+        return {"extents": [{"offset": offset, "length": length} for offset, length in extents]}
+
+    @_method
+    def ReadMap(self, device: str, offset: int, length: int, held: bool | None) -> Answer:
+        data = maps.read(self._devices.directories, device, offset, length, held=bool(held))
+        return {"data": base64.b64encode(data).decode()}
+
+    @_method
+    def MarkChanged(self, device: str, ranges: Sequence[Mapping[str, int]]) -> Answer:
+        with self._devices.lock:
+            ctl.mark(self._devices.find(device), [(entry["offset"], entry["length"]) for entry in ranges])
+        return {}
+
+    # -- the daemon -------------------------------------------------------------------------------
+
+    @_method
+    def GetSettings(self) -> Answer:
+        return {"settings": self._devices.settings().as_dict()}
+
+    @_method
+    def SetSettings(self, settings: dict[str, int]) -> Answer:
+        with self._devices.lock:
+            path = self._devices.directories.settings
+            changed = settings_file.load(path).with_values(settings)
+            settings_file.save(path, changed)
+        return self.GetSettings()
+
+    @_method
+    def GetStatus(self) -> Answer:
+        directories = self._devices.directories
+        status = model.Status(os.getpid(), stasis.__version__, str(directories.run), str(directories.state),
+                              len(self._devices.devices), len(self._snapshots.snapshots))
+        return {"status": model.as_dict(status)}
+
+    @_method
+    def Stop(self, keep_serving: bool | None) -> Answer:
+        self._stop(bool(keep_serving))
+        return {}
+
+
+def _stream(queue: EventQueue, after: int, request: socket.socket) -> Iterator[Answer]:
+    while not _hung_up(request):
+        events, gone = queue.wait(after, POLL_SECONDS), queue.closed
+        if events or gone:
+            after = events[-1].sequence if events else after
+            yield {"events": [event.as_dict() for event in events], "gone": gone, "_continues": not gone}
+        if gone:
+            return
+
+
+def _hung_up(request: socket.socket) -> bool:
+    """Whether the caller closed its end. It sends nothing while it waits, so that readable means closed."""
+    poll = select.poll()
+    poll.register(request, select.POLLIN | select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
+def _peer_descriptor(request: socket.socket, number: int) -> int:
+    """Open once more what the calling process has open under this number. Raises UsageError.
+
+    Going through /proc needs no support for passing descriptors in the varlink library, and checks permissions again.
+    """
+    credentials = request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid = struct.unpack("3i", credentials)[0]
+    try:
+        return os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"descriptor {number} cannot be used as storage: {error.strerror}", errno=error.errno or 0,
+                         hint="it must be open for reading and writing while the call lasts") from error
