@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m stasis` is the `stasis` command, for an environment whose scripts are not on PATH."""
+
+import sys
+
+from stasis.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

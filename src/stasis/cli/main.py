@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `stasis` command: the parser of all commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import stasis
+from stasis.cli import daemon, device, extras, output, settings, snapshot
+from stasis.cli import map as map_
+from stasis.cli.options import Parser, add_directories
+from stasis.errors import ExitCode, StasisError
+
+__all__ = ["build_parser", "main"]
+
+EPILOG = """\
+first steps:
+  stasis device attach disk.img                 serve an image file; prints its NBD URI
+  stasis snapshot create --storage /var/tmp disk.img --take
+                                                keep it as it is now; prints the snapshot's UUID
+  stasis snapshot copy UUID disk.img backup.img copy it as it was then
+  stasis map changed disk.img --since 1         what was written since
+
+`stasis COMMAND --help` explains each command. The exit codes are in stasis(1).
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = Parser(prog="stasis", description="Snapshot block devices while they are written, and know what changed.",
+                    epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"stasis {stasis.__version__}",
+                        help="print the version")
+    add_directories(parser)
+    groups = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    for group in (device, snapshot, map_, settings, daemon, extras):
+        group.add(groups)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns its exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in given
+    try:
+        parsed = build_parser().parse_args(given)
+        result: int | None = parsed.run(parsed)
+        sys.stdout.flush()
+        return result or ExitCode.OK
+    except StasisError as error:
+        output.print_error(error, as_json=as_json)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader has seen enough, as `stasis map changed ... | head` does. Python flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
+    except KeyboardInterrupt:
+        print("stasis: interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        output.print_error(StasisError(f"{where}{error.strerror or error}", errno=error.errno or 0), as_json=as_json)
+        return ExitCode.FAILURE

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stasis map`: what changed since which snapshot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from stasis.cli import output
+from stasis.cli.options import add_command, add_group, byte_range, connect
+from stasis.errors import PermissionDeniedError, StasisError
+
+if TYPE_CHECKING:
+    from stasis.cli.options import Groups
+
+__all__ = ["add"]
+
+HELD = "the map held with the snapshot, which ends at its instant (the active one, which goes on until now)"
+
+
+def add(groups: Groups) -> None:
+    """Add the group and its commands."""
+    group = add_group(groups, "map", "See what changed on a device since an earlier snapshot.")
+    command = add_command(group, "info", info, "Show the figures of a device's change map.",
+                          "stasis map info disk.img")
+    command.add_argument("device", metavar="DEVICE", help="the device")
+    command = add_command(group, "read", read, "Write a change map to a file, one byte per tracking block.",
+                          "stasis map read disk.img --held --output disk.map")
+    command.add_argument("device", metavar="DEVICE", help="the device")
+    command.add_argument("--output", metavar="FILE", required=True, help="the file to write")
+    command.add_argument("--held", action="store_true", help=HELD)
+    command = add_command(group, "changed", changed, "List the byte ranges that changed since a change number.", """
+stasis map changed disk.img --since 3
+stasis map changed disk.img --since 3 --held --json
+""")
+    command.add_argument("device", metavar="DEVICE", help="the device")
+    command.add_argument("--since", metavar="N", type=int, required=True,
+                         help="change number of an earlier snapshot; 0 for the beginning of the generation")
+    command.add_argument("--held", action="store_true", help=HELD)
+    command.add_argument("--generation", metavar="UUID", help="the generation that the number belongs to")
+    command = add_command(group, "mark", mark, "Mark byte ranges as changed by hand.",
+                          "stasis map mark disk.img 0:1M 10G:64K")
+    command.add_argument("device", metavar="DEVICE", help="the device")
+    command.add_argument("ranges", metavar="OFFSET:LENGTH", nargs="+", type=byte_range, help="the ranges, with K, M, G")
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """stasis map info"""
+    with connect(arguments) as client:
+        shown = client.map_info(arguments.device)
+    if arguments.json:
+        output.print_json(shown)
+        return
+    output.print_fields([
+        ("tracking block", output.size_text(shown.block_size)),
+        ("blocks", shown.block_count),
+        ("capacity", output.size_text(shown.capacity)),
+        ("generation", shown.generation),
+        ("change number", shown.change_number),
+        ("held generation", shown.held_generation),
+        ("held change number", shown.held_change_number),
+        ("clean", "yes" if shown.clean else "no, it is in use"),
+        ("assumed", shown.assumed or None),
+    ])
+
+
+def read(arguments: argparse.Namespace) -> None:
+    """stasis map read"""
+    with connect(arguments) as client:
+        data = client.read_map(arguments.device, held=arguments.held)
+    try:
+        with open(arguments.output, "wb") as file:
+            file.write(data)
+    except PermissionError as error:
+        raise PermissionDeniedError(f"{arguments.output} cannot be written") from error
+    except OSError as error:
+        raise StasisError(f"{arguments.output} cannot be written: {error.strerror}", errno=error.errno or 0) from error
+    if arguments.json:
+        output.print_json({"output": os.path.abspath(arguments.output), "blocks": len(data)})
+
+
+def changed(arguments: argparse.Namespace) -> None:
+    """stasis map changed"""
+    with connect(arguments) as client:
+        extents = client.changed_extents(arguments.device, arguments.since, held=arguments.held,
+                                         generation=arguments.generation)
+    if arguments.json:
+        output.print_json(extents)
+    else:
+        output.print_table(["OFFSET", "LENGTH"], [[extent.offset, extent.length] for extent in extents])
+
+
+def mark(arguments: argparse.Namespace) -> None:
+    """stasis map mark"""
+    with connect(arguments) as client:
+        client.mark(arguments.device, arguments.ranges)
+    if arguments.json:
+        output.print_json({"ranges": len(arguments.ranges)})

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stasis settings`: the limits of the block engine."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from stasis.cli import output
+from stasis.cli.options import add_command, add_group, connect
+from stasis.errors import UsageError
+
+if TYPE_CHECKING:
+    from stasis.cli.options import Groups
+
+__all__ = ["add"]
+
+
+def add(groups: Groups) -> None:
+    """Add the group and its commands."""
+    group = add_group(groups, "settings", "See and change the limits of the block engine.")
+    add_command(group, "show", show, "Show all settings.", "stasis settings show --json")
+    command = add_command(group, "set", set_, "Change settings; they are used at the next attach or take.",
+                          "stasis settings set chunk_minimum_shift=18 diff_storage_minimum=1073741824")
+    command.add_argument("values", metavar="NAME=VALUE", nargs="+", type=assignment, help="settings and their values")
+
+
+def assignment(text: str) -> tuple[str, int]:
+    """NAME=VALUE, the value a whole number."""
+    name, separator, value = text.partition("=")
+    try:
+        if not separator:
+            raise ValueError
+        return name.strip(), int(value)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no setting",
+                         hint="write NAME=NUMBER; stasis settings show lists the names") from error
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """stasis settings show"""
+    with connect(arguments) as client:
+        _print(client.settings(), arguments.json)
+
+
+def set_(arguments: argparse.Namespace) -> None:
+    """stasis settings set"""
+    with connect(arguments) as client:
+        changed = client.set_settings(dict(arguments.values))
+    if arguments.json:
+        output.print_json(changed)
+
+
+def _print(values: dict[str, int], as_json: bool) -> None:
+    if as_json:
+        output.print_json(values)
+    else:
+        output.print_table(["SETTING", "VALUE"], list(values.items()))
