@@ -46,6 +46,8 @@ def test_run_directories_leave_room_for_socket_names(run_dir: Path) -> None:
 def test_a_process_is_a_leak(tmp_path: Path) -> None:
     before = leaks.Leftovers.now([tmp_path])
     with subprocess.Popen(["sleep", "60"]) as process:
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            pass  # Popen returns inside execve, before the new program's arguments are in place
         left = leaks.Leftovers.now([tmp_path]).new_since(before)
         process.kill()
     assert left == [f"process {process.pid}: sleep 60 "]
