@@ -15,10 +15,14 @@ from typing import Any, Mapping
 __all__ = [
     "BusyError",
     "DaemonError",
+    "DamagedError",
     "ExitCode",
     "GenerationError",
+    "LockedError",
     "NotFoundError",
+    "PassphraseError",
     "PermissionDeniedError",
+    "RepositoryError",
     "StasisError",
     "StateError",
     "StorageError",
@@ -43,6 +47,12 @@ class ExitCode(IntEnum):
     DAEMON = 9
     STATE = 10
     UNSUPPORTED = 11
+    PARTIAL = 12
+    REPOSITORY = 13
+    LOCKED = 14
+    PASSPHRASE = 15
+    TRACKING = 16
+    DAMAGED = 17
     INTERRUPTED = 130
 
 
@@ -169,6 +179,34 @@ class UnsupportedError(StasisError):
     default_errno = _errno.EOPNOTSUPP
 
 
+class RepositoryError(StasisError):
+    """No backup repository there, or one that this version cannot use."""
+
+    default_exit_code = ExitCode.REPOSITORY
+    default_errno = _errno.ENOENT
+
+
+class LockedError(StasisError):
+    """Somebody else holds a lock of the repository, or runs the same set."""
+
+    default_exit_code = ExitCode.LOCKED
+    default_errno = _errno.EAGAIN
+
+
+class PassphraseError(StasisError):
+    """No passphrase or key file, or one that opens none of the repository's keys."""
+
+    default_exit_code = ExitCode.PASSPHRASE
+    default_errno = _errno.EACCES
+
+
+class DamagedError(StasisError):
+    """An object of a repository that is missing, cut off or altered; the message names it."""
+
+    default_exit_code = ExitCode.DAMAGED
+    default_errno = _errno.EBADMSG
+
+
 _KINDS: dict[str, type[StasisError]] = {
     kind.__name__: kind
     for kind in (
@@ -183,5 +221,9 @@ _KINDS: dict[str, type[StasisError]] = {
         DaemonError,
         StateError,
         UnsupportedError,
+        RepositoryError,
+        LockedError,
+        PassphraseError,
+        DamagedError,
     )
 }

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stasis backup send`, `receive`, `export` and `import`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stasis.cli.options import Groups
+
+__all__ = ["add"]
+
+
+def add(group: Groups) -> None:
+    """Add the commands."""
