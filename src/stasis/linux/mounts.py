@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stasis.linux import blockdev, libc, process
 
-__all__ = ["Mount", "file_holders", "holders_of", "mounts", "mounts_of", "relatives", "unmount"]
+__all__ = ["Mount", "file_holders", "file_uses", "holders_of", "mounts", "mounts_of", "relatives", "unmount"]
 
 # proc_pid_mountinfo(5): 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
 MOUNTINFO_DEVICE = 2
@@ -159,14 +159,21 @@ def file_holders(path: str, skip: Iterable[int] = ()) -> list[str]:
     """Everything that uses a regular file: loop devices, swap, locks, open descriptors. As holders_of."""
     status = os.stat(path)
     inode = (status.st_dev, status.st_ino)
-    found = [f"backing file of {loop.node}" for loop in _loops() if _inode(loop.backing) == inode]
-    found += ["used as swap" for path in _swap_paths() if _inode(path) == inode]
+    found = file_uses(path)
     lockers = _lockers(inode)
     for pid in _processes(skip):
         if pid in lockers:
             found.append(f"locked by {process.name(pid)} (pid {pid})")
         elif process.has_open(pid, inode=inode):
             found.append(f"{process.name(pid)} (pid {pid})")
+    return found
+
+
+def file_uses(path: str) -> list[str]:
+    """What the kernel uses a regular file for: loop devices and swap, as phrases for messages."""
+    inode = _inode(path)
+    found = [f"backing file of {loop.node}" for loop in _loops() if _inode(loop.backing) == inode]
+    found += ["used as swap" for path in _swap_paths() if _inode(path) == inode]
     return found
 
 

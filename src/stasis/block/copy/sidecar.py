@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a copy writes down about itself: where it stopped, and what the target holds when it is complete.
+"""What a copy or a restore writes down about itself: where it stopped, and what the complete target holds.
 
 ``TARGET.stasis-copy`` exists while a copy is unfinished.  It is written after the target's data is durable,
 so the position in it is never ahead of the data.  ``user.stasis.copy`` is an extended attribute of a complete
@@ -12,17 +12,36 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import Field, asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from stasis.errors import GenerationError, StateError
 
-__all__ = ["SIDECAR_SUFFIX", "CopyIdentity", "Sidecar", "check_base", "forget_base", "record_base"]
+__all__ = [
+    "SIDECAR_SUFFIX",
+    "CopyIdentity",
+    "Identity",
+    "Sidecar",
+    "check_base",
+    "forget_base",
+    "read_note",
+    "record_base",
+    "write_note",
+]
 
 SIDECAR_SUFFIX = ".stasis-copy"
 FORMAT_VERSION = 1
 BASE_ATTRIBUTE = "user.stasis.copy"
+
+
+class Identity(Protocol):
+    """A dataclass of plain values that tells what is written; a run goes on only with an equal one."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def describe(self) -> str:
+        """One phrase for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +64,13 @@ class CopyIdentity:
 class Sidecar:
     """The resume record beside a target; replaced atomically, removed at success."""
 
-    def __init__(self, target: Path, identity: CopyIdentity, size: int, target_inode: int) -> None:
+    def __init__(self, target: Path, identity: Identity, size: int, target_inode: int) -> None:
         self.path = target.with_name(target.name + SIDECAR_SUFFIX)
         self._target = target
         self._expected = {
             "format": FORMAT_VERSION,
             "identity": asdict(identity),
+            "description": identity.describe(),
             "size": size,
             "target_inode": target_inode,
         }
@@ -62,16 +82,33 @@ class Sidecar:
 
         Raises StateError when the record belongs to another copy, or to another file of this name.
         """
+        record = self._read()
+        if record is None:
+            return None
+        if not isinstance(record.get("position"), int):
+            raise self._mismatch("cannot be read as a record of a copy")
+        self._check(record)
+        return int(record["position"])
+
+    @classmethod
+    def recorded_identity(cls, target: Path) -> dict[str, Any]:
+        """What an unfinished run has recorded about itself; empty where there is none, or none that can be read."""
+        try:
+            record = json.loads(target.with_name(target.name + SIDECAR_SUFFIX).read_text())
+            return dict(record["identity"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _read(self) -> dict[str, Any] | None:
         try:
             record = json.loads(self.path.read_text())
         except FileNotFoundError:
             return None
         except ValueError:
             raise self._mismatch("cannot be read as a record of a copy") from None
-        if not isinstance(record, dict) or not isinstance(record.get("position"), int):
+        if not isinstance(record, dict):
             raise self._mismatch("cannot be read as a record of a copy")
-        self._check(record)
-        return int(record["position"])
+        return record
 
     def _check(self, record: dict[str, Any]) -> None:
         if any(record.get(key) != self._expected[key] for key in ("identity", "size")):
@@ -82,10 +119,9 @@ class Sidecar:
             raise self._mismatch(f"has format {record.get('format')}, known is {FORMAT_VERSION}")
 
     def _mismatch(self, what: str) -> StateError:
-        start_again = f"remove {self.path} and copy the whole image to {self._target}"
         return StateError(
             f"an unfinished copy is recorded in {self.path}, and the record {what}",
-            hint=f"repeat that copy to finish it, or {start_again}",
+            hint=f"repeat that copy to finish it, or remove {self.path} and write the whole image to {self._target}",
         )
 
     def save(self, position: int) -> None:
@@ -107,10 +143,8 @@ class Sidecar:
 
 
 def _describe_record(record: dict[str, Any]) -> str:
-    try:
-        return CopyIdentity(**record["identity"]).describe()
-    except (KeyError, TypeError):
-        return "an unknown copy"
+    description = record.get("description")
+    return description if isinstance(description, str) else "an unknown copy"
 
 
 def sync_directory(path: Path) -> None:
@@ -128,9 +162,14 @@ def sync_directory(path: Path) -> None:
 
 
 def record_base(descriptor: int, identity: CopyIdentity) -> None:
-    """Note on a complete target what it holds; a file system without extended attributes keeps no note."""
+    """Note on a complete target what it holds."""
+    write_note(descriptor, asdict(identity))
+
+
+def write_note(descriptor: int, fields: dict[str, Any]) -> None:
+    """Keep plain values with a target; a file system without extended attributes keeps none."""
     try:
-        os.setxattr(descriptor, BASE_ATTRIBUTE, json.dumps(asdict(identity)).encode())
+        os.setxattr(descriptor, BASE_ATTRIBUTE, json.dumps(fields).encode())
     except OSError as error:
         if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.ENOSPC, errno.EDQUOT):
             raise
@@ -174,6 +213,14 @@ def check_base(descriptor: int, target: Path, identity: CopyIdentity) -> None:
 
 def _read_base(descriptor: int) -> CopyIdentity | None:
     try:
-        return CopyIdentity(**json.loads(os.getxattr(descriptor, BASE_ATTRIBUTE)))
+        return CopyIdentity(**read_note(descriptor))
+    except TypeError:
+        return None  # no note, or that of a restore
+
+
+def read_note(descriptor: int) -> dict[str, Any]:
+    """What `write_note` has kept; empty where nothing is kept that can be read."""
+    try:
+        return dict(json.loads(os.getxattr(descriptor, BASE_ATTRIBUTE)))
     except (OSError, ValueError, TypeError):
-        return None
+        return {}

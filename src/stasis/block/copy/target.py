@@ -92,6 +92,8 @@ class Target:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(f"{self.path} is in use by another process", hint="wait until it ends") from None
+        if not self.is_block_device and (uses := mounts.file_uses(os.fspath(self.path))):
+            raise BusyError(f"{self.path} is {uses[0]}", hint="release it, or choose another target")
         if self.is_block_device and (room := blockdev.size(self.descriptor)) < size:
             raise StorageError(
                 f"{self.path} is too small: it has {room} bytes ({format_size(room)}), the image has {size}",
