@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image server: one process that serves one device of a taken snapshot.
+"""The image server of one device of a taken snapshot: a process, and a second one for every other client.
 
 `python -m stasis.block.imageserver --config-fd N`. It holds nothing that matters: killed, it is started again.
 """
@@ -17,6 +17,7 @@ from stasis.block.diffstorage import private_descriptor
 from stasis.block.image import ImageExport
 from stasis.block.origin import Origin
 from stasis.block.serving import read_config, signals_stop, start_servers
+from stasis.block.sibling import fork_sibling, serve_handed_over
 from stasis.linux.eventloop import EventLoop
 from stasis.nbd.client import Client
 from stasis.nbd.export import ExportList
@@ -49,10 +50,13 @@ def build(config: dict[str, Any]) -> ImageExport:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `python -m stasis.block.imageserver`."""
     config = read_config(sys.argv[1:] if arguments is None else arguments)
+    sibling, handed_over = fork_sibling()
     loop = EventLoop()
-    servers = start_servers(
-        loop, ExportList(build(config)), config, settings_module.Settings().with_values(config.get("settings", {}))
-    )
+    settings = settings_module.Settings().with_values(config.get("settings", {}))
+    exports = ExportList(build(config))
+    servers = start_servers(loop, exports, config, settings, listen=handed_over is None, sibling=sibling)
+    if handed_over is not None:
+        serve_handed_over(loop, handed_over, servers)
     table = Path(config["table"])
     loop.every(TABLE_CHECK_SECONDS, lambda: None if table.exists() else loop.stop())
     with signals_stop(loop, loop.stop):

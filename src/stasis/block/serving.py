@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -12,12 +13,16 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from select import EPOLLIN
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stasis.block.settings import Settings
+from stasis.block.sibling import Sibling
 from stasis.linux.eventloop import EventLoop
 from stasis.nbd.export import ExportSource
 from stasis.nbd.server import Server
+
+if TYPE_CHECKING:
+    from stasis.nbd.tls import TlsConfig
 
 
 def read_config(arguments: list[str]) -> dict[str, Any]:
@@ -31,26 +36,40 @@ def read_config(arguments: list[str]) -> dict[str, Any]:
     return config
 
 
-def start_servers(loop: EventLoop, exports: ExportSource, config: dict[str, Any], settings: Settings) -> list[Server]:
-    """Serve on the unix socket that was inherited and, by option, on TCP sockets with TLS."""
-    limit = settings.nbd_maximum_connections
-    server = Server(loop, exports, max_connections=limit)
-    server.add_listener(socket.socket(fileno=os.dup(config["listen_fd"])))
-    servers = [server]
-    if tcp := config.get("tcp"):
-        tls = None
-        if tcp.get("certificates") or tcp.get("psk"):
-            from stasis.nbd.tls import TlsConfig  # ssl takes 10 ms and 6 MiB that a unix socket does not need
+def start_servers(
+    loop: EventLoop,
+    exports: ExportSource,
+    config: dict[str, Any],
+    settings: Settings,
+    *,
+    listen: bool = True,
+    sibling: Sibling | None = None,
+) -> list[Server]:
+    """Serve on the unix socket that was inherited and, by option, on TCP sockets with TLS.
 
-            tls = TlsConfig(
-                directory=Path(tcp["certificates"]) if tcp.get("certificates") else None,
-                psk_file=Path(tcp["psk"]) if tcp.get("psk") else None,
-            )
-        remote = Server(loop, exports, tls, max_connections=limit)
-        for fd in tcp["listen_fds"]:
-            remote.add_listener(socket.socket(fileno=os.dup(fd)))
-        servers.append(remote)
+    Without `listen` clients come from elsewhere; `sibling` takes a share of them.
+    """
+    tcp = config.get("tcp") or {}
+    kinds = [(None, [config["listen_fd"]])] + ([(_tls(tcp), tcp["listen_fds"])] if tcp else [])
+    servers = []
+    for number, (tls, fds) in enumerate(kinds):
+        hand_over = None if sibling is None else functools.partial(sibling.take, server=number)
+        server = Server(loop, exports, tls, max_connections=settings.nbd_maximum_connections, hand_over=hand_over)
+        for fd in fds if listen else ():
+            server.add_listener(socket.socket(fileno=os.dup(fd)))
+        servers.append(server)
     return servers
+
+
+def _tls(tcp: dict[str, Any]) -> TlsConfig | None:
+    if not (tcp.get("certificates") or tcp.get("psk")):
+        return None
+    from stasis.nbd.tls import TlsConfig  # ssl takes 10 ms and 6 MiB that a unix socket does not need
+
+    return TlsConfig(
+        directory=Path(tcp["certificates"]) if tcp.get("certificates") else None,
+        psk_file=Path(tcp["psk"]) if tcp.get("psk") else None,
+    )
 
 
 def listen_inner(loop: EventLoop, exports: ExportSource, path: str) -> Server:

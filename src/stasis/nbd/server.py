@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import socket
+from collections.abc import Callable
 
 from stasis.linux.eventloop import EPOLLIN, EventLoop
 from stasis.nbd.connection import Connection
@@ -24,7 +25,7 @@ class Server:
 
     `max_connections` bounds the clients; one more is accepted and closed at once, so that it fails and does
     not hang. A client has `handshake_seconds` to negotiate. With `tls`, everything but the start of TLS is
-    refused without it.
+    refused without it. `hand_over` may take an accepted client away, to be served elsewhere: it then returns True.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class Server:
         *,
         max_connections: int = 64,
         handshake_seconds: float = 30.0,
+        hand_over: Callable[[socket.socket], bool] | None = None,
     ) -> None:
         self._loop = loop
+        self._hand_over = hand_over
         self._exports = exports
         self._tls = tls.server_context() if tls is not None else None
         self._max_connections = max_connections
@@ -109,7 +112,8 @@ class Server:
             self._paused.add(listener)
             self._loop.call_later(_ACCEPT_RETRY_SECONDS, functools.partial(self._listen, listener))
             return
-        self.add_connection(sock)
+        if self._hand_over is None or not self._hand_over(sock):
+            self.add_connection(sock)
 
     def _release_idle_memory(self) -> None:
         for client in self._clients:
