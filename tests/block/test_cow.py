@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from errno import EPERM
 from pathlib import Path
 
@@ -91,3 +92,23 @@ def test_image_writes_of_whole_parts_read_nothing(engine: Engine) -> None:
     pwrite_many(engine.export, [(0, b"o" * WINDOW)])
     assert engine.cow.counters.read == 0
     assert pread(engine.image, 0, WINDOW) == b"i" * WINDOW
+
+
+def test_a_short_write_to_the_storage_is_finished(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.take(16)
+    assert engine.image is not None
+    before = pread(engine.image, 0, SIZE)
+    write, shortened = os.pwritev, 0
+
+    def short(fd: int, pieces: Sequence[memoryview], offset: int) -> int:
+        nonlocal shortened
+        if engine.cow is None or fd != engine.cow.storage.fd:
+            return write(fd, pieces, offset)
+        shortened += 1
+        return write(fd, [pieces[0][: max(1, len(pieces[0]) // 3)]], offset)
+
+    monkeypatch.setattr(os, "pwritev", short)
+    pwrite_many(engine.export, [(offset, b"new" * 7000) for offset in range(5, SIZE, SIZE // 9)])
+    monkeypatch.undo()
+    assert shortened
+    assert pread(engine.image, 0, SIZE) == before

@@ -3,7 +3,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -131,3 +131,32 @@ def test_sealed_memory_cannot_shrink_but_grows() -> None:
         assert os.fstat(fd).st_size == 9 * BLOCK
     finally:
         os.close(fd)
+
+
+def little_by_little(call: files.Vectored) -> files.Vectored:
+    """The same call, but it does at most 3 bytes."""
+
+    def short(fd: int, places: Sequence[memoryview], offset: int) -> int:
+        return call(fd, [places[0][:3]], offset)
+
+    return short
+
+
+@pytest.mark.parametrize("done", range(11))
+def test_the_rest_of_a_short_transfer_is_done_whatever_was_done_before(fd: int, done: int) -> None:
+    data = bytes(range(1, 11))
+    os.pwrite(fd, data[:done], 100)
+    places = [memoryview(data)[:4], memoryview(data)[4:4], memoryview(data)[4:]]
+    files.transfer_rest(little_by_little(os.pwritev), fd, places, 100, done)
+    assert os.pread(fd, 20, 100) == data
+    found = bytearray(data[:done].ljust(10, b"\0"))
+    places = [memoryview(found)[:4], memoryview(found)[4:]]
+    files.transfer_rest(little_by_little(os.preadv), fd, places, 100, done)
+    assert found == data
+
+
+def test_a_short_read_at_the_end_of_the_file_is_an_error(fd: int) -> None:
+    os.pwrite(fd, b"x" * 8, 0)
+    with pytest.raises(OSError) as caught:
+        files.transfer_rest(os.preadv, fd, [memoryview(bytearray(16))], 0, 4)
+    assert caught.value.errno == errno.EIO

@@ -17,6 +17,7 @@ from stasis.block.chunktable import DIRECT, ZERO, ChunkTable, Run, merge_runs, p
 from stasis.block.diffstorage import DiffStorage
 from stasis.block.origin import Origin, Request
 from stasis.block.settings import PART_SHIFT, PART_SIZE
+from stasis.linux import files
 from stasis.linux.iobuffer import IoBuffer
 from stasis.linux.memory import is_zero
 
@@ -367,10 +368,6 @@ def _write_all(fd: int, pieces: Sequence[memoryview], offset: int, length: int) 
 
 
 def _write_group(fd: int, group: Sequence[memoryview], offset: int, size: int) -> None:
-    """One pwritev, and what it left of its pieces after a short write."""
     written = os.pwritev(fd, group, offset)
     if written < size:
-        rest = memoryview(b"".join(group))[written:]
-        while rest:
-            count = os.pwrite(fd, rest, offset + size - len(rest))
-            rest = rest[count:]
+        files.transfer_rest(os.pwritev, fd, group, offset, written)

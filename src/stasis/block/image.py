@@ -101,12 +101,9 @@ class ImageExport(Export):
         return stored
 
     def _read_storage(self, place: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(place):
-            got = os.preadv(self._storage_fd, [place[done:]], offset + done)
-            if not got:
-                raise OSError(EIO, "difference storage ends early")
-            done += got
+        done = os.preadv(self._storage_fd, [place], offset)
+        if done != len(place):
+            files.transfer_rest(os.preadv, self._storage_fd, [place], offset, done)
 
     # -- writing ------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ coherent with direct I/O (it writes cached pages back before a direct read and d
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from errno import EIO, ENOTSUP, EOPNOTSUPP
 from typing import Any
 
@@ -18,7 +18,6 @@ from stasis.linux import blockdev, files, memory, uring
 from stasis.linux.iobuffer import IoBuffer
 
 Request = tuple[int, int, int]
-_Vectored = Callable[[int, Sequence[memoryview], int], int]
 
 BOUNCE_SIZE = 2 << 20
 ZERO_STEP = 1 << 20
@@ -247,7 +246,7 @@ def _aligned(offset: int, length: int, sector: int) -> tuple[int, int] | None:
     return (start, end - start) if end > start else None
 
 
-def _transfer(call: _Vectored, fd: int, view: memoryview, requests: Sequence[Request]) -> None:
+def _transfer(call: files.Vectored, fd: int, view: memoryview, requests: Sequence[Request]) -> None:
     """preadv or pwritev each request's place in `view`; neighbours on the origin become one call."""
     count, index = len(requests), 0
     while index < count:
@@ -262,20 +261,7 @@ def _transfer(call: _Vectored, fd: int, view: memoryview, requests: Sequence[Req
             index += 1
         done = call(fd, places, offset)
         if done != end - offset:
-            _transfer_rest(call, fd, places, offset, done)
-
-
-def _transfer_rest(call: _Vectored, fd: int, places: Sequence[memoryview], offset: int, ahead: int) -> None:
-    """Go on after a short call that did the first `ahead` bytes."""
-    for place in places:
-        done = min(ahead, len(place))
-        ahead -= done
-        while done < len(place):
-            count = call(fd, [place[done:]], offset + done)
-            if not count:
-                raise OSError(EIO, "origin ends early")
-            done += count
-        offset += len(place)
+            files.transfer_rest(call, fd, places, offset, done)
 
 
 def describe(origin: Origin) -> dict[str, Any]:

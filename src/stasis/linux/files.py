@@ -6,20 +6,25 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from stasis.linux import libc
 
 __all__ = [
+    "Vectored",
     "allocate",
     "create_memfd",
     "data_extents",
     "open_unnamed",
     "punch_hole",
     "reopen",
+    "transfer_rest",
     "writeback_error",
     "zero_range",
 ]
+
+Vectored = Callable[[int, Sequence[memoryview], int], int]
+"""os.preadv or os.pwritev."""
 
 # include/uapi/linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -92,6 +97,22 @@ def _seek(fd: int, offset: int, whence: int, end: int) -> int:
         if e.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot tell: all is data
             return offset if whence == os.SEEK_DATA else end
         raise libc.error(e.errno, "lseek", fd) from e
+
+
+def transfer_rest(call: Vectored, fd: int, places: Sequence[memoryview], offset: int, done: int) -> None:
+    """Go on after a preadv or pwritev of `places` at `offset` that did their first `done` bytes only.
+
+    EIO where nothing more is done, as at the end of the file.
+    """
+    for place in places:
+        ahead = min(done, len(place))
+        done -= ahead
+        while ahead < len(place):
+            count = call(fd, [place[ahead:]], offset + ahead)
+            if not count:
+                raise OSError(errno.EIO, "the file ends early")
+            ahead += count
+        offset += len(place)
 
 
 def writeback_error(fd: int) -> None:
