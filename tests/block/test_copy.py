@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import itertools
 import json
 import os
@@ -17,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stasis.block.copy import CopyIdentity, CopyOptions, JsonLines, copy_image, plan
+from stasis.block.copy import CopyIdentity, CopyOptions, copy_image, plan
 from stasis.block.copy.plan import Extent
 from stasis.errors import (
     BusyError,
@@ -199,15 +198,6 @@ def test_progress_ends_at_the_total_and_never_goes_back(tmp_path: Path) -> None:
     )
     assert seen == sorted(seen)
     assert seen[-1] == (18 * BLOCK, 18 * BLOCK)
-
-
-def test_json_lines_are_status_lines_and_a_summary(tmp_path: Path) -> None:
-    lines = JsonLines(stream := io.StringIO())
-    result = copy_image(opener(image(2)), tmp_path / "t", WHOLE, progress=lines)
-    lines.write(**result.as_dict())
-    records = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [record["message_type"] for record in records] == ["status", "summary"]
-    assert records[0]["bytes_total"] == records[1]["bytes_copied"] == 2 * BLOCK
 
 
 # ---- incremental copies

@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from stasis.cli.backup.reporting import report
 from stasis.cli.options import add_command, connect
 from stasis.errors import UsageError
 from stasis.units import format_size
 
 if TYPE_CHECKING:
-    from stasis.block.copy import CopyResult, Progress
+    from stasis.block.copy import CopyResult
     from stasis.cli.options import Groups
 
 __all__ = ["add"]
@@ -52,45 +50,26 @@ def percentage(text: str) -> float:
 
 def copy(arguments: argparse.Namespace) -> None:
     """stasis snapshot copy"""
-    from stasis.block.copy import CopyOptions, JsonLines
+    from stasis.block.copy import CopyOptions
 
     options = CopyOptions(verify=arguments.verify, sample_share=arguments.sample / 100,
                           sample_seed=arguments.sample_seed)
-    lines = JsonLines(sys.stdout) if arguments.json else None
-    with connect(arguments) as client, _progress(lines) as progress:
-        result = client.copy(arguments.uuid, arguments.device, arguments.target, since=arguments.since,
-                             generation=arguments.generation, options=options, progress=progress)
-    if lines is not None:
-        lines.write(**result.as_dict())
-    else:
-        _print(result)
+    with report(arguments) as reporter:
+        with connect(arguments) as client:
+            reporter.progress.phase("copying")
+            result = client.copy(arguments.uuid, arguments.device, arguments.target, since=arguments.since,
+                                 generation=arguments.generation, options=options, progress=reporter.progress)
+        reporter.finish(result.as_dict(), _text(result))
 
 
-@contextlib.contextmanager
-def _progress(lines: Progress | None) -> Iterator[Progress | None]:
-    """JSON lines if asked for, a bar on a terminal, nothing elsewhere."""
-    if lines is not None or not sys.stderr.isatty():
-        yield lines
-        return
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
-
-
-def _print(result: CopyResult) -> None:
-    rate = (result.bytes_copied + result.bytes_zeroed) / max(result.seconds, 1e-9)
+def _text(result: CopyResult) -> str:
+    rate = format_size(int((result.bytes_copied + result.bytes_zeroed) / max(result.seconds, 1e-9)))
     copied, zeroed = format_size(result.bytes_copied), format_size(result.bytes_zeroed)
-    print(f"copied {copied} and {zeroed} of zeroes to {result.target} in {result.seconds:.1f} s "
-          f"({format_size(int(rate))}/s)")
+    lines = [f"copied {copied} and {zeroed} of zeroes to {result.target} in {result.seconds:.1f} s ({rate}/s)"]
     if result.position_at_start:
-        print(f"continued at {format_size(result.position_at_start)}, where an earlier copy stopped")
+        lines.append(f"continued at {format_size(result.position_at_start)}, where an earlier copy stopped")
     if result.bytes_verified:
-        print(f"read back {format_size(result.bytes_verified)}: equal")
+        lines.append(f"read back {format_size(result.bytes_verified)}: equal")
     if result.blocks_sampled:
-        print(f"compared {result.blocks_sampled} blocks that did not change: equal")
+        lines.append(f"compared {result.blocks_sampled} blocks that did not change: equal")
+    return "\n".join(lines)

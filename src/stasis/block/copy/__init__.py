@@ -6,8 +6,7 @@ It is a client of the image's NBD export and needs nothing else, so it runs wher
 reached.
 """
 
-from stasis.block.copy.job import CopyOptions, CopyResult, copy_image
-from stasis.block.copy.progress import JsonLines, Progress
+from stasis.block.copy.job import CopyOptions, CopyResult, Progress, copy_image
 from stasis.block.copy.sidecar import CopyIdentity
 
-__all__ = ["CopyIdentity", "CopyOptions", "CopyResult", "JsonLines", "Progress", "copy_image"]
+__all__ = ["CopyIdentity", "CopyOptions", "CopyResult", "Progress", "copy_image"]

@@ -9,7 +9,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +18,6 @@ from typing import Any
 
 from stasis.block.copy import plan
 from stasis.block.copy.plan import Extent, Piece, Window
-from stasis.block.copy.progress import Progress
 from stasis.block.copy.sidecar import CopyIdentity, Sidecar, check_base, forget_base, record_base
 from stasis.block.copy.source import NbdSource, OpenSource
 from stasis.block.copy.target import Target
@@ -28,7 +27,10 @@ from stasis.errors import GenerationError, StasisError, StateError, StorageError
 from stasis.linux.iobuffer import IoBuffer
 from stasis.nbd.tls import TlsConfig
 
-__all__ = ["CopyOptions", "CopyResult", "copy_image"]
+__all__ = ["CopyOptions", "CopyResult", "Progress", "copy_image"]
+
+Progress = Callable[[int, int], None]
+"""Told how far a copy is: (bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True, slots=True)
