@@ -8,10 +8,13 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import stasis as api
+from stasis.block.copy.target import Target
+from stasis.daemon import copying
 from stasis.errors import ExitCode
 from stasis.nbd.client import Client as NbdClient
 from stasis.nbd.tls import TlsConfig
@@ -113,6 +116,71 @@ def test_an_incremental_copy_makes_the_target_equal(
     result = client.copy(second.id, device.name, target, since=number)
     assert target.read_bytes() == then
     assert result.bytes_copied == 2 * 65536
+
+
+def small_snapshot(client: api.Client, device: api.Device) -> api.Snapshot:
+    client.set_settings({"diff_storage_minimum": 128 << 10})
+    return client.create_snapshot("memory", [device.name], limit=MIB, take=True)
+
+
+def overflow(device: api.Device) -> None:
+    """Write until the storage of the snapshot that the device is in is full."""
+    with NbdClient.connect(device.uri, timeout=30) as export:
+        export.pwrite(0, os.urandom(device.size))
+
+
+def test_a_copy_of_a_lost_image_asks_for_a_new_snapshot(
+    client: api.Client, make_image: MakeImage, short_dir: Path
+) -> None:
+    device, target = client.attach(make_image()), short_dir / "copy.img"
+    snapshot = small_snapshot(client, device)
+    overflow(device)
+    with pytest.raises(api.StorageError, match=r"image of disk\.img .* is lost: No space left") as raised:
+        client.copy(snapshot.id, device.name, target)
+    assert "new snapshot with a larger --limit" in raised.value.hint
+    assert not target.exists()
+
+
+def test_a_copy_whose_image_is_lost_meanwhile_says_how_to_go_on(
+    client: api.Client, make_image: MakeImage, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, target = client.attach(make_image()), short_dir / "copy.img"
+    small = small_snapshot(client, device)
+    real = copying.copy_image
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        overflow(device)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(copying, "copy_image", interrupted)
+    with pytest.raises(api.StorageError, match="is lost") as raised:
+        client.copy(small.id, device.name, target)
+    monkeypatch.undo()
+    record = f"{target}.stasis-copy"
+    assert f"new snapshot with a larger --limit or storage, remove {record} and copy" in raised.value.hint
+    client.destroy(small.id)
+    os.unlink(record)
+    large = client.create_snapshot("memory", [device.name], limit=64 * MIB, take=True)
+    client.copy(large.id, device.name, target)
+    assert target.read_bytes() == Path(device.path).read_bytes()
+
+
+def test_a_copy_that_fails_for_another_reason_can_be_repeated(
+    client: api.Client, make_image: MakeImage, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = client.attach(make_image())
+    snapshot = client.create_snapshot("memory", [device.name], limit=64 * MIB, take=True)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Target, "write", full)
+    with pytest.raises(api.StorageError) as raised:
+        client.copy(snapshot.id, device.name, short_dir / "copy.img")
+    assert "repeat the command" in raised.value.hint
+    monkeypatch.undo()
+    client.copy(snapshot.id, device.name, short_dir / "copy.img")
+    assert (short_dir / "copy.img").read_bytes() == Path(device.path).read_bytes()
 
 
 def test_a_number_of_another_generation_is_refused(client: api.Client, make_image: MakeImage) -> None:

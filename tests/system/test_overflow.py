@@ -51,7 +51,8 @@ def test_events_error_code_and_a_disk_that_goes_on(
                 client.pread(0, 4096)
             assert caught.value.errno == errno.EIO
             client.close()
-        stasis.fail(ExitCode.STORAGE, "snapshot", "copy", uuid, disk.name, storage / "copy.img")
+        message = stasis.fail(ExitCode.STORAGE, "snapshot", "copy", uuid, disk.name, storage / "copy.img")
+        assert "take a new snapshot" in message
         stasis("snapshot", "destroy", uuid)
         output, _ = watcher.communicate(timeout=30)
         assert watcher.returncode == 0
