@@ -4,11 +4,14 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed
+S3_STAMP := build/s3server/installed
 RUN := $(VENV)/bin/python
 
 # What the test suite and the bench use beside Python; stasis itself needs none of it.
 DEBIAN_PACKAGES := python3-venv e2fsprogs xfsprogs util-linux mount fuse3 fio nbdkit libnbd-bin python3-libnbd \
 	nbd-client qemu-utils qemu-system-common gnutls-bin openssl strace file groff-base systemd
+# The S3 server of the tests comes from npm. Node from elsewhere brings its own, which Debian's package would clash with.
+DEBIAN_PACKAGES += $(if $(shell command -v npm),,npm)
 VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod xz-utils
 
 .DEFAULT_GOAL := help
@@ -20,7 +23,7 @@ help: ## Show this list
 demo: $(STAMP) ## Snapshot and copy two disks under load, in about a minute, without root
 	@$(RUN) tools/demo.py $(DEMO_OPTIONS)
 
-test: $(STAMP) ## Run the test suite (TESTS=... and PYTEST_OPTIONS=... narrow it)
+test: $(STAMP) $(S3_STAMP) ## Run the test suite (TESTS=... and PYTEST_OPTIONS=... narrow it)
 	@$(RUN) -m pytest $(PYTEST_OPTIONS) $(TESTS)
 
 bench: $(STAMP) ## Measure against nbdkit and qemu-storage-daemon; writes bench/results/
@@ -37,7 +40,7 @@ lint: $(STAMP) ## Check style and types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m mypy
 
-vmtest: $(STAMP) ## Run tests/vm as root on Debian's 6.1 and 6.12 kernels, in a virtual machine
+vmtest: $(STAMP) $(S3_STAMP) ## Run tests/vm as root on Debian's 6.1 and 6.12 kernels, in a virtual machine
 	@tools/vmtest setup
 	@tools/vmtest test
 
@@ -58,3 +61,6 @@ clean: ## Remove the environment and everything built
 
 $(STAMP): pyproject.toml tools/setup-env
 	@PYTHON=$(PYTHON) tools/setup-env $(VENV)
+
+$(S3_STAMP): tools/setup-s3 tools/s3server/package.json tools/s3server/package-lock.json
+	@tools/setup-s3 build/s3server

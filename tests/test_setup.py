@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SETUP = ROOT / "tools" / "setup-env"
+SETUP_S3 = ROOT / "tools" / "setup-s3"
 
 
 def _bare_path(directory: Path) -> str:
@@ -64,6 +65,15 @@ def test_a_python_without_venv_is_told_apart(tmp_path: Path, bare_path: str) -> 
     assert not (tmp_path / "venv").exists()
 
 
+def test_a_missing_npm_costs_only_the_tests_that_need_it(tmp_path: Path, bare_path: str) -> None:
+    target = tmp_path / "s3server"
+    result = subprocess.run([str(shutil.which("sh")), str(SETUP_S3), str(target)], env={"PATH": bare_path},
+                            capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "no npm on PATH" in result.stderr
+    assert not target.exists()
+
+
 @pytest.mark.tool("make")
 def test_help_describes_every_target() -> None:
     listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -74,7 +84,7 @@ def test_help_describes_every_target() -> None:
 
 @pytest.mark.tool("bash")
 def test_the_scripts_are_valid_shell() -> None:
-    for script, shell in ((SETUP, "sh"), (ROOT / ".ci" / "run", "bash")):
+    for script, shell in ((SETUP, "sh"), (SETUP_S3, "sh"), (ROOT / ".ci" / "run", "bash")):
         assert os.access(script, os.X_OK)
         result = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True)
         assert (result.returncode, result.stderr) == (0, "")
