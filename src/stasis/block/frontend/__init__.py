@@ -8,13 +8,14 @@ restart too, can take the node apart with it.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 from stasis.block.frontend import kernel_nbd, nbdfuse, nbdublk
 from stasis.block.frontend.node import Node, Wish
-from stasis.errors import StasisError, UnsupportedError
+from stasis.errors import PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import process
 from stasis.nbd.uri import NbdUri
 
@@ -60,9 +61,13 @@ def connect(
     minimum block size if not given. A tail of the export that fills no sector is not part of the node. `directory`
     is for this node alone and is made; `name` goes into messages and identifiers. `kind` asks for one way only.
 
-    Raises UnsupportedError if the host has no way or the asked one is not there; what else goes wrong is the
-    StasisError of the last way tried. Nothing is left behind then.
+    Raises PermissionDeniedError for whoever is not root, UnsupportedError if the host has no way or the asked one is
+    not there; what else goes wrong is the StasisError of the last way tried. Nothing is left behind then.
     """
+    if os.geteuid() != 0:
+        raise PermissionDeniedError(
+            f"a block device for {name} can be made by root only", hint="run the daemon as root, or use the NBD URI"
+        )
     kinds = [usable for usable in probe() if kind in (None, usable)]
     if not kinds:
         raise UnsupportedError(NOTHING_TO_USE if kind is None else f"this host has no {kind}", hint=WHAT_TO_INSTALL)

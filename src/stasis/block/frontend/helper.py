@@ -1,23 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that carry a node (nbdfuse, nbdublk): started so that they outlive us, found again by pid and start time."""
+"""Programs that carry a node (nbdfuse, nbdublk): started so that they outlive us, found again by pid and start time.
+
+What both need is here: what to know of the export before, and what they cannot do.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import select
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from stasis.errors import StasisError
+from stasis.block.frontend.node import Wish
+from stasis.errors import StasisError, UnsupportedError
 from stasis.linux import process
+from stasis.nbd.client import Client
 
-__all__ = ["Helper"]
+__all__ = ["END_WAIT", "START_WAIT", "Helper", "Shape", "is_installed", "refuse_reconnect"]
 
+HANDSHAKE_TIMEOUT = 10.0
+START_WAIT = 20.0
+END_WAIT = 10.0
 LOG = "helper.log"
 LOG_TAIL = 300
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An export as its node will show it: `export_size` bytes, of which `size` fill sectors of `sector` bytes."""
+
+    export_size: int
+    size: int
+    sector: int
+    read_only: bool
+
+    @classmethod
+    def ask(cls, wish: Wish) -> Shape:
+        """Connect and ask. Raises StateError if the export has not the size that is wished, and OSError."""
+        with Client.connect(wish.uri, timeout=HANDSHAKE_TIMEOUT) as client:
+            wish.expect(client.size)
+            sector = wish.sector_for(client.minimum_block)
+            return cls(client.size, client.size // sector * sector, sector, wish.read_only or client.read_only)
+
+    @property
+    def options(self) -> list[str]:
+        """How both programs are told of it."""
+        return ["--readonly"] if self.read_only else []
+
+
+def is_installed(program: str) -> bool:
+    """Whether there is the program, and we may make devices with it."""
+    return os.geteuid() == 0 and shutil.which(program) is not None
+
+
+def refuse_reconnect(state: dict[str, Any], program: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{state['node']} cannot be given a new connection: {program} has none",
+        hint="unmount it, detach the device and attach it again",
+    )
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from stasis.block.frontend.helper import Helper
+from stasis.block.frontend.helper import END_WAIT, START_WAIT, Helper, Shape, is_installed, refuse_reconnect
 from stasis.block.frontend.node import Node, Wish, check_size, load_module, unused, wait_until
-from stasis.errors import StasisError, UnsupportedError
+from stasis.errors import StasisError
 from stasis.linux import loop, mounts
-from stasis.nbd.client import Client
 
 __all__ = ["KIND", "connect", "disconnect", "probe", "reconnect"]
 
@@ -27,14 +25,11 @@ KIND = "nbdfuse+loop"
 PROGRAM = "nbdfuse"
 FUSE = "/dev/fuse"
 FILE = "disk"
-HANDSHAKE_TIMEOUT = 10.0
-START_WAIT = 20.0
-END_WAIT = 10.0
 
 
 def probe() -> bool:
     """Whether there are the program, FUSE and loop devices."""
-    if os.geteuid() != 0 or shutil.which(PROGRAM) is None:
+    if not is_installed(PROGRAM):
         return False
     for module, node in (("fuse", FUSE), ("loop", loop.CONTROL)):
         if not os.path.exists(node):
@@ -46,20 +41,15 @@ def probe() -> bool:
 
 def connect(wish: Wish) -> Node:
     """Mount the export as a file, then make the loop device of it."""
-    with Client.connect(wish.uri, timeout=HANDSHAKE_TIMEOUT) as client:
-        wish.expect(client.size)
-        sector = wish.sector_for(client.minimum_block)
-        usable = client.size // sector * sector
-        size, read_only = client.size, wish.read_only or client.read_only
+    shape = Shape.ask(wish)
     mountpoint = wish.directory / "fuse"
     mountpoint.mkdir(mode=0o700)
-    options = ["--readonly"] if read_only else []
-    helper = Helper.spawn([PROGRAM, *options, str(mountpoint / FILE), str(wish.uri)], wish.directory)
+    helper = Helper.spawn([PROGRAM, *shape.options, str(mountpoint / FILE), str(wish.uri)], wish.directory)
     node = ""
     try:
-        _wait_for_file(helper, mountpoint / FILE, size, wish.directory)
-        node = _attach(str(mountpoint / FILE), sector, usable, read_only)
-        check_size(node, usable)
+        _wait_for_file(helper, mountpoint / FILE, shape.export_size, wish.directory)
+        node = _attach(str(mountpoint / FILE), shape.sector, shape.size, shape.read_only)
+        check_size(node, shape.size)
     except BaseException:
         if node:
             loop.detach(node)
@@ -117,7 +107,4 @@ def disconnect(state: dict[str, Any]) -> None:
 
 
 def reconnect(state: dict[str, Any]) -> None:
-    raise UnsupportedError(
-        f"{state['node']} cannot be given a new connection: nbdfuse has none",
-        hint="unmount it, detach the device and attach it again",
-    )
+    refuse_reconnect(state, PROGRAM)

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 from typing import Any
 
-from stasis.block.frontend.helper import Helper
+from stasis.block.frontend.helper import END_WAIT, START_WAIT, Helper, Shape, is_installed, refuse_reconnect
 from stasis.block.frontend.node import Node, Wish, check_size, load_module, unused, wait_until
-from stasis.errors import StasisError, UnsupportedError
-from stasis.nbd.client import Client
+from stasis.errors import StasisError
 
 __all__ = ["KIND", "connect", "disconnect", "probe", "reconnect"]
 
@@ -19,14 +17,11 @@ KIND = "nbdublk"
 
 CONTROL = "/dev/ublk-control"
 PROGRAM = "nbdublk"
-HANDSHAKE_TIMEOUT = 10.0
-START_WAIT = 20.0
-END_WAIT = 10.0
 
 
 def probe() -> bool:
     """Whether there are the program and the driver."""
-    if os.geteuid() != 0 or shutil.which(PROGRAM) is None:
+    if not is_installed(PROGRAM):
         return False
     if not os.path.exists(CONTROL):
         load_module("ublk_drv")
@@ -43,18 +38,13 @@ def _free_node() -> str:
 
 def connect(wish: Wish) -> Node:
     """Start nbdublk and wait for the node to have its size."""
-    with Client.connect(wish.uri, timeout=HANDSHAKE_TIMEOUT) as client:
-        wish.expect(client.size)
-        sector = wish.sector_for(client.minimum_block)
-        size = client.size // sector * sector
-    node = _free_node()
-    options = ["--readonly"] if wish.read_only else []
-    helper = Helper.spawn([PROGRAM, *options, node, str(wish.uri)], wish.directory)
+    shape, node = Shape.ask(wish), _free_node()
+    helper = Helper.spawn([PROGRAM, *shape.options, node, str(wish.uri)], wish.directory)
     try:
         wait_until(lambda: os.path.exists(node) or not helper.runs(), START_WAIT)
         if not os.path.exists(node):
             raise StasisError(f"nbdublk makes no {node}: {Helper.last_words(wish.directory) or 'no reason given'}")
-        check_size(node, size)
+        check_size(node, shape.size)
     except BaseException:
         helper.end(END_WAIT)
         raise
@@ -71,7 +61,4 @@ def disconnect(state: dict[str, Any]) -> None:
 
 
 def reconnect(state: dict[str, Any]) -> None:
-    raise UnsupportedError(
-        f"{state['node']} cannot be given a new connection: nbdublk has none",
-        hint="unmount it, detach the device and attach it again",
-    )
+    refuse_reconnect(state, PROGRAM)
