@@ -18,7 +18,9 @@ __all__ = [
     "open_unnamed",
     "punch_hole",
     "reopen",
+    "start_writeback",
     "transfer_rest",
+    "wait_writeback",
     "writeback_error",
     "zero_range",
 ]
@@ -33,6 +35,8 @@ FALLOC_FL_ZERO_RANGE = 0x10
 
 # include/uapi/linux/fs.h
 SYNC_FILE_RANGE_WAIT_BEFORE = 1
+SYNC_FILE_RANGE_WRITE = 2
+SYNC_FILE_RANGE_WAIT_AFTER = 4
 
 _fallocate = libc.libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -121,7 +125,22 @@ def writeback_error(fd: int) -> None:
     sync_file_range with WAIT_BEFORE alone ends in file_check_and_advance_wb_err() (mm/filemap.c) and starts
     no writeback. It waits for a writeback of the first page that happens to run.
     """
-    while _sync_file_range(fd, 0, 1, SYNC_FILE_RANGE_WAIT_BEFORE) < 0:
+    _call_sync_file_range(fd, 0, 1, SYNC_FILE_RANGE_WAIT_BEFORE)
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Start to write dirty pages of a range to the disk. Says nothing about when they are durable."""
+    _call_sync_file_range(fd, offset, length, SYNC_FILE_RANGE_WRITE)
+
+
+def wait_writeback(fd: int, offset: int, length: int) -> None:
+    """Write dirty pages of a range and wait for them. Not durable: metadata and the disk's own cache are left out."""
+    flags = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER
+    _call_sync_file_range(fd, offset, length, flags)
+
+
+def _call_sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
+    while _sync_file_range(fd, offset, length, flags) < 0:
         code = ctypes.get_errno()
         if code != errno.EINTR:
             raise libc.error(code, "writeback", fd)

@@ -25,6 +25,7 @@ from stasis.errors import (
 )
 from stasis.linux import blockdev, files, memory, mounts
 from stasis.linux.iobuffer import IoBuffer
+from stasis.linux.writebehind import WriteBehind
 from stasis.units import format_size
 
 __all__ = ["Target"]
@@ -56,6 +57,7 @@ class Target:
         self._holes_are_zeroes = False
         self._zeroes = b""
         self._write_lock = threading.Lock()
+        self._behind = WriteBehind(descriptor)
 
     def __enter__(self) -> Self:
         return self
@@ -124,16 +126,19 @@ class Target:
                 zeroed += count
             else:
                 first = position + start
-                self._write_all(buffer.view[first : first + count], offset + start)
+                self.write_data(buffer.view[first : first + count], offset + start)
         return zeroed
 
-    def _write_all(self, view: memoryview, offset: int) -> None:
+    def write_data(self, view: memoryview, offset: int) -> None:
+        """Write all of the view, zeroes in it too."""
         # One at a time: two threads in write(2) on one file spin on its inode's lock and burn what the image's
         # server needs (1 GiB in 1.9 s against 0.9 s on two cores). The other thread receives meanwhile.
+        start = offset
         with self._write_lock:
             while view:
                 written = os.pwrite(self.descriptor, view[:WRITE_SIZE], offset)
                 view, offset = view[written:], offset + written
+        self._behind.wrote(start, offset - start)
 
     def zero(self, extents: list[Extent]) -> None:
         """Make extents read as zeroes, as holes where the target can have them."""
@@ -157,15 +162,17 @@ class Target:
         self._zeroes = self._zeroes or bytes(1 << 20)
         while length:
             count = min(length, len(self._zeroes))
-            self._write_all(memoryview(self._zeroes)[:count], offset)
+            self.write_data(memoryview(self._zeroes)[:count], offset)
             offset, length = offset + count, length - count
 
     def sync(self) -> None:
         """Make what was written durable."""
+        self._behind.check()
         os.fdatasync(self.descriptor)
 
     def finish(self) -> None:
         """Make data, size and name durable."""
+        self._behind.check()
         os.fsync(self.descriptor)
         if not self.is_block_device:
             sync_directory(self.path)
