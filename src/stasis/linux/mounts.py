@@ -21,6 +21,8 @@ __all__ = ["Mount", "file_holders", "file_uses", "holders_of", "mounts", "mounts
 MOUNTINFO_DEVICE = 2
 MOUNTINFO_TARGET = 4
 
+# include/linux/fs.h; umount(2)
+MNT_DETACH = 2
 
 _umount2 = libc.libc.umount2
 _umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
@@ -62,9 +64,12 @@ def mounts() -> list[Mount]:
     return [_parse_mount(line) for line in text.splitlines()]
 
 
-def unmount(target: str) -> None:
-    """Unmount what is mounted on target. EBUSY while it is in use, EINVAL if it is no mount point."""
-    libc.check(_umount2(os.fsencode(target), 0), "umount2", target)
+def unmount(target: str, *, lazily: bool = False) -> None:
+    """Unmount what is mounted on target. EBUSY while it is in use, EINVAL if it is no mount point.
+
+    `lazily` takes it out of sight at once; the file system ends when the last who uses it does.
+    """
+    libc.check(_umount2(os.fsencode(target), MNT_DETACH if lazily else 0), "umount2", target)
 
 
 def _block_number(path: str) -> int | None:

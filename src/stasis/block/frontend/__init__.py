@@ -19,7 +19,7 @@ from stasis.errors import PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import process
 from stasis.nbd.uri import NbdUri
 
-__all__ = ["Node", "connect", "disconnect", "probe", "reconnect"]
+__all__ = ["Node", "connect", "disconnect", "is_present", "probe", "reconnect"]
 
 NOTHING_TO_USE = "this host has no way to make a block device of an NBD export"
 WHAT_TO_INSTALL = "load the kernel's NBD client (modprobe nbd), or install nbdublk or nbdfuse (Debian: libnbd-bin)"
@@ -33,6 +33,7 @@ class _FrontEnd(Protocol):
     def probe(self) -> bool: ...
     def connect(self, wish: Wish) -> Node: ...
     def disconnect(self, state: dict[str, Any]) -> None: ...
+    def is_present(self, state: dict[str, Any]) -> bool: ...
     def reconnect(self, state: dict[str, Any]) -> None: ...
 
 
@@ -101,6 +102,11 @@ def disconnect(state: dict[str, Any]) -> None:
     if state["boot"] == process.boot_id():
         _by_kind(state["kind"]).disconnect(state)
     shutil.rmtree(state["directory"], ignore_errors=True)
+
+
+def is_present(state: dict[str, Any]) -> bool:
+    """Whether the node still is there, and is the one that `connect` made and not another of the same name."""
+    return bool(state["boot"] == process.boot_id()) and _by_kind(state["kind"]).is_present(state)
 
 
 def reconnect(state: dict[str, Any]) -> None:

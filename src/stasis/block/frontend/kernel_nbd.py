@@ -18,7 +18,7 @@ from stasis.nbd import protocol as p
 from stasis.nbd.negotiation import Negotiated, negotiate
 from stasis.nbd.uri import NbdUri
 
-__all__ = ["KIND", "connect", "disconnect", "probe", "reconnect"]
+__all__ = ["KIND", "connect", "disconnect", "is_present", "probe", "reconnect"]
 
 KIND = "nbd"
 
@@ -99,7 +99,7 @@ def _dial(uri: NbdUri) -> tuple[socket.socket, Negotiated]:
     return sock, said
 
 
-def _is_ours(state: dict[str, Any]) -> bool:
+def is_present(state: dict[str, Any]) -> bool:
     """Whether the index still is the device that we made, and nobody else's who got it later."""
     index = state["index"]
     # Before Linux 5.14 there is no identifier to compare.
@@ -127,7 +127,7 @@ def _can_flush(state: dict[str, Any]) -> bool:
 
 def disconnect(state: dict[str, Any]) -> None:
     """Flush and disconnect. With the server gone there is nobody to flush to, and waiting for it helps nobody."""
-    if not _is_ours(state):
+    if not is_present(state):
         return
     index = state["index"]
     with unused(state["node"], flush=_can_flush(state)):
@@ -145,7 +145,7 @@ def disconnect(state: dict[str, Any]) -> None:
 
 def reconnect(state: dict[str, Any]) -> None:
     """Offer new connections until the kernel, having noticed the end of the old one, takes one."""
-    if not _is_ours(state):
+    if not is_present(state):
         raise StateError(f"{state['node']} is not the device of {state['name']} any more")
     deadline = time.monotonic() + ADOPTION_WAIT
     while not _offer(state):

@@ -18,7 +18,7 @@ from stasis.block.frontend.node import Node, Wish, check_size, load_module, unus
 from stasis.errors import StasisError
 from stasis.linux import loop, mounts
 
-__all__ = ["KIND", "connect", "disconnect", "probe", "reconnect"]
+__all__ = ["KIND", "connect", "disconnect", "is_present", "probe", "reconnect"]
 
 KIND = "nbdfuse+loop"
 
@@ -104,6 +104,11 @@ def disconnect(state: dict[str, Any]) -> None:
             loop.detach(node)  # is done when we, its last user, close it
         wait_until(lambda: not loop.is_attached(node, file), END_WAIT)
     _end(Helper.of(state), mountpoint)
+
+
+def is_present(state: dict[str, Any]) -> bool:
+    """Whether the loop device still is that of our file."""
+    return loop.is_attached(state["node"], os.path.join(state["mountpoint"], FILE))
 
 
 def reconnect(state: dict[str, Any]) -> None:
