@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stasis.cli.backup import keys, upkeep
+from stasis.cli.backup import init, keys, upkeep
 from stasis.cli.options import add_group
 
 if TYPE_CHECKING:
@@ -17,5 +17,5 @@ __all__ = ["add"]
 def add(groups: Groups) -> None:
     """Add the group."""
     group = add_group(groups, "repo", "Make a repository of backups and keep it in order.")
-    for commands in (upkeep, keys):
+    for commands in (init, upkeep, keys):
         commands.add(group)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The repository as jobs see it: keys opened, chunks stored and fetched, backups published and found."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets as random_
+from collections.abc import Iterable, Iterator
+
+from stasis.backup.repo import config as config_
+from stasis.backup.repo import keys, locks, manifest, tags
+from stasis.backup.repo.chunks import ChunkReader, ChunkWriter, Namer, object_name
+from stasis.backup.repo.config import Config
+from stasis.backup.repo.index import ZERO, Index, IndexBuilder
+from stasis.backup.repo.keys import KeySlot, Secret, Secrets
+from stasis.backup.repo.locks import Lease, LockInfo
+from stasis.backup.repo.manifest import Manifest
+from stasis.backup.repo.objects import Codec, Keys, Kind
+from stasis.backup.repo.store import Store, open_store
+from stasis.errors import LockedError, NotFoundError, RepositoryError, UsageError
+
+__all__ = ["Repository"]
+
+SHORTEST_PREFIX = 4
+BUFFER_MEMORY = 96 << 20
+
+
+class Repository:
+    """An open repository. May be used from any thread, its chunk readers and writers by one thread each."""
+
+    def __init__(self, store: Store, config: Config, repository_key: bytes | None, *, read_only: bool = False) -> None:
+        self.store = store
+        self.url = store.url
+        self.id = config.id
+        self.chunk_size = config.chunk_size
+        self.compression = config.compression
+        self.encrypted = repository_key is not None
+        self.read_only = read_only
+        self._repository_key = repository_key
+        self._keys = Keys(repository_key)
+        self._leases: list[Lease] = []
+        self.chunk_name = Namer(self._keys)
+
+    # Making and opening
+
+    @classmethod
+    def init(cls, url: str, *, secret: Secret | None, chunk_size: int = 1 << 20, compression: str = "zstd",
+             ) -> Repository:
+        """Make a repository; without a secret nothing in it is encrypted. Raises UsageError, RepositoryError."""
+        config_.check(chunk_size, compression)
+        store = open_store(url)
+        config_.refuse_if_taken(store)
+        config = Config(random_.token_hex(16), chunk_size, compression)
+        repository_key = None if secret is None else random_.token_bytes(keys.KEY_BYTES)
+        slot = None if secret is None or repository_key is None else config_.add_slot(store, repository_key, secret, "")
+        if not config_.write(store, repository_key, config):
+            if slot is not None:
+                config_.remove_slot(store, slot.id)
+            raise RepositoryError(f"somebody else made a repository in {url} at the same time", hint="open it")
+        return cls(store, config, repository_key)
+
+    @classmethod
+    def open(cls, url: str, secrets: Secrets, *, read_only: bool = False) -> Repository:
+        """Open a repository. Raises RepositoryError, PassphraseError, DamagedError."""
+        store = open_store(url)
+        frame, encrypted = config_.load(store)
+        if secrets.given and not encrypted:
+            raise RepositoryError(
+                f"the repository {store.url} is not encrypted although a passphrase or key file was given",
+                hint="somebody may have replaced it; give no passphrase if it is meant to be open to all")
+        repository_key, config = config_.unlock(store, frame, secrets.get(store.url) if encrypted else None)
+        return cls(store, config, repository_key, read_only=read_only)
+
+    @property
+    def parallelism(self) -> int:
+        """Threads that are worth having: as many as the store likes and memory has buffers for."""
+        return max(2, min(self.store.parallelism, BUFFER_MEMORY // (4 * self.chunk_size)))
+
+    def close(self) -> None:
+        """Give back what the repository holds. What was stored since the last `sync` may be lost."""
+        for lease in [*self._leases]:
+            lease.end()
+        self._leases.clear()
+        self.store.close()
+
+    def __enter__(self) -> Repository:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Chunks and indexes
+
+    def codec(self) -> Codec:
+        """Makes and opens frames; for one thread."""
+        return Codec(self._keys, compress=self.compression == "zstd", where=self.url)
+
+    def chunk_writer(self) -> ChunkWriter:
+        """Stores chunks; for one thread."""
+        return ChunkWriter(self.store, self.codec(), self.chunk_name, self.has_chunk)
+
+    def chunk_reader(self) -> ChunkReader:
+        """Fetches chunks; for one thread."""
+        return ChunkReader(self.store, self.codec(), self.chunk_name)
+
+    def has_chunk(self, name: bytes) -> bool:
+        """Whether a chunk is stored, or is ZERO and need not be."""
+        return name == ZERO or self.store.exists(object_name(Kind.CHUNK, name))
+
+    def index(self, of: Manifest) -> Index:
+        """The chunk names of a backup."""
+        return Index(of.size, of.chunk_size, [bytes.fromhex(name) for name in of.segments], self._load_segment)
+
+    def index_builder(self, size: int | None, parent: Index | None = None) -> IndexBuilder:
+        """Makes the index of a new backup of `size` bytes; None where only the end of the source tells."""
+        return IndexBuilder(size, self.chunk_size, parent, self._save_segment)
+
+    def _load_segment(self, name: bytes, length: int) -> bytes:
+        where = object_name(Kind.SEGMENT, name)
+        names = self._load(Kind.SEGMENT, where)
+        if len(names) != length or self._keys.digest(Kind.SEGMENT, names) != name:
+            raise self.codec().damaged(where, "its content has another digest")
+        return names
+
+    def _save_segment(self, names: bytes) -> bytes:
+        name = self._keys.digest(Kind.SEGMENT, names)
+        where = object_name(Kind.SEGMENT, name)
+        if not self.store.exists(where):
+            self.store.stage(where, self.codec().seal(Kind.SEGMENT, where, names))
+        return name
+
+    # Backups
+
+    def backups(self) -> list[Manifest]:
+        """All backups, oldest first. Raises DamagedError when a manifest is."""
+        shared: dict[str, str] = {}
+        changed_tags = tags.newest_tags(self.store)
+        found = [self._backup(id_, shared, changed_tags) for id_ in self.backup_ids()]
+        return sorted((one for one in found if one is not None), key=lambda one: (one.time, one.id))
+
+    def backup_ids(self) -> list[str]:
+        """Ids of all backups, without reading any."""
+        return sorted(info.name.rpartition("/")[2] for info in self.store.list("backups"))
+
+    def backup(self, id: str) -> Manifest:  # noqa: A002
+        """One backup by its full id. Raises NotFoundError, DamagedError."""
+        found = self._backup(id, {}, None)
+        if found is None:
+            raise NotFoundError(f"there is no backup {id} in {self.url}", hint="stasis backup list shows all")
+        return found
+
+    def resolve(self, text: str, *, host: str | None = None, device: str | None = None) -> Manifest:
+        """The backup that is meant by an id, the start of one, or "latest" of a host and device.
+
+        Raises NotFoundError, UsageError when more than one is meant.
+        """
+        if text == "latest":
+            return self._latest(host, device)
+        matching = [id_ for id_ in self.backup_ids() if id_.startswith(text)]
+        if len(text) < SHORTEST_PREFIX:
+            raise UsageError(f"{text!r} is too short for a backup", hint="write four characters of its id or more")
+        if len(matching) > 1:
+            raise UsageError(f"{text!r} is the start of {len(matching)} backups", hint="write more of the id")
+        return self.backup(matching[0] if matching else text)
+
+    def publish(self, draft: Manifest) -> Manifest:
+        """Make a backup of what was stored: the draft with its id. Raises LockedError when a lease lapsed.
+
+        All that it names is durable before the manifest appears.
+        """
+        self.sync()
+        self._confirm_leases()
+        content = manifest.encode(draft)
+        published = draft.with_id(self._keys.digest(Kind.MANIFEST, content).hex())
+        where = f"backups/{published.id}"
+        self.store.put(where, self.codec().seal(Kind.MANIFEST, where, content))
+        return published
+
+    def remove_backup(self, id: str) -> None:  # noqa: A002
+        """Remove a manifest and its tags. Its chunks stay until prune."""
+        self.store.delete(f"backups/{id}")
+        tags.remove_tags(self.store, id)
+
+    def tags(self, id: str) -> tuple[str, ...]:  # noqa: A002
+        """Tags of a backup."""
+        return self.backup(id).tags
+
+    def set_tags(self, id: str, new: Iterable[str]) -> None:  # noqa: A002
+        """Replace the tags of a backup. Raises NotFoundError."""
+        self.backup(id)
+        tags.store_tags(self.store, self.codec(), id, new)
+
+    def sync(self) -> None:
+        """Make everything stored so far durable."""
+        self.store.sync()
+
+    def _backup(self, id_: str, shared: dict[str, str], changed_tags: dict[str, str] | None) -> Manifest | None:
+        """A backup with the tags it has now; None when there is none, or no more."""
+        where = f"backups/{id_}"
+        codec = self.codec()
+        try:
+            content = codec.unseal(Kind.MANIFEST, where, self.store.get(where))
+        except NotFoundError:
+            return None
+        if self._keys.digest(Kind.MANIFEST, content).hex() != id_:
+            raise codec.damaged(where, "its content has another digest")
+        try:
+            found = manifest.decode(content, id_, shared)
+        except (ValueError, TypeError) as error:
+            raise codec.damaged(where, str(error)) from error
+        if changed_tags is not None and id_ not in changed_tags:
+            return found
+        changed = tags.load_tags(self.store, codec, id_, changed_tags[id_] if changed_tags else None)
+        return found if changed is None else found.with_tags(changed)
+
+    def _latest(self, host: str | None, device: str | None) -> Manifest:
+        fitting = [one for one in self.backups()
+                   if (host is None or one.host == host) and (device is None or one.device == device)]
+        if not fitting:
+            of = "".join(f" {word} {value}" for word, value in (("of host", host), ("of device", device)) if value)
+            raise NotFoundError(f"there is no backup{of} in {self.url}", hint="stasis backup list shows all")
+        return fitting[-1]
+
+    def _load(self, kind: Kind, where: str) -> bytes:
+        """An object that must be there. Raises DamagedError."""
+        codec = self.codec()
+        try:
+            return codec.unseal(kind, where, self.store.get(where))
+        except NotFoundError as error:
+            raise codec.missing(where) from error
+
+    # Locks
+
+    @contextlib.contextmanager
+    def lock_shared(self, purpose: str, *, wait: float = 0) -> Iterator[Lease]:
+        """Nothing that a backup needs is removed while this is held. Raises LockedError."""
+        with self._locked(locks.SHARED, purpose, wait) as lease:
+            yield lease
+
+    @contextlib.contextmanager
+    def lock_exclusive(self, purpose: str, *, wait: float = 0) -> Iterator[Lease]:
+        """Nobody else writes or relies on anything while this is held. Raises LockedError."""
+        with self._locked(locks.EXCLUSIVE, purpose, wait) as lease:
+            yield lease
+
+    def locks(self) -> list[LockInfo]:
+        """Who holds locks."""
+        return locks.list_locks(self.store, self.codec())
+
+    def unlock(self, *, stale_only: bool = True) -> list[LockInfo]:
+        """Remove locks of holders that are gone, or all; returns those that were removed."""
+        removed = [lock for lock in self.locks() if lock.stale or not stale_only]
+        locks.remove_locks(self.store, removed)
+        return removed
+
+    @contextlib.contextmanager
+    def _locked(self, kind: str, purpose: str, wait: float) -> Iterator[Lease]:
+        lease = locks.acquire(self.store, self.codec(), kind, purpose, wait)
+        self._leases.append(lease)
+        try:
+            yield lease
+        finally:
+            if lease in self._leases:
+                self._leases.remove(lease)
+                lease.end()
+
+    def _confirm_leases(self) -> None:
+        for lease in self._leases:
+            if not lease.confirm():
+                raise LockedError(f"the lock of this command in {self.url} lapsed before the backup was complete",
+                                  hint="run the command again: what is stored already is not stored twice")
+
+    # Keys
+
+    def add_key(self, secret: Secret, label: str = "") -> KeySlot:
+        """Let another secret open this repository."""
+        if self._repository_key is None:
+            raise UsageError(f"the repository {self.url} is not encrypted", hint="it has no keys")
+        return config_.add_slot(self.store, self._repository_key, secret, label)
+
+    def keys(self) -> list[KeySlot]:
+        """Which secrets open this repository."""
+        return config_.read_slots(self.store) if self.encrypted else []
+
+    def remove_key(self, id: str) -> KeySlot:  # noqa: A002
+        """Take a secret its way in. Raises NotFoundError, UsageError for the last one."""
+        known = self.keys()
+        matching = [slot for slot in known if slot.id.startswith(id)]
+        if len(matching) != 1 or not id:
+            raise NotFoundError(f"{id!r} is no key of {self.url}", hint="stasis repo key list shows all")
+        if len(known) == 1:
+            raise UsageError(f"{matching[0].id} is the only key of {self.url}", hint="add another key first")
+        config_.remove_slot(self.store, matching[0].id)
+        return matching[0]

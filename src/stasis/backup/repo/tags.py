@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tags of backups, which change while manifests never do: each change is a new object, the highest number holds.
+
+`tags/<backup>/<number>-<random>`. Older objects are deleted once the newer one is there; two hosts that change the tags
+of a backup at the same time leave two objects of one number, of which all readers take the same.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Iterator
+
+from stasis.backup.repo.objects import Codec, Kind
+from stasis.backup.repo.store import Store
+from stasis.errors import NotFoundError
+
+__all__ = ["FOLDER", "load_tags", "newest_tags", "remove_tags", "store_tags"]
+
+FOLDER = "tags"
+
+
+def newest_tags(store: Store) -> dict[str, str]:
+    """For every backup whose tags were changed, the name of the object that holds them."""
+    newest: dict[str, str] = {}
+    for info in store.list(FOLDER):
+        backup = info.name.split("/")[1]
+        newest[backup] = max(info.name, newest.get(backup, ""))
+    return newest
+
+
+def load_tags(store: Store, codec: Codec, backup: str, name: str | None = None) -> tuple[str, ...] | None:
+    """Tags as they were changed last, None if never. `name` is known from `newest_tags`. Raises DamagedError."""
+    while True:
+        where = name or max(_objects(store, backup), default=None)
+        if where is None:
+            return None
+        try:
+            return _decoded(codec, where, codec.unseal(Kind.TAGS, where, store.get(where)))
+        except NotFoundError:
+            name = None  # changed again since it was listed
+
+
+def store_tags(store: Store, codec: Codec, backup: str, tags: Iterable[str]) -> None:
+    """Change the tags of a backup."""
+    older = sorted(_objects(store, backup))
+    number = int(older[-1].rpartition("/")[2][:8], 16) + 1 if older else 1
+    where = f"{FOLDER}/{backup}/{number:08x}-{secrets.token_hex(8)}"
+    store.put(where, codec.seal(Kind.TAGS, where, json.dumps({"tags": sorted(set(tags))}).encode()))
+    for name in older:
+        store.delete(name)
+
+
+def remove_tags(store: Store, backup: str) -> None:
+    """Forget the tags of a backup that is removed."""
+    for name in list(_objects(store, backup)):
+        store.delete(name)
+
+
+def _objects(store: Store, backup: str) -> Iterator[str]:
+    return (info.name for info in store.list(f"{FOLDER}/{backup}"))
+
+
+def _decoded(codec: Codec, where: str, content: bytes) -> tuple[str, ...]:
+    tags = json.loads(content).get("tags")
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise codec.damaged(where, "it holds no tags")
+    return tuple(tags)
