@@ -31,6 +31,9 @@ class SourceReader(Protocol):
     def read_into(self, extents: Sequence[Extent], buffer: memoryview) -> None:
         """Read extents into the buffer, one right behind the other from its start on. Raises OSError."""
 
+    def abort(self) -> None:
+        """Called from another thread when the backup is given up: a read that waits should end, in whatever way."""
+
     def close(self) -> None:
         """Give back what the reader holds."""
 
@@ -43,6 +46,7 @@ class PointInTimeSource(Protocol):
     identity: tells the device from another one of the same name (path and inode or disk sequence number).
     mark: names this instant for a later `changed_since`; None where nothing is tracked.
     block_size: unit of change tracking in bytes, 0 where nothing is tracked.
+    taken: when the instant was, in seconds since 1970; None for one that begins with the backup.
     """
 
     name: str
@@ -52,6 +56,7 @@ class PointInTimeSource(Protocol):
     identity: str
     mark: Mark | None
     block_size: int
+    taken: float | None
 
     def changed_since(self, mark: Mark) -> list[Extent]:
         """What changed between `mark` and this instant. GenerationError says why that is not known."""
@@ -61,6 +66,9 @@ class PointInTimeSource(Protocol):
 
     def open_reader(self) -> SourceReader:
         """A reader; may be called from any thread."""
+
+    def disturbed(self) -> str:
+        """How the source was seen to be written to after all while it was read; empty if it was not."""
 
     def distrust(self, reason: str) -> None:
         """Change tracking was found to be wrong: make every later `changed_since` of older marks fail."""
