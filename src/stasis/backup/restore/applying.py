@@ -151,7 +151,8 @@ class _Apply:
             numbers |= {0, old.count - 1}  # the start of a device tells best: writing to a file system changes it
         sample = [Entry(number, old.name(number)) for number in sorted(numbers)]
         explanation = f"it is no faithful restore of backup {self._base.id[:12]} (sample drawn with seed {self._seed})"
-        self._job.compare(sample, "sampling", total_length(sample, self._base.size, chunk_size), explanation,
+        total = total_length(sample, self._base.size, chunk_size)
+        self._job.compare(sample, self._base, "sampling", total, explanation,
                           f"nothing was written; {RESTORE_INSTEAD}")
         return len(sample)
 

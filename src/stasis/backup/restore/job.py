@@ -145,23 +145,25 @@ class Job:
         self._progress.phase("restoring", total)
         self._progress.skip(done)
         try:
-            crew.run(self._batches(entries), self._position_at_start, tick)
+            work = batches(entries, self._manifest.size, self._manifest.chunk_size)
+            crew.run(work, self._position_at_start, tick)
         except BaseException:
             if not self._sync_failed:
                 self._checkpoint(crew)
             raise
 
-    def compare(self, entries: Iterable[Entry], phase: str, total: int, explanation: str, hint: str) -> None:
-        """Compare what the target holds with the entries. Raises VerifyError."""
+    def compare(self, entries: Iterable[Entry], of: Manifest, phase: str, total: int, explanation: str,
+                hint: str) -> None:
+        """Compare what the target holds with entries of a backup. Raises VerifyError."""
         crew = Crew(lambda: ReadBack(self.repository, self.target, explanation, hint), self.repository.parallelism)
         self._progress.phase(phase, total)
-        crew.run(self._batches(entries), 0, lambda done: self._progress(done, total))
+        crew.run(batches(entries, of.size, of.chunk_size), 0, lambda done: self._progress(done, total))
 
     def read_back(self, entries: Iterable[Entry], total: int) -> None:
         """Compare what came to the medium. Raises VerifyError; the next run starts from the beginning then."""
         self.target.drop_cache()
         try:
-            self.compare(entries, "reading back", total, "what was read back is not what was written",
+            self.compare(entries, self._manifest, "reading back", total, "what was read back is not what was written",
                          "check the target's medium")
         except VerifyError:
             self._sidecar.save(0)
@@ -191,9 +193,6 @@ class Job:
             seconds=time.monotonic() - self._started,
             **asdict(self.tally.counts),
         )
-
-    def _batches(self, entries: Iterable[Entry]) -> Iterator[Batch]:
-        return batches(entries, self._manifest.size, self._manifest.chunk_size)
 
     def _checkpoint(self, crew: Crew[Batch]) -> None:
         position = crew.position
