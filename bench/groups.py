@@ -31,12 +31,13 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A function that yields rows, with the names they will have."""
+    """A function that yields rows, with the names they will have. A suite is what one `make bench…` measures."""
 
     name: str
     rows: tuple[str, ...]
     tools: tuple[str, ...]
     needs_root: bool
+    suite: str
     measure: Callable[[Bench], list[Row]]
 
 
@@ -44,12 +45,12 @@ GROUPS: dict[str, Group] = {}
 
 
 def group(
-    *rows: str, tools: tuple[str, ...] = (), needs_root: bool = False
+    *rows: str, tools: tuple[str, ...] = (), needs_root: bool = False, suite: str = "block"
 ) -> Callable[[Callable[[Bench], list[Row]]], Callable[[Bench], list[Row]]]:
     """Register a function that measures the named rows."""
 
     def register(measure: Callable[[Bench], list[Row]]) -> Callable[[Bench], list[Row]]:
-        GROUPS[measure.__name__] = Group(measure.__name__, rows, tools, needs_root, measure)
+        GROUPS[measure.__name__] = Group(measure.__name__, rows, tools, needs_root, suite, measure)
         return measure
 
     return register

@@ -30,21 +30,22 @@ class Stasis:
 
     def start(self) -> Stasis:
         """Start the daemon; it ends with the lab's scope, after its devices are detached."""
-        process = self._lab.start(self._command("daemon"))
+        process = self._lab.start(self.command("daemon"))
         # Clean-up is last in first out: this comes before the daemon's process is ended.
         self._lab.on_exit(self._stop)
         control = self._run_dir / "control.sock"
         wait_for(control.exists, "stasis daemon", process)
         return self
 
-    def _command(self, *words: str | Path) -> list[str]:
+    def command(self, *words: str | Path) -> list[str]:
+        """The words of a command on this daemon's directories."""
         places = ["--run-dir", str(self._run_dir), "--state-dir", str(self._state_dir)]
         group, *rest = [str(word) for word in words]
         return [sys.executable, "-m", "stasis", group, *rest, *places]
 
     def call(self, *words: str | Path) -> str:
         """Run a command; its output without the newline."""
-        return self._lab.run(self._command(*words)).strip()
+        return self._lab.run(self.command(*words)).strip()
 
     def ask(self, *words: str | Path) -> Any:
         """Run a command with --json."""

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import report
+import rows_backup
 import rows_disk
 import rows_image
 import rows_plain
@@ -31,19 +32,19 @@ from stasis.errors import StasisError
 
 HERE = Path(__file__).resolve().parent
 # Importing these registers their groups; this is the order of the table.
-ROOMS = (rows_plain, rows_snapshot, rows_disk, rows_tracking, rows_image, rows_process)
+ROOMS = (rows_plain, rows_snapshot, rows_disk, rows_tracking, rows_image, rows_process, rows_backup)
 
 
 def main() -> int:
     """Exit status 0 when every row that ran reached its target."""
     options = _parse()
     groups = sorted(GROUPS.values(), key=_place)
-    chosen = [group for group in groups if _is_wanted(group, options.only)]
+    chosen = [group for group in groups if group.suite == options.suite and _is_wanted(group, options.only)]
     if options.list:
         for group in groups:
-            print(f"{group.name}: {', '.join(group.rows)}")
+            print(f"{group.suite}: {group.name}: {', '.join(group.rows)}")
         return 0
-    output = options.output or HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d-%H%M}.json"
+    output = options.output or HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d-%H%M}-{options.suite}.json"
     rows = report.load(output) if options.keep else []
     with open_lab(options.directory) as lab:
         bench = _bench(lab, options)
@@ -72,6 +73,7 @@ def _replace(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--suite", choices=["block", "backup"], default="block", help="what to measure (block)")
     parser.add_argument("--only", action="append", metavar="NAME", help="groups or rows with NAME in their name")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 2 s on a small image: does it run at all?")
     parser.add_argument("--rounds", type=int, help="alternating rounds (default 5)")
