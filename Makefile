@@ -12,13 +12,14 @@ DEBIAN_PACKAGES := python3-venv e2fsprogs xfsprogs util-linux mount fuse3 fio nb
 	nbd-client qemu-utils qemu-system-common gnutls-bin openssl strace file groff-base systemd
 # The S3 server of the tests comes from npm. Node from elsewhere brings its own, which Debian's package would clash with.
 DEBIAN_PACKAGES += $(if $(shell command -v npm),,npm)
+BENCH_PACKAGES := restic borgbackup
 VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod xz-utils
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench figures man lint vmtest deps print-packages clean
+.PHONY: help demo test bench bench-backup figures man lint vmtest deps print-packages clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP) ## Snapshot and copy two disks under load, in about a minute, without root
 	@$(RUN) tools/demo.py $(DEMO_OPTIONS)
@@ -28,6 +29,9 @@ test: $(STAMP) $(S3_STAMP) ## Run the test suite (TESTS=... and PYTEST_OPTIONS=.
 
 bench: $(STAMP) ## Measure against nbdkit and qemu-storage-daemon; writes bench/results/
 	@$(RUN) bench/run.py $(BENCH_OPTIONS)
+
+bench-backup: $(STAMP) ## Measure backups against restic, borg, qemu-img and cp
+	@$(RUN) bench/run.py --suite backup $(BENCH_OPTIONS)
 
 figures: $(STAMP) ## Write results of the bench into README.md and docs/figures.md (RESULTS=FILE...)
 	@$(RUN) tools/figures.py $(or $(RESULTS),$(lastword $(sort $(wildcard bench/results/*.json))))
@@ -47,9 +51,9 @@ vmtest: $(STAMP) $(S3_STAMP) ## Run tests/vm as root on Debian's 6.1 and 6.12 ke
 deps: ## Install the Debian packages that tests and bench use (as root), or name them
 	@if [ "$$(id -u)" = 0 ]; then \
 		apt-get update -q && DEBIAN_FRONTEND=noninteractive \
-			apt-get install -q -y --no-install-recommends $(DEBIAN_PACKAGES); \
+			apt-get install -q -y --no-install-recommends $(DEBIAN_PACKAGES) $(BENCH_PACKAGES); \
 	else \
-		echo "Run as root: apt-get install --no-install-recommends $(DEBIAN_PACKAGES)"; \
+		echo "Run as root: apt-get install --no-install-recommends $(DEBIAN_PACKAGES) $(BENCH_PACKAGES)"; \
 	fi
 	@echo "make vmtest also needs: $(VM_PACKAGES)"
 
