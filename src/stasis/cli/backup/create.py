@@ -3,13 +3,143 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from stasis.cli import output
+from stasis.cli.backup.options import add_repository, open_repository
+from stasis.cli.copying import percentage
+from stasis.cli.options import add_command, size
+from stasis.errors import UsageError
+from stasis.units import format_size
 
 if TYPE_CHECKING:
+    from stasis.backup.job import CreateResult, Plan
+    from stasis.backup.repo import Manifest
     from stasis.cli.options import Groups
+    from stasis.daemon.backups import BackupJob
 
 __all__ = ["add"]
 
+STORAGE = "/var/tmp"
+
 
 def add(group: Groups) -> None:
-    """Add the commands."""
+    """Add the command."""
+    command = add_command(group, "create", create, "Back up disks: whole the first time, then what changed.", """
+stasis backup create disk.img --repo /srv/backup
+stasis backup create data logs --repo s3://bucket/backup --tag nightly
+stasis backup create disk.img --repo /srv/backup --dry-run
+stasis backup create - --name dump --repo /srv/backup
+""")
+    command.add_argument("sources", metavar="SOURCE", nargs="+",
+                         help="served devices, image files, block devices, UUID:NAME for a device of a snapshot that "
+                              "exists, or - for standard input; all become one set")
+    add_repository(command)
+    command.add_argument("--kind", choices=("auto", "full", "incremental", "differential"), default="auto",
+                         help="full: everything; incremental: what changed since the last backup; differential: what "
+                              "changed since the last full one; auto (default): incremental where it can be, else full")
+    command.add_argument("--base", metavar="ID", help="the backup that a differential one is made against")
+    command.add_argument("--name", metavar="NAME", help="name of the source in the repository, if there is only one")
+    command.add_argument("--host", metavar="NAME", help="whose backup it is (this host's name)")
+    command.add_argument("--tag", metavar="TAG", action="append", default=[], help="a tag; may be given several times")
+    _add_snapshot(command)
+    _add_reading(command)
+
+
+def _add_snapshot(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--storage", metavar="PATH", default=STORAGE,
+                         help=f"where the snapshot keeps old contents: a directory, file, block device or 'memory' "
+                              f"({STORAGE})")
+    command.add_argument("--limit", metavar="SIZE", type=size, help="the most it may take (what is free there)")
+    command.add_argument("--pre-snapshot", metavar="COMMAND", help="run this in a shell before the snapshot")
+    command.add_argument("--post-snapshot", metavar="COMMAND",
+                         help="run this in a shell once the snapshot is taken, or has failed")
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--self-check", metavar="PERCENT", type=percentage, default=0.1,
+                         help="share of the unchanged chunks that is read and compared with the parent (0.1, and 16 "
+                              "chunks at least; 0 leaves it out)")
+    command.add_argument("--self-check-seed", metavar="N", type=int, help="draw the sample that an earlier run named")
+    command.add_argument("--on-read-error", choices=("fail", "skip"), default="fail",
+                         help="what to do where a source cannot be read: fail (default), or store zeroes and end with "
+                              "exit code 12")
+    command.add_argument("--limit-rate", metavar="SIZE", type=size, help="bytes per second that are read at most")
+    command.add_argument("--wait", metavar="SECONDS", type=float, default=0.0,
+                         help="wait so long for a prune of the repository to end (0)")
+    command.add_argument("--dry-run", action="store_true", help="only tell what would be read")
+
+
+def create(arguments: argparse.Namespace) -> int:
+    """stasis backup create"""
+    from stasis.cli.backup.reporting import report
+
+    with report(arguments) as reporter:
+        job = _job(arguments)
+        from stasis.daemon.backups import back_up, plan_backup
+
+        with open_repository(arguments, read_only=arguments.dry_run) as repository:
+            if arguments.dry_run:
+                plans = plan_backup(job, repository)
+                reporter.finish({"dry_run": True, "plans": [plan.as_dict() for plan in plans]}, _plan_text(plans))
+                return 0
+            result = back_up(job, repository, reporter.progress)
+        if not arguments.json:
+            for warning in result.warnings:
+                print(f"stasis: {warning}", file=sys.stderr)
+        reporter.finish(_fields(result), "\n".join(_sentence(backup) for backup in result.backups))
+        return int(result.exit_code)
+
+
+def _job(arguments: argparse.Namespace) -> BackupJob:
+    from stasis.backup.job import SampleOptions
+    from stasis.daemon.backups import BackupJob
+    from stasis.daemon.sources import SnapshotStorage
+
+    if arguments.limit_rate == 0:
+        raise UsageError("--limit-rate 0 would never end", hint="leave it out to read as fast as possible")
+    if arguments.base is not None and arguments.kind != "differential":
+        raise UsageError("--base is for differential backups", hint="add --kind differential")
+    sample = SampleOptions(share=arguments.self_check / 100, seed=arguments.self_check_seed)
+    return BackupJob(
+        sources=arguments.sources, name=arguments.name, host=arguments.host, kind=arguments.kind, base=arguments.base,
+        tags=tuple(arguments.tag), storage=SnapshotStorage(arguments.storage, arguments.limit),
+        before=arguments.pre_snapshot, after=arguments.post_snapshot, sample=sample,
+        skip_unreadable=arguments.on_read_error == "skip", rate=arguments.limit_rate, wait=arguments.wait,
+        run_dir=getattr(arguments, "run_dir", None), state_dir=getattr(arguments, "state_dir", None))
+
+
+def _fields(result: CreateResult) -> dict[str, Any]:
+    """The summary line: the manifests without their lists of segments, which concern nobody."""
+    backups = []
+    for backup in result.backups:
+        fields = {name: value for name, value in asdict(backup).items() if name != "segments"}
+        backups.append({**fields, "set": fields["set_id"]})
+    return {"set": result.set_id, "backups": backups, "warnings": list(result.warnings),
+            "exit_code": int(result.exit_code)}
+
+
+def _sentence(backup: Manifest) -> str:
+    numbers = backup.statistics
+    since = f" since {backup.parent[:8]}" if backup.parent else ""
+    text = (f"{backup.id[:8]}  {backup.device}: {backup.kind}{since}, "
+            f"{format_size(numbers['bytes_changed'])} changed of {format_size(backup.size)}, "
+            f"read {format_size(numbers['bytes_read'])}, stored {format_size(numbers['bytes_stored'])}")
+    if numbers["bytes_compared"]:
+        text += f", compared {format_size(numbers['bytes_compared'])}"
+    return f"{text}\n          {backup.note}" if backup.note else text
+
+
+def _plan_text(plans: Sequence[Plan]) -> str:
+    lines = []
+    for plan in plans:
+        read = "an unknown length" if plan.bytes_to_read is None else format_size(plan.bytes_to_read)
+        since = f" since {plan.parent[:8]}" if plan.parent else ""
+        reason = f" ({plan.reason})" if plan.reason else ""
+        changed = output.size_text(plan.bytes_changed) or "unknown"
+        lines.append(f"{plan.device}: {plan.kind}{since}{reason}; {changed} changed, would read {read}")
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the threads of a backup do: read batches of chunks, store them, and enter their names into the index.
+
+Each thread has a reader, a buffer and a chunk writer of its own, and does everything for its batch: reading, hashing,
+compressing, encrypting and storing all run without the interpreter lock, so nothing is gained by handing data from one
+thread to another, and memory is bounded by threads times batch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from stasis.backup.job.plan import ChunkRange, chunk_extents
+from stasis.backup.job.reading import ReadErrors, read_chunks
+from stasis.backup.job.resume import ResumeFile
+from stasis.backup.job.work import Batch, open_ended, pack
+from stasis.backup.source import Extent, PointInTimeSource
+from stasis.backup.sources.stream import StreamSource
+from stasis.block.copy.transfer import Crew
+from stasis.linux.iobuffer import IoBuffer
+
+if TYPE_CHECKING:
+    from stasis.backup.progress import Progress
+    from stasis.backup.repo import IndexBuilder, Repository
+
+__all__ = ["Counters", "Pipeline", "RateLimit", "Task", "lanes_and_window"]
+
+# Bytes that all threads may hold: a batch to read, and up to three chunks in a writer (compressed, sealed, staged).
+MEMORY_BUDGET = 128 << 20
+WINDOW = 4 << 20
+WRITER_CHUNKS = 3
+ZERO = bytes(32)
+Run = tuple[int, list[bytes]]
+"""First chunk and names of chunks one behind the other."""
+
+
+@dataclass
+class Counters:
+    """What a pipeline did. Bytes and chunks."""
+
+    bytes_read: int = 0
+    bytes_stored: int = 0
+    chunks_new: int = 0
+    chunks_resumed: int = 0
+    unreadable: list[Extent] = field(default_factory=list)
+
+
+def lanes_and_window(chunk_size: int, parallelism: int) -> tuple[int, int]:
+    """(threads, chunks per batch) that keep within the memory budget."""
+    window = max(1, WINDOW // chunk_size)
+    per_lane = (window + WRITER_CHUNKS) * chunk_size
+    return max(1, min(parallelism, MEMORY_BUDGET // per_lane)), window
+
+
+class RateLimit:
+    """Lets bytes pass at a rate, all threads together."""
+
+    def __init__(self, bytes_per_second: int) -> None:
+        self._rate = bytes_per_second
+        self._lock = threading.Lock()
+        self._free_at = time.monotonic()
+        self._given_up = threading.Event()
+
+    def wait(self, length: int) -> None:
+        """Return when `length` more bytes may be read, or when the wait was given up."""
+        with self._lock:
+            start = max(self._free_at, time.monotonic())
+            self._free_at = start + length / self._rate
+        delay = start - time.monotonic()
+        if delay > 0:
+            self._given_up.wait(delay)
+
+    def give_up(self) -> None:
+        """Let nobody wait any more."""
+        self._given_up.set()
+
+
+@dataclass
+class Task:
+    """One source's chunks and where their names go. `size` is None where only the end of the source tells."""
+
+    source: PointInTimeSource
+    builder: IndexBuilder
+    size: int | None
+    chunk_size: int
+    errors: ReadErrors
+    resume: ResumeFile | None = None
+    limit: RateLimit | None = None
+
+
+class Pipeline:
+    """One pass over the chunks of a source. `run` is called once, from the thread that gets the signals."""
+
+    def __init__(self, repository: Repository, task: Task, progress: Progress) -> None:
+        self.counters = Counters()
+        self.task, self.repository, self.progress = task, repository, progress
+        self.lanes, self.window = lanes_and_window(task.chunk_size, repository.parallelism)
+        self.lock = threading.Lock()
+
+    def run(self, reads: Iterable[ChunkRange]) -> None:
+        """Read and store the chunks; the whole stream if that has no known size.
+
+        Raises what a thread raised first. In each case no thread runs any more when it returns.
+        """
+        crew: Crew[Batch] = Crew(lambda: _Lane(self), self.lanes)
+        crew.run(self._batches(reads), 0, lambda _: self.task.builder.settled(crew.position))
+
+    def _batches(self, reads: Iterable[ChunkRange]) -> Iterator[Batch]:
+        if not isinstance(self.task.source, StreamSource):
+            yield from pack(reads, self.window)
+            return
+        for batch in open_ended(self.window):
+            if self.task.source.size is not None:
+                return
+            yield batch
+
+
+class _Lane:
+    """One thread's part: called by the crew."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline, self._task = pipeline, pipeline.task
+        self._reader = self._task.source.open_reader()
+        self._buffer = IoBuffer(pipeline.window * self._task.chunk_size)
+        self._writer = pipeline.repository.chunk_writer()
+
+    def handle(self, batch: Batch) -> None:
+        """Read and store a batch, and enter the names."""
+        runs: list[Run] = []
+        reads = self._take_over(batch.reads, runs)
+        if reads:
+            self._read_and_store(reads, runs)
+        enter = self._task.builder.set
+        for first, names in runs:
+            for number, name in enumerate(names, first):
+                enter(number, name)
+            if self._task.resume is not None:
+                self._task.resume.note(first, names)
+
+    def abort(self) -> None:
+        """End a read or a wait that is under way."""
+        if self._task.limit is not None:
+            self._task.limit.give_up()
+        self._reader.abort()
+
+    def close(self) -> None:
+        """Give back reader and buffer."""
+        self._buffer.close()
+        self._reader.close()
+
+    def _take_over(self, reads: list[ChunkRange], runs: list[Run]) -> list[ChunkRange]:
+        """Chunks that an interrupted run stored, and that are still there, need not be read; returns the others."""
+        resume = self._task.resume
+        if resume is None or not resume.has_names:
+            return reads
+        left: list[ChunkRange] = []
+        for first, count in reads:
+            for number, name in enumerate(resume.names(first, count), first):
+                if name is not None and self._pipeline.repository.has_chunk(name):
+                    runs.append((number, [name]))
+                elif left and sum(left[-1]) == number:
+                    left[-1] = (left[-1][0], left[-1][1] + 1)
+                else:
+                    left.append((number, 1))
+        with self._pipeline.lock:
+            self._pipeline.counters.chunks_resumed += len(runs)
+        self._pipeline.progress.skip(len(runs) * self._task.chunk_size)
+        return left
+
+    def _read_and_store(self, reads: Sequence[ChunkRange], runs: list[Run]) -> None:
+        task = self._task
+        extents, unreadable = self._read(reads)
+        # Hot: once per chunk, in all threads.
+        store, view, chunk_size, position = self._writer.store, self._buffer.view, task.chunk_size, 0
+        new = stored_bytes = 0
+        for (first, _), (_, size) in zip(reads, extents, strict=True):
+            names = []
+            for at in range(position, position + size, chunk_size):
+                stored = store(view[at : min(at + chunk_size, position + size)])
+                names.append(stored.name)
+                if stored.new:
+                    new, stored_bytes = new + 1, stored_bytes + stored.stored_bytes
+            runs.append((first, names))
+            position += size
+        with self._pipeline.lock:
+            counters = self._pipeline.counters
+            counters.bytes_read += position
+            counters.bytes_stored += stored_bytes
+            counters.chunks_new += new
+            counters.unreadable += unreadable
+        self._pipeline.progress.add(position, items=0)
+
+    def _read(self, reads: Sequence[ChunkRange]) -> tuple[list[Extent], list[Extent]]:
+        """Fill the buffer; (what was read, what of it could not be read)."""
+        task = self._task
+        whole = chunk_extents(reads, task.chunk_size, 1 << 62 if task.size is None else task.size)
+        if task.limit is not None:
+            task.limit.wait(sum(length for _, length in whole))
+        if isinstance(task.source, StreamSource):
+            (offset, length), = whole
+            return [(offset, task.source.read_turn(offset, self._buffer.view[:length]))], []
+        return whole, read_chunks(self._reader, whole, self._buffer.view, task.chunk_size, task.errors)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the words on a command line mean as sources of a backup, and the snapshot that makes them one instant.
+
+    NAME          a served device; else an image file of that name in the working directory
+    PATH          an image file or block device; the served device if it is the origin of one
+    UUID:NAME     a device of a snapshot that exists already
+    -             standard input
+
+All served devices go into one snapshot. It is destroyed at the end on every path; a run that was killed leaves it to
+the next run of the same device, which finds its UUID in the device's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from stasis.backup.job.state import RunLock
+from stasis.backup.source import PointInTimeSource
+from stasis.backup.sources import RawSource, StreamSource
+from stasis.daemon import client as daemon
+from stasis.daemon.paths import resolve
+from stasis.daemon.record import default_name, origin_key, valid_name
+from stasis.daemon.served_source import PlannedSource, ServedSource
+from stasis.daemon.signals import deferred_interrupts
+from stasis.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stasis.daemon.model import Device, Snapshot
+
+__all__ = ["SnapshotStorage", "SourceSet"]
+
+DEFAULT_STORAGE = "/var/tmp"
+EXISTING = re.compile(r"([0-9a-fA-F][0-9a-fA-F-]{3,35}):(.+)")
+FOUND = "stasis device list shows the served devices; or give the path of an image file or block device"
+
+
+@dataclass(frozen=True)
+class SnapshotStorage:
+    """Where the snapshot of a run keeps old contents, as with `snapshot create`; limit None: what is free there."""
+
+    path: str = DEFAULT_STORAGE
+    limit: int | None = None
+
+
+@dataclass
+class _Wanted:
+    """One source, before anything is opened. `device` is set for what the daemon serves."""
+
+    name: str
+    path: str
+    device: Device | None = None
+    snapshot: Snapshot | None = None
+
+
+class SourceSet:
+    """The sources of one run: names first, then `lock`, then `take`; a context manager that undoes it all."""
+
+    def __init__(self, words: Sequence[str], *, name: str | None = None, storage: SnapshotStorage | None = None,
+                 run_dir: str | Path | None = None, state_dir: str | Path | None = None) -> None:
+        """Understand the words. Raises UsageError, NotFoundError, DaemonError."""
+        self.directories = resolve(run_dir, state_dir)
+        self._storage = storage or SnapshotStorage()
+        self._client: daemon.Client | None = None
+        self._devices: list[Device] | None = None
+        self._stack = contextlib.ExitStack()
+        self._locks: dict[str, RunLock] = {}
+        try:
+            self._wanted = [self._understand(word) for word in words]
+            self._rename(name)
+        except BaseException:
+            self._disconnect()
+            raise
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the sources in the repository."""
+        return [wanted.name for wanted in self._wanted]
+
+    @property
+    def is_instant(self) -> bool:
+        """Whether all sources are snapshots, so that nothing need rest any longer once they are taken."""
+        return all(wanted.device is not None for wanted in self._wanted)
+
+    def __enter__(self) -> SourceSet:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        try:
+            self._stack.close()
+        finally:
+            self._disconnect()
+
+    # -- what is meant ------------------------------------------------------------------------------------------------
+
+    def _understand(self, word: str) -> _Wanted:
+        if word == "-":
+            return _Wanted("", "-")
+        if "/" not in word and (match := EXISTING.fullmatch(word)) and not os.path.exists(word):
+            return self._existing(match[1], match[2])
+        device = self._served(word)
+        if device is not None:
+            return _Wanted(device.name, device.path, device)
+        if not os.path.exists(word):
+            raise NotFoundError(f"there is no served device and no file {word}", hint=FOUND)
+        return _Wanted(default_name(word), word)
+
+    def _existing(self, uuid: str, name: str) -> _Wanted:
+        client = self._connect(start=True)
+        assert client is not None
+        snapshot = client.snapshot(uuid)
+        member = client.require_device(snapshot, name)
+        return _Wanted(name, member.path, self._by_name(name), snapshot)
+
+    def _served(self, word: str) -> Device | None:
+        """The served device that a word means: by its name, or as the origin that lies at this path."""
+        if "/" not in word and (device := self._by_name(word)) is not None:
+            return device
+        key = origin_key(word)
+        if key is None:
+            return None
+        return next((device for device in self._all(start=False) if origin_key(device.path) == key), None)
+
+    def _by_name(self, name: str) -> Device | None:
+        known = (self.directories.devices / name / "device.json").exists()
+        return next((device for device in self._all(start=known) if device.name == name), None)
+
+    def _all(self, *, start: bool) -> list[Device]:
+        if self._devices is None:
+            client = self._connect(start=start)
+            if client is None:
+                return []
+            self._devices = client.devices()
+        return self._devices
+
+    def _connect(self, *, start: bool) -> daemon.Client | None:
+        """The daemon. One that is not there is started if it is needed, or if workers of it go on without it."""
+        if self._client is None:
+            start = start or any((self.directories.run / "workers").glob("*.ctl"))
+            client = daemon.Client(self.directories)
+            if client.try_open():
+                self._client = client
+            elif start:
+                self._client = daemon.connect(self.directories.run, self.directories.state)
+        return self._client
+
+    def _rename(self, name: str | None) -> None:
+        if name is not None:
+            if len(self._wanted) != 1:
+                raise UsageError("--name names one source, but there are several", hint="back them up one by one")
+            self._wanted[0].name = valid_name(name)
+        if any(not wanted.name for wanted in self._wanted):
+            raise UsageError("standard input has no name", hint="give it one with --name")
+        twice = next((one for one in self.names if self.names.count(one) > 1), None)
+        if twice is not None:
+            raise UsageError(f"two sources have the name {twice}", hint="back one of them up alone, with --name")
+
+    # -- locks --------------------------------------------------------------------------------------------------------
+
+    def lock(self) -> None:
+        """Keep other runs away from these devices, and clear up after one that was killed. Raises LockedError."""
+        for name in sorted(self.names):
+            self._locks[name] = self._stack.enter_context(RunLock(self.directories.state, name))
+        for lock in self._locks.values():
+            uuid = lock.read().get("snapshot")
+            if isinstance(uuid, str) and uuid:
+                self._destroy(uuid)
+            lock.write({})
+
+    def _destroy(self, uuid: str) -> None:
+        """End a snapshot, on a connection of its own: ours may have been broken off in the middle of a call."""
+        with (deferred_interrupts(), daemon.connect(self.directories.run, self.directories.state) as client,
+              contextlib.suppress(NotFoundError)):
+            client.destroy(uuid)
+
+    # -- the instant --------------------------------------------------------------------------------------------------
+
+    def take(self) -> list[PointInTimeSource]:
+        """Take the snapshot and open everything. Raises BusyError, StorageError and what else `take` raises."""
+        names = [wanted.device.name for wanted in self._wanted if wanted.device and wanted.snapshot is None]
+        taken = self._take(names) if names else None
+        return [self._open(wanted, taken) for wanted in self._wanted]
+
+    def _take(self, names: Sequence[str]) -> Snapshot:
+        client = self._client
+        assert client is not None
+        with deferred_interrupts():
+            made = client.create_snapshot(self._storage.path, names, limit=self._storage.limit)
+            self._stack.callback(self._forget, made.id)
+            for lock in self._locks.values():
+                lock.write({"snapshot": made.id})
+        return client.take(made.id)
+
+    def _forget(self, uuid: str) -> None:
+        self._destroy(uuid)
+        for lock in self._locks.values():
+            lock.write({})
+
+    def _open(self, wanted: _Wanted, taken: Snapshot | None) -> PointInTimeSource:
+        snapshot = wanted.snapshot or taken
+        if wanted.device is not None and snapshot is not None and self._client is not None:
+            kind = "served" if wanted.snapshot is None else "snapshot"
+            return ServedSource(self._client, snapshot, wanted.device, wanted.name, kind)
+        if wanted.path == "-":
+            return StreamSource(wanted.name, 0)
+        return self._stack.enter_context(RawSource(wanted.name, wanted.path))
+
+    def planned(self) -> list[PointInTimeSource]:
+        """The sources as they are now, for a plan: no snapshot is taken, and they cannot be read."""
+        return [self._planned(wanted) for wanted in self._wanted]
+
+    def _planned(self, wanted: _Wanted) -> PointInTimeSource:
+        if wanted.device is not None and wanted.snapshot is None and self._client is not None:
+            return PlannedSource(self._client, wanted.device, wanted.name)
+        return self._open(wanted, None)
+
+    def _disconnect(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
