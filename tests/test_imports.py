@@ -14,8 +14,17 @@ PACKAGE = Path(__file__).parents[1] / "src" / "stasis"
 # docs/design/architecture.md, "Rooms and who imports whom": a room may import those of smaller rank.
 # `errors` and `units` lie at the bottom, and the package itself (the public calls) sees the daemon's client.
 RANKS = {
-    **{"errors": 0, "units": 1, "linux": 2, "nbd": 3, "block": 4, "backup": 5, "process": 5},
-    **{"daemon": 6, "": 7, "cli": 8, "__main__": 9},
+    "errors": 0,
+    "units": 1,
+    "linux": 2,
+    "nbd": 3,
+    "block": 4,
+    "backup": 5,
+    "process": 5,
+    "daemon": 6,
+    "": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 HEAVY = {
     *("asyncio", "blake3", "cryptography", "ctypes.util", "http.client", "obstore", "shtab", "ssl", "tqdm"),
