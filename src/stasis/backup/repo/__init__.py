@@ -4,7 +4,8 @@
 from stasis.backup.repo.chunks import ChunkReader, ChunkWriter, StoredChunk
 from stasis.backup.repo.index import ZERO, Index, IndexBuilder
 from stasis.backup.repo.keys import KeySlot, Secret, Secrets
-from stasis.backup.repo.locks import Lease, LockInfo
+from stasis.backup.repo.lease import Lease
+from stasis.backup.repo.locks import LockInfo
 from stasis.backup.repo.manifest import Manifest
 from stasis.backup.repo.repository import Repository
 

@@ -8,16 +8,17 @@ import secrets as random_
 from collections.abc import Iterable, Iterator
 
 from stasis.backup.repo import config as config_
-from stasis.backup.repo import keys, locks, manifest, tags
+from stasis.backup.repo import keys, lease, locks, manifest, tags
 from stasis.backup.repo.chunks import ChunkReader, ChunkWriter, Namer, object_name
 from stasis.backup.repo.config import Config
 from stasis.backup.repo.index import ZERO, Index, IndexBuilder
 from stasis.backup.repo.keys import KeySlot, Secret, Secrets
-from stasis.backup.repo.locks import Lease, LockInfo
+from stasis.backup.repo.lease import Lease
+from stasis.backup.repo.locks import LockInfo
 from stasis.backup.repo.manifest import Manifest
 from stasis.backup.repo.objects import Codec, Keys, Kind
 from stasis.backup.repo.store import Store, open_store
-from stasis.errors import LockedError, NotFoundError, RepositoryError, UsageError
+from stasis.errors import LockedError, NotFoundError, PermissionDeniedError, RepositoryError, UsageError
 
 __all__ = ["Repository"]
 
@@ -78,8 +79,8 @@ class Repository:
 
     def close(self) -> None:
         """Give back what the repository holds. What was stored since the last `sync` may be lost."""
-        for lease in [*self._leases]:
-            lease.end()
+        for held in [*self._leases]:
+            held.end()
         self._leases.clear()
         self.store.close()
 
@@ -115,11 +116,18 @@ class Repository:
         """Makes the index of a new backup of `size` bytes; None where only the end of the source tells."""
         return IndexBuilder(size, self.chunk_size, parent, self._save_segment)
 
-    def _load_segment(self, name: bytes, length: int) -> bytes:
+    def segment(self, name: bytes) -> bytes:
+        """A segment: the names of chunks one behind the other. Raises DamagedError."""
         where = object_name(Kind.SEGMENT, name)
         names = self._load(Kind.SEGMENT, where)
-        if len(names) != length or self._keys.digest(Kind.SEGMENT, names) != name:
+        if self._keys.digest(Kind.SEGMENT, names) != name:
             raise self.codec().damaged(where, "its content has another digest")
+        return names
+
+    def _load_segment(self, name: bytes, length: int) -> bytes:
+        names = self.segment(name)
+        if len(names) != length:
+            raise self.codec().damaged(object_name(Kind.SEGMENT, name), "it is not as long as the device needs")
         return names
 
     def _save_segment(self, names: bytes) -> bytes:
@@ -149,6 +157,13 @@ class Repository:
             raise NotFoundError(f"there is no backup {id} in {self.url}", hint="stasis backup list shows all")
         return found
 
+    def manifest(self, id: str) -> Manifest:  # noqa: A002
+        """A backup with the tags that it was made with, read at one go. Raises NotFoundError, DamagedError."""
+        found = self._backup(id, {}, {})
+        if found is None:
+            raise NotFoundError(f"there is no backup {id} in {self.url}", hint="stasis backup list shows all")
+        return found
+
     def resolve(self, text: str, *, host: str | None = None, device: str | None = None) -> Manifest:
         """The backup that is meant by an id, the start of one, or "latest" of a host and device.
 
@@ -166,7 +181,8 @@ class Repository:
     def publish(self, draft: Manifest) -> Manifest:
         """Make a backup of what was stored: the draft with its id. Raises LockedError when a lease lapsed.
 
-        All that it names is durable before the manifest appears.
+        All that it names is durable before the manifest appears, and is known to have been kept until it did: a prune
+        that comes later sees the manifest, and one that came earlier took the lease away (docs/design/prune.md).
         """
         self.sync()
         self._confirm_leases()
@@ -174,6 +190,11 @@ class Repository:
         published = draft.with_id(self._keys.digest(Kind.MANIFEST, content).hex())
         where = f"backups/{published.id}"
         self.store.put(where, self.codec().seal(Kind.MANIFEST, where, content))
+        try:
+            self._confirm_leases()
+        except LockedError:
+            self.store.delete(where)
+            raise
         return published
 
     def remove_backup(self, id: str) -> None:  # noqa: A002
@@ -234,14 +255,14 @@ class Repository:
     @contextlib.contextmanager
     def lock_shared(self, purpose: str, *, wait: float = 0) -> Iterator[Lease]:
         """Nothing that a backup needs is removed while this is held. Raises LockedError."""
-        with self._locked(locks.SHARED, purpose, wait) as lease:
-            yield lease
+        with self._locked(locks.SHARED, purpose, wait) as held:
+            yield held
 
     @contextlib.contextmanager
     def lock_exclusive(self, purpose: str, *, wait: float = 0) -> Iterator[Lease]:
         """Nobody else writes or relies on anything while this is held. Raises LockedError."""
-        with self._locked(locks.EXCLUSIVE, purpose, wait) as lease:
-            yield lease
+        with self._locked(locks.EXCLUSIVE, purpose, wait) as held:
+            yield held
 
     def locks(self) -> list[LockInfo]:
         """Who holds locks."""
@@ -255,18 +276,26 @@ class Repository:
 
     @contextlib.contextmanager
     def _locked(self, kind: str, purpose: str, wait: float) -> Iterator[Lease]:
-        lease = locks.acquire(self.store, self.codec(), kind, purpose, wait)
-        self._leases.append(lease)
+        held = self._acquire(kind, purpose, wait)
+        self._leases.append(held)
         try:
-            yield lease
+            yield held
         finally:
-            if lease in self._leases:
-                self._leases.remove(lease)
-                lease.end()
+            if held in self._leases:
+                self._leases.remove(held)
+                held.end()
+
+    def _acquire(self, kind: str, purpose: str, wait: float) -> Lease:
+        try:
+            return lease.acquire(self.store, self.codec(), kind, purpose, wait)
+        except PermissionDeniedError:
+            if not self.read_only or kind != locks.SHARED:
+                raise
+            return Lease(None)  # who may only read, from a disk that is mounted so, reads without
 
     def _confirm_leases(self) -> None:
-        for lease in self._leases:
-            if not lease.confirm():
+        for held in self._leases:
+            if not held.confirm():
                 raise LockedError(f"the lock of this command in {self.url} lapsed before the backup was complete",
                                   hint="run the command again: what is stored already is not stored twice")
 
