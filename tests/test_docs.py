@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_every_example_is_accepted_by_the_parser() -> None:
 
 def _parses(parser: argparse.ArgumentParser, example: str) -> bool:
     try:
-        parser.parse_args(example.split()[1:])
+        parser.parse_args(shlex.split(example)[1:])
     except StasisError:
         return False
     except SystemExit as error:
@@ -106,7 +107,7 @@ def _examples(page: Path) -> list[str]:
     blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     found = []
     for line in "".join(blocks).splitlines():
-        match = re.search(r"(?:^|\$\(|\[ |sudo )(stasis [^#|;)>\]&]*)", line)
+        match = re.search(r"(?:^|\$\(|\[ |sudo )(stasis [^#|;)<>\]&]*)", line)
         if match:
             found.append(match[1].replace("$id", "6f1c2a7e-0000-4000-8000-000000000000").strip())
     return found

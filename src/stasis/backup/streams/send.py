@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
@@ -60,11 +60,11 @@ def send(repository: Repository, backup: Manifest, base: Manifest | None, sink: 
     packer = zstandard.ZstdCompressor(level=LEVEL, threads=threads, write_checksum=True)
     head = Head(backup.id, backup.size, base.id if base else None, describe.encode(backup, base))
     counted = _Counted(sink)
-    packed = packer.stream_writer(counted, closefd=False)
+    packed = packer.stream_writer(cast(BinaryIO, counted), closefd=False)
     with repository.lock_shared("send"):
         sender = _Sender(repository, backup, base, StreamWriter(packed, head), progress or Progress())
         sender.run()
-    packed.close()  # not after an error: what is cut off must look so
+    packed.flush(zstandard.FLUSH_FRAME)  # not after an error: what is cut off must look so
     sink.flush()
     return SendResult(backup.id, base.id if base else None, backup.size, sender.bytes_data, sender.bytes_zero,
                       counted.total, round(time.monotonic() - started, 3))
