@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         loop.run()
     for server in servers:
         server.close()
+    if sibling is not None:
+        sibling.close()
     return 0
 
 

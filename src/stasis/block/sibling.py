@@ -7,6 +7,7 @@ through a socket; when it ends, however it does, the socket closes and the secon
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ __all__ = ["Sibling", "fork_sibling", "serve_handed_over"]
 class Sibling:
     """The second process, as the first one sees it."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self._socket, self._pid = sock, pid
         self._next = False
 
     def take(self, client: socket.socket, server: int) -> bool:
@@ -38,6 +39,13 @@ class Sibling:
         return True
 
 
+    def close(self) -> None:
+        """Have it end, and wait for that: it has the origin open, which may be wanted by another as soon as we end."""
+        self._socket.close()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+
 def fork_sibling() -> tuple[Sibling | None, socket.socket | None]:
     """Fork, before there are threads, rings or loops: (sibling, None) in the first process, (None, socket) in the
     second, (None, None) where there is only one processor.
@@ -47,12 +55,13 @@ def fork_sibling() -> tuple[Sibling | None, socket.socket | None]:
     if len(os.sched_getaffinity(0)) < 2:
         return None, None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork() == 0:
+    pid = os.fork()
+    if pid == 0:
         ours.close()
         return None, theirs
     theirs.close()
     ours.setblocking(False)
-    return Sibling(ours), None
+    return Sibling(ours, pid), None
 
 
 def serve_handed_over(loop: EventLoop, sock: socket.socket, servers: Sequence[Server]) -> None:

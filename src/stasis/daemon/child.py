@@ -6,6 +6,7 @@ A process may have been started by this daemon or by one that died before it; bo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -69,9 +70,17 @@ class Child:
             self.kill()
 
     def kill(self) -> None:
-        """End it with SIGKILL and wait."""
-        process.signal_pidfd(self._pidfd, signal.SIGKILL)
-        self.wait()
+        """End it and what it forked with SIGKILL and wait: all of them have the origin open, and its lock."""
+        with contextlib.ExitStack() as stack:
+            forked = []
+            for pid in process.children(self.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    forked.append(Child(pid))
+                    stack.callback(forked[-1].close)
+            for child in (self, *forked):
+                process.signal_pidfd(child._pidfd, signal.SIGKILL)
+            for child in (self, *forked):
+                child.wait()
 
     def close(self) -> None:
         """Forget it; it runs on."""

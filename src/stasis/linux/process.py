@@ -11,6 +11,7 @@ from stasis.linux import libc
 
 __all__ = [
     "boot_id",
+    "children",
     "has_open",
     "name",
     "open_descriptors",
@@ -49,6 +50,17 @@ def name(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return "?"
+
+
+def children(pid: int) -> list[int]:
+    """Processes that the main thread of pid started and that still are its own; none if pid has ended.
+
+    None either on a kernel without CONFIG_PROC_CHILDREN.
+    """
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def start_time(pid: int) -> int | None:
