@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from errno import EIO
 
 from stasis.block.chunktable import DIRECT, ZERO, ChunkTable, Run, merge_runs, part_range
@@ -65,6 +65,15 @@ class CopyOnWrite:
         self._window.close()
         self.table.close()
         self.storage.close()
+
+    def describe(self) -> dict[str, int]:
+        """State and counters for JSON."""
+        return {
+            "error_code": -self.table.error,
+            **asdict(self.counters),
+            "leaves": self.table.leaf_count,
+            "chunk_size": 1 << self.table.chunk_shift,
+        }
 
     # -- before the origin is written ---------------------------------------------------------------
 

@@ -9,9 +9,10 @@ coherent with direct I/O (it writes cached pages back before a direct read and d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from errno import EIO, ENOTSUP, EOPNOTSUPP
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from errno import EIO, ENODEV, ENOTSUP, EOPNOTSUPP
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 from stasis.block.changemap import Identity
 from stasis.linux import blockdev, files, memory, uring
@@ -26,6 +27,23 @@ LARGE = 64 << 10
 0.19 s), and one that is not cached is spread over the disk by the kernel's read-ahead."""
 DISCARD_STEP = 256 << 20
 _ZEROS = bytes(ZERO_STEP)
+
+P = ParamSpec("P")
+
+
+def _enodev_once_removed(call: Callable[Concatenate[Origin, P], None]) -> Callable[Concatenate[Origin, P], None]:
+    """Of I/O on a device that was removed the kernel says many things: an early end, ENOSPC, EINVAL, EIO."""
+
+    @wraps(call)
+    def checked(origin: Origin, /, *arguments: P.args, **named: P.kwargs) -> None:
+        try:
+            call(origin, *arguments, **named)
+        except OSError as error:
+            if origin.is_gone:
+                raise OSError(ENODEV, "the block device was removed", origin.path) from error
+            raise
+
+    return checked
 
 
 class Origin:
@@ -54,6 +72,11 @@ class Origin:
         """The size now; it differs from `size` when the origin was resized meanwhile."""
         return blockdev.size(self.fd) if self.is_device else os.fstat(self.fd).st_size
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is a block device that was removed: the kernel then says that its size is 0."""
+        return self.is_device and not self.current_size()
+
     def identity(self) -> Identity:
         """What the origin shows of itself, to tell later whether somebody else wrote to it."""
         info = os.fstat(self.fd)
@@ -66,6 +89,7 @@ class Origin:
 
     # -- reading ----------------------------------------------------------------------------------
 
+    @_enodev_once_removed
     def read(self, buffer: IoBuffer, requests: Sequence[Request]) -> None:
         """Fill the buffer at each request's position. OSError EIO when the origin ends early."""
         if self._ring is None or (not self.direct and (len(requests) == 1 or requests[0][1] >= LARGE)):
@@ -97,6 +121,7 @@ class Origin:
 
     # -- writing ----------------------------------------------------------------------------------
 
+    @_enodev_once_removed
     def write(self, buffer: IoBuffer, requests: Sequence[Request]) -> None:
         """Write each request's data from the buffer."""
         if self.direct:
@@ -161,9 +186,12 @@ class Origin:
 
     # -- the rest ---------------------------------------------------------------------------------
 
+    @_enodev_once_removed
     def flush(self) -> None:
         """Make everything written durable."""
         os.fdatasync(self.fd)
+        if self.is_gone:
+            raise OSError(EIO, "what was written last may be lost", self.path)  # the kernel may see nothing to do
 
     def prefetch(self, offset: int, length: int) -> None:
         """Bring a range into the page cache in the background; nothing to do with direct I/O."""
@@ -176,6 +204,7 @@ class Origin:
             return iter([(offset, length, True)])
         return files.data_extents(self.buffered_fd, offset, length)
 
+    @_enodev_once_removed
     def discard(self, offset: int, length: int) -> None:
         """Give space back; an origin that cannot is left as it is."""
         try:
@@ -187,6 +216,7 @@ class Origin:
             if error.errno not in (EOPNOTSUPP, ENOTSUP):
                 raise
 
+    @_enodev_once_removed
     def zero(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
         """Make a range read as zeroes. With `fast` OSError ENOTSUP where that means writing them."""
         try:

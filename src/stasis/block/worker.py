@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import time
-from errno import EALREADY, EBUSY, EINVAL, EIO, ENOENT, ENOTTY, EPERM
+from errno import EALREADY, EBUSY, EINVAL, EIO, ENODEV, ENOENT, ENOTTY, EPERM
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Worker:
         self._prepared: tuple[str, CopyOnWrite, int] | None = None
         self._taken_at = 0
         self._switched = False
+        self._is_removed = False
         if config.get("snapshot"):
             self._resume(config["snapshot"])
         elif self.tracker is not None and self.tracker.changes.is_held:
@@ -93,26 +94,50 @@ class Worker:
             server.close()
         self.servers.clear()
         self.background.close()
-        self.origin.flush()
-        if self.tracker is not None:
-            self.tracker.finish(self.origin.identity())
-            self.tracker.close()
+        self._finish()
         self.control.close()
         self.loop.stop()
+
+    def _finish(self) -> None:
+        """Make the origin and the map durable. A map is clean only if what it knows of is on the disk."""
+        try:
+            self.origin.flush()
+            if self.tracker is not None:
+                self.tracker.finish(self.origin.identity())
+        except OSError as error:
+            print(f"ERROR {self.name} did not end in order: {error}", file=sys.stderr, flush=True)
+        if self.tracker is not None:
+            self.tracker.close()
 
     # -- timers -------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         if self.tracker is not None:
             self.tracker.changes.tick()
-        if self.origin.current_size() != self.origin.size:
-            self._resized(self.origin.current_size())
+        size = self.origin.current_size()
+        if self.origin.is_device and not size:
+            self._removed()
+        elif size != self.origin.size:
+            self._resized(size)
         cow = self.export.cow
         if cow is not None and not cow.table.error:
             try:
                 cow.storage.check()
             except OSError as error:
                 cow.fail(error.errno or EIO)
+
+    def _removed(self) -> None:
+        """The block device is gone: say so once, and answer errors until somebody takes the filter off."""
+        if self._is_removed:
+            return
+        self._is_removed = True
+        print(f"ERROR the block device {self.origin.path} was removed", file=sys.stderr, flush=True)
+        self._abort()
+        if self.export.cow is not None:
+            self.export.cow.fail(ENODEV)
+        if self.tracker is not None:
+            # It may come back with what another machine wrote to it.
+            self.tracker.changes.set_broken("the block device was removed")
 
     def _resized(self, size: int) -> None:
         cow = self.export.cow
@@ -206,17 +231,7 @@ class Worker:
             fields["intent_regions"] = len(self.tracker.log.dirty())
             fields["opening"] = {"fresh": self.opening.fresh, "reason": self.opening.reason}
         if cow is not None:
-            counters = cow.counters
-            fields["snapshot"] = {
-                "id": self.snapshot,
-                "error_code": -cow.table.error,
-                "read": counters.read,
-                "stored": counters.stored,
-                "zero": counters.zero,
-                "image_written": counters.image_written,
-                "leaves": cow.table.leaf_count,
-                "chunk_size": 1 << cow.table.chunk_shift,
-            }
+            fields["snapshot"] = {"id": self.snapshot, **cow.describe()}
         fields["connections"] = sum(server.connections for server in self.servers)
         connection.reply(**fields)
 

@@ -215,6 +215,8 @@ class DeviceKeeper:
             if replaced or self._closing or self.devices.get(device.name) is not device:
                 return True  # somebody restarted or detached it meanwhile, or the daemon ends
             device.release_worker()
+            if device.is_gone:
+                return True  # there is nothing to serve
             try:
                 device.start_worker(self.settings(), continuity=True, resume=self.memberships.resume(device))
                 if device.node is not None:

@@ -8,6 +8,7 @@ same ones: nobody else can write to the origin in between, and clients that reco
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -23,7 +24,7 @@ from stasis.daemon.channel import Channel
 from stasis.daemon.child import NICE_IN_PATH, Child, last_line, spawn
 from stasis.daemon.paths import Directories
 from stasis.daemon.record import DeviceRecord, OriginKey
-from stasis.errors import DaemonError, StasisError, StateError
+from stasis.errors import DaemonError, NotFoundError, StasisError, StateError
 from stasis.linux import blockdev
 from stasis.nbd.uri import NbdUri
 
@@ -121,9 +122,20 @@ class ServedDevice:
 
     def require(self) -> Channel:
         """The command connection to its worker. Raises the error that keeps the device from being served."""
+        if self.is_gone:
+            raise self._removed()
         if self.channel is None:
             raise self.failure or DaemonError(f"{self.name} is not served at the moment", hint="try again")
         return self.channel
+
+    @property
+    def trouble(self) -> StasisError | None:
+        """Why the device is of no use at the moment; its worker answers errors if it was removed."""
+        return self._removed() if self.is_gone else self.failure
+
+    def _removed(self) -> NotFoundError:
+        return NotFoundError(f"the block device {self.record.path} of {self.name} was removed", errno=errno.ENODEV,
+                             hint=f"stasis device detach {self.name}, and attach it again when it is back")
 
     # -- start and stop ---------------------------------------------------------------------------
 

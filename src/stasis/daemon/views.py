@@ -21,13 +21,14 @@ def device(keeper: SnapshotKeeper, shown: ServedDevice, *, detailed: bool = Fals
     numbers: dict[str, Any] = {}
     with contextlib.suppress(StasisError):
         numbers = maps.info(keeper.directories, shown.name)
+    trouble = shown.trouble
     return model.Device(
         name=shown.name,
         path=shown.record.path,
         uri=shown.uri,
         size=shown.size,
-        state="serving" if shown.channel is not None else "failed",
-        error=str(shown.failure) if shown.failure else None,
+        state="serving" if shown.channel is not None and trouble is None else "failed",
+        error=str(trouble) if trouble else None,
         tcp_uri=shown.tcp_uri,
         node=nodes.path_of(shown.node),
         snapshot=keeper.snapshot_of(shown.name),
