@@ -40,7 +40,7 @@ class FakeDisk:
         self.generation, self.number, self.changes = str(uuid.uuid4()), 1, [0] * len(self.changes)
 
     def resize(self, size: int) -> None:
-        self.data = self.data[:size] + bytes(size - len(self.data))
+        self.data = self.data[:size].ljust(size, b"\0")
         self.changes = [0] * -(-size // BLOCK)
         self.new_generation()
 
@@ -81,9 +81,8 @@ class FakeSnapshot:
         return [(at, min(length, len(self.data) - at)) for at, length in merge(found)]
 
     def zero_extents(self) -> list[Extent]:
-        zero = bytes(BLOCK)
         return merge((at, min(BLOCK, len(self.data) - at)) for at in range(0, len(self.data), BLOCK)
-                     if self.data[at : at + BLOCK] == zero)
+                     if not any(self.data[at : at + BLOCK]))
 
     def open_reader(self) -> FakeReader:
         self.readers += 1

@@ -128,28 +128,26 @@ def _kept(repository: Repository) -> Iterator[None]:
 
 
 def _publish(drafts: Sequence[Manifest], repository: Repository, lease: Lease) -> list[Manifest]:
-    """Make the drafts backups. A lease that lapsed, at whatever moment, means that chunks may be gone: they are looked
-    for one by one then."""
-    repository.sync()
-    if not lease.confirm():
-        lease.renew()
-        for draft in drafts:
-            _check_complete(draft, repository)
-    backups = [repository.publish(draft) for draft in drafts]
-    if not lease.confirm():
-        lease.renew()
-        _remove_incomplete(backups, repository)
-    return backups
-
-
-def _remove_incomplete(backups: Sequence[Manifest], repository: Repository) -> None:
+    """Make the drafts backups, all or none."""
+    backups: list[Manifest] = []
     try:
-        for backup in backups:
-            _check_complete(backup, repository)
-    except RepositoryError:
+        repository.sync()
+        if not lease.confirm():
+            _renew(drafts, repository, lease)
+        for draft in drafts:
+            backups.append(repository.publish(draft))
+    except BaseException:
         for backup in backups:
             repository.remove_backup(backup.id)
         raise
+    return backups
+
+
+def _renew(drafts: Sequence[Manifest], repository: Repository, lease: Lease) -> None:
+    """A lock that lapsed means that chunks may be gone: take it again, and look for every one of them."""
+    lease.renew()
+    for draft in drafts:
+        _check_complete(draft, repository)
 
 
 def _check_complete(draft: Manifest, repository: Repository) -> None:

@@ -122,7 +122,8 @@ def _changed_since(source: PointInTimeSource, manifest: Manifest, known: Known) 
                               f"{source.identity}")
     mark = mark_of(manifest)
     if mark is None:
-        raise GenerationError(f"backup {short} has no mark that tracking could go on from")
+        raise GenerationError(f"backup {short} left no mark to go on from: nothing was tracked then, or tracking was "
+                              "found to be wrong")
     if mark.generation == source.mark.generation:
         if mark.number > source.mark.number:
             raise GenerationError(f"backup {short} has change number {mark.number}, which is ahead of this snapshot's "
