@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 
-from stasis.backup.serve.changes import SEGMENT_CHUNKS, ZERO
+from stasis.backup.repo.index import NAMES_PER_SEGMENT, ZERO
 from stasis.errors import DamagedError
 
 __all__ = ["CHUNK", "FakeIndex", "FakeReader", "FakeStore", "image"]
@@ -93,5 +93,5 @@ class FakeIndex:
         return iter(self.list[first : first + count])
 
     def segment_names(self) -> Sequence[bytes]:
-        segments = (self.list[at : at + SEGMENT_CHUNKS] for at in range(0, self.count, SEGMENT_CHUNKS))
+        segments = (self.list[at : at + NAMES_PER_SEGMENT] for at in range(0, self.count, NAMES_PER_SEGMENT))
         return [hashlib.sha256(b"".join(segment)).digest() for segment in segments]

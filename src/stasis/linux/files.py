@@ -15,10 +15,12 @@ __all__ = [
     "allocate",
     "create_memfd",
     "data_extents",
+    "link_unnamed",
     "open_unnamed",
     "punch_hole",
     "reopen",
     "start_writeback",
+    "sync_filesystem",
     "transfer_rest",
     "wait_writeback",
     "writeback_error",
@@ -38,8 +40,14 @@ SYNC_FILE_RANGE_WAIT_BEFORE = 1
 SYNC_FILE_RANGE_WRITE = 2
 SYNC_FILE_RANGE_WAIT_AFTER = 4
 
+# include/uapi/linux/fcntl.h
+AT_FDCWD = -100
+AT_SYMLINK_FOLLOW = 0x400
+
 _fallocate = libc.libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_linkat = libc.libc.linkat
+_linkat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
 _sync_file_range = libc.libc.sync_file_range
 _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
@@ -165,6 +173,24 @@ def open_unnamed(directory: str, mode: int = 0o600) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def link_unnamed(fd: int, path: str) -> None:
+    """Give a file of O_TMPFILE (without O_EXCL) its name. FileExistsError: nothing is ever replaced.
+
+    By way of /proc, as AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH (open(2), O_TMPFILE).
+    """
+    source = f"/proc/self/fd/{fd}".encode()
+    libc.check(_linkat(AT_FDCWD, source, AT_FDCWD, os.fsencode(path), AT_SYMLINK_FOLLOW), "link", path)
+
+
+def sync_filesystem(path: str) -> None:
+    """Make all that was written to the file system of `path` durable, names included."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        libc.check(libc.libc.syncfs(fd), "syncfs", path)
+    finally:
+        os.close(fd)
 
 
 def reopen(fd: int, flags: int) -> int:

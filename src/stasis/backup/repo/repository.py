@@ -9,14 +9,15 @@ from collections.abc import Iterable, Iterator
 
 from stasis.backup.repo import config as config_
 from stasis.backup.repo import keys, lease, locks, manifest, tags
-from stasis.backup.repo.chunks import ChunkReader, ChunkWriter, Namer, object_name
+from stasis.backup.repo.chunks import ChunkReader, ChunkWriter, Namer
 from stasis.backup.repo.config import Config
 from stasis.backup.repo.index import ZERO, Index, IndexBuilder
 from stasis.backup.repo.keys import KeySlot, Secret, Secrets
 from stasis.backup.repo.lease import Lease
 from stasis.backup.repo.locks import LockInfo
 from stasis.backup.repo.manifest import Manifest
-from stasis.backup.repo.objects import Codec, Keys, Kind
+from stasis.backup.repo.objects import Codec, Keys, Kind, object_name
+from stasis.backup.repo.presence import Presence
 from stasis.backup.repo.store import Store, open_store
 from stasis.errors import LockedError, NotFoundError, PermissionDeniedError, RepositoryError, UsageError
 
@@ -41,6 +42,7 @@ class Repository:
         self._keys = Keys(repository_key)
         self._leases: list[Lease] = []
         self.chunk_name = Namer(self._keys)
+        self._presence = Presence(store)
 
     # Making and opening
 
@@ -98,7 +100,7 @@ class Repository:
 
     def chunk_writer(self) -> ChunkWriter:
         """Stores chunks; for one thread."""
-        return ChunkWriter(self.store, self.codec(), self.chunk_name, self.has_chunk)
+        return ChunkWriter(self.store, self.codec(), self.chunk_name, self._presence)
 
     def chunk_reader(self) -> ChunkReader:
         """Fetches chunks; for one thread."""

@@ -11,10 +11,10 @@ import enum
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-__all__ = ["SEGMENT_CHUNKS", "ZERO", "Change", "Index", "Run", "differences"]
+from stasis.backup.repo.index import NAMES_PER_SEGMENT, ZERO
 
-ZERO = bytes(32)
-SEGMENT_CHUNKS = 4096
+__all__ = ["Change", "Index", "Run", "differences"]
+
 
 
 class Index(Protocol):
@@ -58,8 +58,8 @@ def differences(base: Index, target: Index, first: int, stop: int) -> Iterator[R
 def _compared(base: Index, target: Index, first: int, stop: int) -> Iterator[Run]:
     ours, theirs = target.segment_names(), base.segment_names()
     while first < stop:
-        segment = first // SEGMENT_CHUNKS
-        count = min(stop, (segment + 1) * SEGMENT_CHUNKS) - first
+        segment = first // NAMES_PER_SEGMENT
+        count = min(stop, (segment + 1) * NAMES_PER_SEGMENT) - first
         if ours[segment] == theirs[segment]:
             yield first, count, Change.NONE
         else:

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from stasis.backup.repo.index import ZERO
 from stasis.backup.serve.cache import ChunkCache, Key
-from stasis.backup.serve.changes import ZERO, Change, Index, differences
+from stasis.backup.serve.changes import Change, Index, differences
 from stasis.errors import UsageError
 
 __all__ = ["EXACT_BLOCK", "Difference", "diff"]

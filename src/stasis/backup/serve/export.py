@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from errno import EIO
 from typing import ParamSpec, TypeVar
 
+from stasis.backup.repo.index import NAMES_PER_SEGMENT, ZERO
 from stasis.backup.serve.cache import ChunkCache, Ended, Key, Piece
-from stasis.backup.serve.changes import ZERO, Change, Index, differences
+from stasis.backup.serve.changes import Change, Index, differences
 from stasis.backup.serve.readahead import ReadAhead
 from stasis.block.exports import BASE_ALLOCATION, DIRTY_BITMAP, NBD_STATE_HOLE, NBD_STATE_ZERO, Status
 from stasis.errors import StasisError
@@ -20,7 +21,7 @@ __all__ = ["BackupExport"]
 
 log = logging.getLogger(__name__)
 
-STATUS_CHUNKS = 2 * 4096
+STATUS_CHUNKS = 2 * NAMES_PER_SEGMENT
 """Chunks that one block status answer looks at: two segments of the index. The client asks on from where it ends."""
 _LOGGED = 1000
 """Different failures that are logged; a client that reads a damaged place again and again does not fill the log."""
