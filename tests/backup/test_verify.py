@@ -86,7 +86,7 @@ def test_a_missing_segment_is_named(repository: Repository) -> None:
     read_data=st.booleans(),
     seed=st.integers(0, 3),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_what_changed_behind_the_back_of_tracking_is_found_to_the_page(
     module_repository: Repository, tracked: list[tuple[int, int]], behind: list[int], read_data: bool, seed: int
 ) -> None:
