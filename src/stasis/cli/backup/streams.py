@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stasis.cli.backup import qcow
 from stasis.cli.backup.options import add_repository, open_repository
 from stasis.cli.backup.reporting import Reporter, report
 from stasis.cli.options import add_command
@@ -39,6 +40,7 @@ stasis backup receive --output disk.img < monday.stream
     command.add_argument("--output", metavar="FILE", type=Path,
                          help="write the image to a new file; no repository is needed")
     add_repository(command)
+    qcow.add(group)
 
 
 def send(arguments: argparse.Namespace) -> None:
