@@ -107,7 +107,13 @@ class Pipeline:
         Raises what a thread raised first. In each case no thread runs any more when it returns.
         """
         crew: Crew[Batch] = Crew(lambda: _Lane(self), self.lanes)
-        crew.run(self._batches(reads), 0, lambda _: self.task.builder.settled(crew.position))
+        crew.run(self._batches(reads), 0, lambda _: self.task.builder.settled(self._final(crew.position)))
+
+    def _final(self, position: int) -> int:
+        """Chunks below this are final. Batches behind the end of a stream settle nothing."""
+        if isinstance(self.task.source, StreamSource):
+            return min(position, self.task.source.position // self.task.chunk_size)
+        return position
 
     def _batches(self, reads: Iterable[ChunkRange]) -> Iterator[Batch]:
         if not isinstance(self.task.source, StreamSource):

@@ -22,7 +22,7 @@ LOOK_UP_SECONDS = 0.2
 
 
 class StreamSource:
-    """A pipe or file open for reading. `size` is None until the end was met."""
+    """A pipe or file open for reading. `size` is None until the end was met; `position` is how much was read."""
 
     kind = "stdin"
     block_size = 0
@@ -34,7 +34,7 @@ class StreamSource:
         self.size: int | None = None
         self._fd = fd
         self._turn = threading.Condition()
-        self._position = 0
+        self.position = 0
         self._failed = False
 
     def changed_since(self, mark: Mark) -> list[Extent]:
@@ -59,10 +59,10 @@ class StreamSource:
     def read_turn(self, offset: int, view: memoryview) -> int:
         """Fill the view from `offset` on, once it is its turn; less than that at the end of the stream only."""
         with self._turn:
-            self._turn.wait_for(lambda: self._failed or self._position >= offset or self.size is not None)
+            self._turn.wait_for(lambda: self._failed or self.position >= offset or self.size is not None)
             if self._failed:
                 raise StasisError("reading standard input was given up", errno=errno.ECANCELED)
-            if self._position != offset:
+            if self.position != offset:
                 return 0  # the stream ended before our turn
             try:
                 got = self._fill(view)
@@ -71,9 +71,9 @@ class StreamSource:
                 raise
             finally:
                 self._turn.notify_all()
-            self._position += got
+            self.position += got
             if got < len(view):
-                self.size = self._position
+                self.size = self.position
             return got
 
     def give_up(self) -> None:
