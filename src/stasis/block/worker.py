@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import time
-from errno import EALREADY, EBUSY, EINVAL, EIO, ENODEV, ENOENT, ENOTTY, EPERM
+from errno import EALREADY, EBUSY, EINVAL, EIO, ENODEV, ENOENT, ENOTTY, EPERM, ETIMEDOUT
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,6 @@ class Worker:
         self.snapshot: str | None = None
         self.storage_fd = -1
         self._prepared: tuple[str, CopyOnWrite, int] | None = None
-        self._taken_at = 0
         self._switched = False
         self._is_removed = False
         if config.get("snapshot"):
@@ -272,11 +271,10 @@ class Worker:
 
     def _do_stop(self, connection: Connection, _message: Message) -> None:
         # The answer means that everything is done; the connection's end follows it.
-        reply = partial(connection.reply)
         sock = connection.sock.dup()
         self.stop()
         connection.sock = sock
-        reply()
+        connection.reply()
         sock.close()
 
     # -- snapshots ----------------------------------------------------------------------------------
@@ -317,6 +315,11 @@ class Worker:
         connection.reply()
         if not hold.serve(int(message.get("timeout_ms", self.settings.hold_timeout_ms)) / 1000):
             self._abort()
+
+    def _do_switch(self, _connection: Connection, _message: Message) -> None:
+        raise OSError(ETIMEDOUT, "it is not held (any more): a take may hold a device for hold_timeout_ms")
+
+    _do_release = _do_switch  # what a hold is served is not served here
 
     def _switch(self) -> dict[str, Any]:
         if self._prepared is None or self._switched:

@@ -93,15 +93,20 @@ class ImageServer:
         child.wait()
         if time.monotonic() - started < QUICK_DEATH:
             pause = QUICK_DEATH
+        self._forget(child)
         while not self._stopped.wait(pause):
             log.error("the image server of %s ended (%s); starting it again", self.export, last_line(self._log_path))
             try:
-                child.close()
                 self._spawn()
                 return
             except DaemonError as error:
                 log.error("%s", error)
                 pause = min(LONGEST_PAUSE, 2 * pause + 0.1)
+
+    def _forget(self, child: Child) -> None:
+        with self._lock:  # whoever stops us may be waiting for its end
+            child.close()
+            self.child = None
 
     def stop(self, *, keep_process: bool = False) -> None:
         """End the server and remove its socket; open connections end. `keep_process` leaves it for a later daemon."""
