@@ -113,10 +113,11 @@ class ServedDevice:
     @property
     def is_gone(self) -> bool:
         """Whether the block device was removed under us: the kernel then says its size is 0."""
-        if self.key[0] != "block" or self._origin_fd < 0:
+        fd = self._origin_fd  # the path, and with it the key, is not there to be asked
+        if fd < 0 or not blockdev.is_block_device(fd):
             return False
         try:
-            return blockdev.size(self._origin_fd) == 0
+            return blockdev.size(fd) == 0
         except OSError:
             return True
 
