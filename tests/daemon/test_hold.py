@@ -48,7 +48,7 @@ def test_a_device_that_is_held_too_long_lets_go_and_the_take_fails(
         return real(channel, op)
 
     monkeypatch.setattr(Channel, "receive", late)
-    with client, pytest.raises(StasisError, match="worker of a .*hold_timeout_ms") as raised:
+    with client, pytest.raises(StasisError, match=r"worker of a .*hold_timeout_ms") as raised:
         daemon.snapshots.take(snapshot.id)
     monkeypatch.undo()
     assert raised.value.errno == errno.ETIMEDOUT
