@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from obstore.store import S3Config
 
-__all__ = ["settings"]
+__all__ = ["endpoint", "settings"]
 
 _CREDENTIALS = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key",
                 "aws_session_token": "session_token"}
@@ -37,6 +37,12 @@ def settings(environment: Mapping[str, str]) -> S3Config:
     if "AWS_ENDPOINT_URL" in environment or "AWS_ENDPOINT_URL_S3" in environment:
         known.pop("endpoint", None)
     return cast("S3Config", found | known)
+
+
+def endpoint(environment: Mapping[str, str], config: S3Config) -> str:
+    """The server that is not Amazon's, "" where none is named."""
+    named = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+    return named or config.get("endpoint", "")
 
 
 def _section(path: Path, section: str, names: Mapping[str, str]) -> dict[str, str]:

@@ -34,7 +34,7 @@ PATIENCE_SECONDS = 180.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 15.0
 # The library tries again by itself what it knows to be harmless; the rest, and what lasts longer, is tried here.
 RETRIES: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
-REQUEST_SECONDS = 120
+REQUEST_SECONDS = 300  # a chunk of 16 MiB on a slow line, among fifteen others
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +163,7 @@ def _connect(url: str) -> ObjectStore:
     config: S3Config = {}
     if url.startswith("s3"):
         config = awsprofile.settings(os.environ)
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-        if endpoint.startswith("http://"):
+        if awsprofile.endpoint(os.environ, config).startswith("http://"):
             client["allow_http"] = True  # who writes http:// there means it
     try:
         return from_url(url, config=config, client_options=client, retry_config=RETRIES)

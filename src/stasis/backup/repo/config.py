@@ -60,7 +60,9 @@ def write(store: Store, repository_key: bytes | None, config: Config) -> bool:
     fields = {"version": FORMAT_VERSION, "id": config.id, "chunk_size": config.chunk_size,
               "compression": config.compression, "created": _now(), "tool": f"stasis {stasis.__version__}"}
     codec = Codec(Keys(repository_key), compress=False, where=store.url)
-    return store.put(NAME, codec.seal(Kind.CONFIG, NAME, json.dumps(fields).encode()))
+    frame = codec.seal(Kind.CONFIG, NAME, json.dumps(fields).encode())
+    # A put whose answer was lost is tried again, and then finds what it has put itself.
+    return store.put(NAME, frame) or store.get(NAME) == frame
 
 
 def load(store: Store) -> tuple[bytes, bool]:
@@ -84,7 +86,7 @@ def unlock(store: Store, frame: bytes, secret: Secret | None) -> tuple[bytes | N
     damage: StasisError | None = None
     for where in _slot_names(store):
         try:
-            repository_key = keys.open_slot(_slot_content(store, where), secret, name=where)
+            repository_key = _open_slot(store, where, secret)
             if repository_key is not None:
                 return repository_key, _read(store, repository_key, frame)
         except DamagedError as error:  # a slot of an init that was killed opens, but not this config
@@ -106,7 +108,7 @@ def add_slot(store: Store, repository_key: bytes, secret: Secret, label: str) ->
 
 def read_slots(store: Store) -> list[KeySlot]:
     """All key slots. Raises DamagedError."""
-    return [keys.describe_slot(_slot_content(store, where), where) for where in _slot_names(store)]
+    return [_describe_slot(store, where) for where in _slot_names(store)]
 
 
 def remove_slot(store: Store, id_: str) -> None:
@@ -123,13 +125,21 @@ def _slot_names(store: Store) -> Iterator[str]:
 
 
 def _slot_content(store: Store, where: str) -> bytes:
-    codec = _open_codec(store)
-    content = codec.unseal(Kind.KEY, where, store.get(where))
+    return _open_codec(store).unseal(Kind.KEY, where, store.get(where))
+
+
+def _open_slot(store: Store, where: str, secret: Secret) -> bytes | None:
     try:
-        keys.describe_slot(content, where)
+        return keys.open_slot(_slot_content(store, where), secret, name=where)
     except ValueError as error:
-        raise codec.damaged(where, str(error)) from error
-    return content
+        raise _open_codec(store).damaged(where, str(error)) from error
+
+
+def _describe_slot(store: Store, where: str) -> KeySlot:
+    try:
+        return keys.describe_slot(_slot_content(store, where), where)
+    except ValueError as error:
+        raise _open_codec(store).damaged(where, str(error)) from error
 
 
 def _open_codec(store: Store) -> Codec:
@@ -139,9 +149,15 @@ def _open_codec(store: Store) -> Codec:
 
 def _read(store: Store, repository_key: bytes | None, frame: bytes) -> Config:
     codec = Codec(Keys(repository_key), compress=False, where=store.url)
-    fields = json.loads(codec.unseal(Kind.CONFIG, NAME, frame))
-    _refuse_later(fields["version"], store.url)
-    return Config(fields["id"], fields["chunk_size"], fields["compression"])
+    content = codec.unseal(Kind.CONFIG, NAME, frame)
+    try:
+        fields = json.loads(content)
+        _refuse_later(int(fields["version"]), store.url)
+        config = Config(str(fields["id"]), int(fields["chunk_size"]), str(fields["compression"]))
+        check(config.chunk_size, config.compression)
+    except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
+        raise codec.damaged(NAME, "it is no config") from error
+    return config
 
 
 def _refuse_later(version: int, url: str) -> None:

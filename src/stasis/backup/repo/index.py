@@ -95,6 +95,16 @@ class IndexBuilder:
         self._open: dict[int, bytearray] = {}
         self._done: dict[int, bytes] = {}
         self._lock = threading.Lock()
+        self._misfit = self._short_chunk()
+
+    def _short_chunk(self) -> int | None:
+        """The one chunk that cannot be the parent's because it has another length: the device grew or shrank."""
+        if self._parent is None or not (shared := min(self._parent.count, self.count)):
+            return None
+        last = shared - 1
+        length = min(self._chunk_size, self.size - last * self._chunk_size)
+        same = self._parent.chunk_length(last) == length or self._parent.name(last) == ZERO
+        return None if same else last
 
     def set(self, number: int, name: bytes) -> None:
         """Put a chunk in its place. Raises ValueError when its segment is settled."""
@@ -106,6 +116,8 @@ class IndexBuilder:
                 raise ValueError(f"segment {segment} is settled already")
             if segment not in self._open:
                 self._open[segment] = self._inherited(segment)
+            if number == self._misfit:
+                self._misfit = None
             self._open[segment][place * NAME_BYTES : (place + 1) * NAME_BYTES] = name
 
     def settled(self, below: int) -> None:
@@ -121,6 +133,8 @@ class IndexBuilder:
         """Names of all segments, for the manifest. `size`: what it turned out to be; no chunk behind it was set."""
         if size is not None:
             self._cut(size)
+        if self._misfit is not None and self._misfit < self.count:
+            raise ValueError(f"chunk {self._misfit} has another length than in the parent, and was not set")
         self.settled(self.count)
         return tuple(self._finished(number) for number in range(-(-self.count // NAMES_PER_SEGMENT)))
 

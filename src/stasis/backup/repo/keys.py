@@ -154,7 +154,10 @@ def describe_slot(content: bytes, name: str) -> KeySlot:
 
 
 def _fields(content: bytes) -> dict[str, Any]:
-    fields = json.loads(content)
+    try:
+        fields = json.loads(content)
+    except RecursionError as error:  # anybody who can write to the store can make such a slot
+        raise ValueError("it is no key slot") from error
     texts = ("kind", "label", "created", "host", "kdf", "salt", "nonce", "wrapped")
     if not isinstance(fields, dict) or not all(isinstance(fields.get(key), str) for key in texts):
         raise ValueError("it is no key slot")

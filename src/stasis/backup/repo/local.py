@@ -17,15 +17,18 @@ from collections.abc import Iterator, Sequence
 
 from stasis.backup.repo.store import Buffer, ObjectInfo
 from stasis.errors import NotFoundError, PermissionDeniedError, StasisError, StorageError
-from stasis.linux import files
+from stasis.linux import files, mounts
 
 __all__ = ["LocalStore"]
 
 BATCH_OBJECTS = 128
 BATCH_BYTES = 128 << 20
 MOST_THREADS = 8
+SHARED_LAG = 60.0  # acdirmax of nfs(5): for so long another host may see an old directory
+SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "fuse", "ceph", "glusterfs", "ocfs2", "gfs2", "lustre", "afs")
 TEMPORARY = "tmp"  # folder of files that wait for their name, where O_TMPFILE is not supported
 NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR)  # the kernel's answers where a file system lacks it (open(2), BUGS)
+NO_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # link(2)
 NO_WRITEBACK = (errno.EINVAL, errno.ESPIPE, errno.ENOSYS)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,7 +43,7 @@ class LocalStore:
         self.path = os.path.abspath(path)
         self.url = self.path
         self.parallelism = max(2, min(MOST_THREADS, os.cpu_count() or 2))
-        self.listing_lag = 0.0
+        self.listing_lag = SHARED_LAG if _is_shared(self.path) else 0.0
         self._lock = threading.Lock()  # of the fields below; held for moments only
         self._naming = threading.Lock()  # held by the one thread that gives names
         self._staged: dict[str, _Nameless] = {}
@@ -181,6 +184,7 @@ class LocalStore:
         try:
             nameless = _Nameless.create(folder, self._full(TEMPORARY))
         except FileNotFoundError:
+            os.makedirs(self.path, mode=0o700, exist_ok=True)
             os.makedirs(folder, mode=0o700, exist_ok=True)
             nameless = _Nameless.create(folder, self._full(TEMPORARY))
         try:
@@ -257,7 +261,7 @@ class _Nameless:
             if self._temporary is None:
                 files.link_unnamed(self.fd, path)
             else:
-                os.link(self._temporary, path)
+                _link_or_rename(self._temporary, path)
         except FileExistsError:
             return False
         return True
@@ -267,6 +271,27 @@ class _Nameless:
         if self._temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
+
+
+def _is_shared(path: str) -> bool:
+    """Whether other hosts may have the file system too, and see its directories late."""
+    path = os.path.realpath(path)
+    inside = [mount for mount in mounts.mounts() if os.path.commonpath((mount.target, path)) == mount.target]
+    kind = max(reversed(inside), key=lambda mount: len(mount.target)).fstype if inside else ""
+    return kind.startswith(SHARED_FILESYSTEMS)
+
+
+def _link_or_rename(temporary: str, path: str) -> None:
+    """Where a file system has no links (FAT, some network file systems), what appears in between is replaced: names are
+    random or follow from the content, so it can only be the same."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise
+        if os.path.exists(path):
+            raise FileExistsError(errno.EEXIST, "exists", path) from error
+        os.rename(temporary, path)
 
 
 def _explain(error: OSError, path: str) -> StasisError:
