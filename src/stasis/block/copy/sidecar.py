@@ -114,7 +114,7 @@ class Sidecar:
         if any(record.get(key) != self._expected[key] for key in ("identity", "size")):
             raise self._mismatch(f"is of {_describe_record(record)}, not of {self._identity.describe()}")
         if record.get("target_inode") != self._expected["target_inode"]:
-            raise self._mismatch("was made for another file of this name")
+            raise self._mismatch("was made for another file of this name, or another disk")
         if record.get("format") != FORMAT_VERSION:
             raise self._mismatch(f"has format {record.get('format')}, known is {FORMAT_VERSION}")
 

@@ -44,7 +44,7 @@ class Target:
     """An open target of a copy; a context manager.
 
     `descriptor` is open for reading and writing. `is_block_device` tells which of the two kinds it is,
-    `created` whether the file is new, and `inode` which file it is (0 for a block device).
+    `created` whether the file is new, and `inode` which file it is, or which of all disks of this boot.
     """
 
     def __init__(self, path: Path, descriptor: int, created: bool) -> None:
@@ -53,7 +53,7 @@ class Target:
         self.created = created
         status = os.fstat(descriptor)
         self.is_block_device = stat.S_ISBLK(status.st_mode)
-        self.inode = 0 if self.is_block_device else status.st_ino
+        self.inode = (blockdev.disk_sequence(descriptor) or 0) if self.is_block_device else status.st_ino
         self._holes_are_zeroes = False
         self._zeroes = b""
         self._write_lock = threading.Lock()
