@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 
 from stasis.backup.keep.marks import FIRST_BYTES
@@ -18,7 +17,7 @@ FOLDERS = {Kind.CHUNK: "chunks", Kind.SEGMENT: "segments"}
 _CONTENT = re.compile(r"(?:chunks|segments)/([0-9a-f]{2})/(\1[0-9a-f]{62})")
 _KNOWN = re.compile(
     r"config|keys/[0-9a-f]{16}|backups/[0-9a-f]{64}|tags/[0-9a-f]{64}/[0-9a-f]{8}-[0-9a-f]{16}"
-    r"|locks/(?:shared|exclusive)-[0-9a-f]{16}-[0-9]+|clock/[0-9a-f]{16}|tmp/.*")
+    r"|locks/(?:shared|exclusive|broken)-[0-9a-f]{16}-[0-9]+|clock/[0-9a-f]{16}|tmp/.*")
 
 
 def content_name(path: str) -> bytes | None:
@@ -37,11 +36,7 @@ def objects(store: Store, kind: Kind, low: int = 0, high: int = FIRST_BYTES) -> 
 
 
 def leftovers(repository: Repository) -> Iterator[ObjectInfo]:
-    """What commands that were killed left under a name of its own: tags without a backup, probes of the clock."""
-    tags = list(repository.store.list("tags"))
-    time.sleep(repository.store.listing_lag)  # a backup that has tags was there before them, and is listed now
-    backups = set(repository.backup_ids())
-    yield from (info for info in tags if info.name.split("/")[1] not in backups)
+    """What commands that were killed left under a name of its own: probes of the store's clock."""
     yield from repository.store.list("clock")
 
 

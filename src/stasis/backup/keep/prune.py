@@ -77,6 +77,7 @@ class _Prune:
 
     def run(self) -> PruneResult:
         started = time.monotonic()
+        self._refuse_when_lost()
         self._sweep_in_passes(Kind.SEGMENT, mark_segments)
         self._sweep_in_passes(Kind.CHUNK, mark_chunks)
         self._remove_leftovers()
@@ -159,7 +160,7 @@ class _Prune:
             self.result.segments_removed += 1
 
     def _remove_leftovers(self) -> None:
-        """Tags of forgotten backups, clock probes, files without a name: what killed commands left."""
+        """Probes of the clock, files without a name: what killed commands left."""
         if self.result.dry_run:
             self.result.leftovers_removed = sum(1 for _ in layout.leftovers(self.repository))
             return
@@ -172,6 +173,11 @@ class _Prune:
                 self.repository.store.delete(info.name)
                 self.result.bytes_removed += info.size
             self.result.leftovers_removed = len(batch) + self.repository.store.clean()
+
+    def _refuse_when_lost(self) -> None:
+        """Chunks of a backup whose manifest got lost are no garbage as long as nobody said so."""
+        for id_ in self.repository.lost_backups():
+            self._refuse(DamagedError(f"backups/{id_} is missing"), None)
 
     def _refuse(self, error: DamagedError, manifest: Manifest | None) -> None:
         of = f", which backup {manifest.id} of {manifest.device} needs" if manifest else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets as random_
+import time
 from collections.abc import Iterable, Iterator
 
 from stasis.backup.repo import config as config_
@@ -197,12 +198,24 @@ class Repository:
         except LockedError:
             self.store.delete(where)
             raise
+        tags.store_first_tags(self.store, self.codec(), published.id, published.tags)
         return published
 
     def remove_backup(self, id: str) -> None:  # noqa: A002
-        """Remove a manifest and its tags. Its chunks stay until prune."""
-        self.store.delete(f"backups/{id}")
+        """Remove a manifest and its tags, of a backup that lost one of them too. Its chunks stay until prune."""
         tags.remove_tags(self.store, id)
+        self.store.delete(f"backups/{id}")
+
+    def lost_backups(self) -> list[str]:
+        """Ids of backups whose manifest is missing, though nobody forgot them."""
+        tagged = {info.name.split("/")[1] for info in self.store.list("tags")}
+        if self.store.listing_lag:
+            time.sleep(self.store.listing_lag)  # a backup is there before its tags, and is listed by now
+        return sorted(id_ for id_ in tagged - set(self.backup_ids()) if self._is_lost(id_))
+
+    def _is_lost(self, id_: str) -> bool:
+        """A look at the objects themselves: the listings may be of before and after somebody forgot it."""
+        return not self.store.exists(f"backups/{id_}") and any(True for _ in self.store.list(f"tags/{id_}"))
 
     def tags(self, id: str) -> tuple[str, ...]:  # noqa: A002
         """Tags of a backup."""
@@ -212,6 +225,8 @@ class Repository:
         """Replace the tags of a backup. Raises NotFoundError."""
         self.backup(id)
         tags.store_tags(self.store, self.codec(), id, new)
+        if not self.store.exists(f"backups/{id}"):
+            tags.remove_tags(self.store, id)  # it was forgotten meanwhile
 
     def sync(self) -> None:
         """Make everything stored so far durable."""

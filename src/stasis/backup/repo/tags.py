@@ -3,6 +3,10 @@
 
 `tags/<backup>/<number>-<random>`. Older objects are deleted once the newer one is there; two hosts that change the tags
 of a backup at the same time leave two objects of one number, of which all readers take the same.
+
+Number 0 is put when the backup is published, and forgetting a backup removes its tags before its manifest. So tags
+without a manifest tell that the manifest was lost: a backup does not vanish unnoticed, and prune does not take its
+chunks for garbage.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from stasis.backup.repo.objects import Codec, Kind
 from stasis.backup.repo.store import Store
 from stasis.errors import NotFoundError
 
-__all__ = ["FOLDER", "load_tags", "newest_tags", "remove_tags", "store_tags"]
+__all__ = ["FOLDER", "load_tags", "newest_tags", "remove_tags", "store_first_tags", "store_tags"]
 
 FOLDER = "tags"
 
@@ -25,7 +29,8 @@ def newest_tags(store: Store) -> dict[str, str]:
     newest: dict[str, str] = {}
     for info in store.list(FOLDER):
         backup = info.name.split("/")[1]
-        newest[backup] = max(info.name, newest.get(backup, ""))
+        if not _is_first(info.name):
+            newest[backup] = max(info.name, newest.get(backup, ""))
     return newest
 
 
@@ -33,7 +38,7 @@ def load_tags(store: Store, codec: Codec, backup: str, name: str | None = None) 
     """Tags as they were changed last, None if never. `name` is known from `newest_tags`. Raises DamagedError."""
     while True:
         where = name or max(_objects(store, backup), default=None)
-        if where is None:
+        if where is None or _is_first(where):
             return None
         try:
             return _decoded(codec, where, codec.unseal(Kind.TAGS, where, store.get(where)))
@@ -41,14 +46,27 @@ def load_tags(store: Store, codec: Codec, backup: str, name: str | None = None) 
             name = None  # changed again since it was listed
 
 
+def store_first_tags(store: Store, codec: Codec, backup: str, tags: Iterable[str]) -> None:
+    """The tags that a backup is published with, which its manifest holds as well."""
+    _put(store, codec, backup, 0, tags)
+
+
 def store_tags(store: Store, codec: Codec, backup: str, tags: Iterable[str]) -> None:
     """Change the tags of a backup."""
     older = sorted(_objects(store, backup))
     number = int(older[-1].rpartition("/")[2][:8], 16) + 1 if older else 1
-    where = f"{FOLDER}/{backup}/{number:08x}-{secrets.token_hex(8)}"
-    store.put(where, codec.seal(Kind.TAGS, where, json.dumps({"tags": sorted(set(tags))}).encode()))
+    _put(store, codec, backup, number, tags)
     for name in older:
         store.delete(name)
+
+
+def _put(store: Store, codec: Codec, backup: str, number: int, tags: Iterable[str]) -> None:
+    where = f"{FOLDER}/{backup}/{number:08x}-{secrets.token_hex(8)}"
+    store.put(where, codec.seal(Kind.TAGS, where, json.dumps({"tags": sorted(set(tags))}).encode()))
+
+
+def _is_first(name: str) -> bool:
+    return name.rpartition("/")[2].startswith("00000000-")
 
 
 def remove_tags(store: Store, backup: str) -> None:

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backups a command is about: options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from stasis.errors import UsageError
+
+if TYPE_CHECKING:
+    from stasis.backup.keep.forget import Selection
+
+__all__ = ["add_selection", "selection_of", "tag_list"]
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """--host, --device, --tag and --set."""
+    parser.add_argument("--host", help="only backups of this host")
+    parser.add_argument("--device", help="only backups of this device")
+    parser.add_argument("--tag", metavar="TAG[,TAG]", type=tag_list, action="extend", default=[],
+                        help="only backups that have all these tags")
+    parser.add_argument("--set", metavar="ID", help="only backups of this set, made together; the start of its id")
+
+
+def selection_of(arguments: argparse.Namespace) -> Selection:
+    """What these options say."""
+    from stasis.backup.keep.forget import Selection
+
+    return Selection(arguments.host, arguments.device, arguments.set, frozenset(arguments.tag))
+
+
+def tag_list(text: str) -> list[str]:
+    """Tags with commas between; nothing is no tag."""
+    tags = [tag.strip() for tag in text.split(",")] if text.strip() else []
+    if not all(tags):
+        raise UsageError(f"{text!r} holds an empty tag", hint="write tags with commas between, as in daily,offsite")
+    return tags
