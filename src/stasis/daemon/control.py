@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 import socketserver
 import threading
 from collections.abc import Callable
@@ -25,21 +26,23 @@ LARGEST_CALL = 16 << 20
 
 
 class Server:
-    """Serves from the moment it is made until `close`."""
+    """Serves from the moment it is made until `close`, at `path` or on a `listener` that somebody else made there."""
 
     def __init__(self, path: Path, devices: DeviceKeeper, snapshots: SnapshotKeeper,
-                 stop: Callable[[bool], None]) -> None:
+                 stop: Callable[[bool], None], listener: socket.socket | None = None) -> None:
         service = varlink.Service(vendor="stasis", product="stasis", version=stasis.__version__,
                                   url="https://varlink.org", interface_dir=str(FILE.parent))
         service.interface(NAME)(lambda: Methods(devices, snapshots, stop))
-        self._path = path
-        self._server = _Listener(path, type("Handler", (_Handler,), {"service": service}))
+        self._made = path if listener is None else None
+        handler = type("Handler", (_Handler,), {"service": service})
+        self._server = _Listener(listener or sockets.listen_unix(path), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.2,), name="control", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Accept no more connections; calls that run go on in their threads."""
-        self._path.unlink(missing_ok=True)
+        if self._made is not None:
+            self._made.unlink(missing_ok=True)
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -51,9 +54,9 @@ class _Listener(socketserver.ThreadingMixIn, socketserver.BaseServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, path: Path, handler: Any) -> None:
-        super().__init__(str(path), handler)
-        self.socket = sockets.listen_unix(path)
+    def __init__(self, listener: socket.socket, handler: Any) -> None:
+        super().__init__(listener.getsockname(), handler)
+        self.socket = listener
 
     def fileno(self) -> int:
         return self.socket.fileno()

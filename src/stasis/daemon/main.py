@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stasis.daemon import control, nodes
+from stasis.daemon import control, nodes, sockets
 from stasis.daemon.child import NICE_IN_PATH, set_priority
 from stasis.daemon.devices import DeviceKeeper
 from stasis.daemon.paths import Directories, check_socket_path
@@ -114,9 +114,10 @@ def run(directories: Directories, *, overrides: dict[str, Any] | None = None, re
 def _serve(daemon: Daemon, socket_path: Path, ready_fd: int | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.stop(False))
+    listener = sockets.passed_in(socket_path)
     set_priority(0, NICE_IN_PATH)
     recover(daemon.devices, daemon.snapshots)
-    server = control.Server(socket_path, daemon.devices, daemon.snapshots, daemon.stop)
+    server = control.Server(socket_path, daemon.devices, daemon.snapshots, daemon.stop, listener)
     log.info("serving on %s", socket_path)
     _tell(ready_fd, {"pid": os.getpid()})
     activation.notify("READY=1")

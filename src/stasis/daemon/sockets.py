@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listening sockets of exports. The daemon makes them and keeps them, so that clients queue while a worker restarts."""
+"""Listening sockets. The daemon makes and keeps those of exports, so that clients queue while a worker restarts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 
 from stasis.daemon.paths import check_socket_path
 from stasis.errors import DaemonError, UsageError
+from stasis.linux import activation
 
-__all__ = ["TcpOptions", "listen_tcp", "listen_unix", "nth_port", "parse_address"]
+__all__ = ["TcpOptions", "listen_tcp", "listen_unix", "nth_port", "parse_address", "passed_in"]
 
 BACKLOG = 128
 
@@ -102,6 +103,23 @@ def listen_unix(path: Path) -> socket.socket:
         sock.close()
         raise DaemonError(f"cannot listen on {path}: {error.strerror}", errno=error.errno or 0) from error
     return sock
+
+
+def passed_in(path: Path) -> socket.socket | None:
+    """The socket listening at `path` that the service manager passed, None if it passed none.
+
+    UsageError if it passed another one: commands look for the daemon at `path` alone.
+    """
+    passed = [socket.socket(fileno=fd) for fd, _ in activation.listen_fds()]
+    if not passed:
+        return None
+    names = [str(sock.getsockname()) for sock in passed]
+    if names == [str(path)] and passed[0].getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return passed[0]
+    for sock in passed:
+        sock.close()
+    raise UsageError(f"the service manager passed {', '.join(names)}, not a socket that listens at {path}",
+                     hint=f"write ListenStream={path} in the socket unit, or choose another --run-dir")
 
 
 def listen_tcp(options: TcpOptions) -> socket.socket:
