@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that puts tasks back as they were when the one that looks at them dies, however it does.
+
+The kernel lets a dead tracer's tasks run on with the registers that it had given them. They then run in circles on our
+page (see `remote.py`) until the guardian, who learns of the death from a pipe that closes, has seized them and put
+their own registers back. What is left open are the first and the last call in a process, before our page is there and
+after it is gone: a death within these 25 microseconds finds the task at an instruction that is not its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn, Self
+
+from stasis.linux import ptrace
+from stasis.process.journal import Entry, Journal
+from stasis.process.remote import PAGE, RemoteThread
+
+__all__ = ["Guardian"]
+
+DONE = b"d"
+STOP_SECONDS = 10.0
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP)
+
+
+class Guardian:
+    """Forked before anything is touched; a context manager that ends it. Fork while there is one thread only."""
+
+    def __init__(self, journal: Journal, *undo: Callable[[], object]) -> None:
+        """`undo`: what else is to be done after a death, in the guardian."""
+        reader, self._writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._writer)
+            _guard(reader, journal, undo)
+        os.close(reader)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it was killed: nobody guards, and nothing is left to guard
+            os.write(self._writer, DONE)
+        os.close(self._writer)
+        os.waitpid(self.pid, 0)
+
+
+def _guard(reader: int, journal: Journal, undo: tuple[Callable[[], object], ...]) -> NoReturn:
+    """The guardian's life. Leaves by _exit: nothing of the dumper's is to be cleaned up here."""
+    status = 1
+    try:
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_IGN)
+        os.setsid()  # a signal to the dumper's group or terminal is not for us
+        if os.read(reader, 1) != DONE:
+            put_back(journal)
+            for function in undo:
+                function()
+        status = 0
+    except BaseException as error:  # told and ended: there is nobody to raise it to
+        print(f"stasis: the guardian failed: {error!r}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(status)
+
+
+def put_back(journal: Journal) -> None:
+    """Give all threads in the journal what is theirs. A process's thread that takes our pages out comes last."""
+    for entry in sorted(journal.entries(), key=lambda entry: entry.length):
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it is gone
+            _put_back(entry)
+
+
+def _put_back(entry: Entry) -> None:
+    _stop(entry.tid)
+    try:
+        current = ptrace.registers(entry.tid)
+        if entry.leaving and not entry.pages <= current.rip < entry.pages + PAGE:
+            ptrace.set_signal_mask(entry.tid, entry.mask)
+            return
+        thread = RemoteThread(entry.tid)
+        thread.registers, thread.signal_mask = entry.registers, entry.mask
+        try:
+            if entry.length:
+                thread.call(entry.place, "munmap", entry.pages, entry.length)
+        finally:
+            thread.restore()
+            ptrace.set_registers(entry.tid, entry.registers)
+            ptrace.set_signal_mask(entry.tid, entry.mask)
+    finally:
+        ptrace.detach(entry.tid)
+
+
+def _stop(tid: int) -> None:
+    """Seize and stop. The dead tracer may be on its way out still: the kernel then says EPERM for a moment."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while True:
+        try:
+            ptrace.seize(tid)
+            break
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.001)
+    ptrace.interrupt(tid)
+    stop = ptrace.wait_for_stop(tid)
+    while stop.exited is None and not stop.event:
+        ptrace.interrupt(tid)
+        ptrace.cont(tid, stop.signal)
+        stop = ptrace.wait_for_stop(tid)
+    if stop.exited is not None:
+        raise ProcessLookupError
+

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""System calls inside a stopped task, one at a time, with a stop where each one is left.
+
+No program is injected. The only instruction that we bring along sits on a page of our own in the task:
+
+    syscall
+    jmp .          a task whose tracer dies in the middle of a call runs in circles here, and does no harm
+
+so that whoever takes over (`guardian.py`) finds the task unharmed and puts its registers back. The pages behind hold
+arguments and results. Signals are blocked meanwhile; they stay queued and find the task as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from stasis.errors import StasisError
+from stasis.linux import ptrace
+from stasis.linux.procfs import Mapping
+from stasis.linux.ptrace import Stop
+from stasis.linux.syscalls import NUMBERS
+from stasis.linux.taskmem import TaskMemory
+from stasis.process.journal import Journal
+
+__all__ = ["Remote", "RemoteThread", "find_hole"]
+
+PAGE = 4096
+SCRATCH_BYTES = 64 << 10
+CODE = b"\x0f\x05\xeb\xfe"
+SYSCALL = b"\x0f\x05"
+ALL_BLOCKED = (1 << 64) - 1
+LOWEST_ADDRESS = 1 << 16
+USER_END = (1 << 47) - PAGE  # arch/x86/include/asm/page_64_types.h, TASK_SIZE_MAX with four levels
+GAP = 1 << 20
+HIGHEST_ERRNO = 4095
+
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 2, 0x20, 0x100000
+
+
+class RemoteThread:
+    """One stopped thread: runs system calls, and is put back as it was by `restore`."""
+
+    def __init__(self, tid: int, journal: Journal | None = None, pages: int = 0) -> None:
+        """`journal` lets a guardian put the thread back should this process die. `pages`: ours in its process."""
+        self.tid = tid
+        self.registers = ptrace.registers(tid)
+        self.signal_mask = ptrace.signal_mask(tid)
+        self.slot = -1
+        self._journal = journal
+        self._pages = pages
+        self._touched = False
+        self.held_back: list[int] = []
+        """Stop signals that came during calls; they cannot be blocked and are sent again by `restore`."""
+
+    def call(self, place: int, name: str, *arguments: int) -> int:
+        """Run a system call through the `syscall` instruction at `place`. OSError with its errno and name."""
+        self._begin(place)
+        values = self.registers.copy()
+        values.rip, values.rax = place, NUMBERS[name]
+        values.orig_rax = ALL_BLOCKED  # -1: no system call that a signal could restart
+        padded = (*arguments, *(0,) * (6 - len(arguments)))
+        values.rdi, values.rsi, values.rdx, values.r10, values.r8, values.r9 = (
+            value & ALL_BLOCKED for value in padded
+        )
+        ptrace.set_registers(self.tid, values)
+        self._run()
+        result = ptrace.registers(self.tid).rax
+        if result > ALL_BLOCKED - HIGHEST_ERRNO:
+            number = ALL_BLOCKED + 1 - result
+            raise OSError(number, f"{name} in thread {self.tid}: {os.strerror(number)}")
+        return int(result)
+
+    def _begin(self, place: int) -> None:
+        if self._touched:
+            return
+        if self._journal is not None:
+            self.slot = self._journal.enter(self.tid, self.registers, self.signal_mask, place, self._pages)
+        self._touched = True
+        ptrace.set_signal_mask(self.tid, ALL_BLOCKED)
+
+    def _run(self) -> None:
+        """Let the task enter the system call, and leave it."""
+        for _ in range(2):
+            ptrace.cont_to_system_call(self.tid)
+            while not (stop := self._wait()).is_system_call:
+                if not stop.event:
+                    self.held_back.append(stop.signal)
+                ptrace.cont_to_system_call(self.tid)
+
+    def _wait(self) -> Stop:
+        stop = ptrace.wait_for_stop(self.tid)
+        if stop.exited is not None:
+            raise StasisError(f"thread {self.tid} was killed while it was looked at", errno=errno.ESRCH)
+        return stop
+
+    def _stop_anew(self) -> None:
+        """Stop where signals are looked at: only there does the kernel restart a system call that we interrupted."""
+        ptrace.interrupt(self.tid)
+        ptrace.cont(self.tid)
+        while not (stop := self._wait()).event:
+            self.held_back.append(stop.signal)
+            ptrace.cont(self.tid)
+
+    def restore(self) -> None:
+        """Put registers and mask back, and send again what was held back."""
+        if not self._touched:
+            return
+        self._stop_anew()
+        if self._journal is not None:
+            self._journal.leaving(self.slot)
+        ptrace.set_registers(self.tid, self.registers)
+        ptrace.set_signal_mask(self.tid, self.signal_mask)
+        if self._journal is not None:
+            self._journal.leave(self.slot)
+        self._touched = False
+        for number in self.held_back:
+            os.kill(self.tid, number)
+        self.held_back.clear()
+
+
+class Remote:
+    """A stopped process with our pages in it; a context manager that takes them out again.
+
+    `scratch` is the address of `SCRATCH_BYTES` bytes for arguments and results, `fd`-less and readable by the task.
+    """
+
+    def __init__(self, pid: int, mappings: Sequence[Mapping], journal: Journal | None = None) -> None:
+        """`mappings` as /proc tells them, from which free addresses are chosen. The leader must be stopped."""
+        self.pid = pid
+        self.memory = TaskMemory(pid)
+        self.leader = RemoteThread(pid, journal)
+        self.code = 0
+        self._journal = journal
+        self._mappings = mappings
+        self._threads: dict[int, RemoteThread] = {pid: self.leader}
+
+    @property
+    def scratch(self) -> int:
+        """Where arguments and results go."""
+        return self.code + PAGE
+
+    def __enter__(self) -> Self:
+        try:
+            self._own_syscall = self._find_syscall()
+            place = find_hole(self._mappings, PAGE + SCRATCH_BYTES)
+            flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+            self.code = self.leader.call(
+                self._own_syscall, "mmap", place, PAGE + SCRATCH_BYTES, PROT_READ | PROT_WRITE, flags, -1, 0
+            )
+            self.memory.write(self.code, CODE)
+            self.leader.call(self._own_syscall, "mprotect", self.code, PAGE, PROT_READ | PROT_EXEC)
+            if self._journal is not None:
+                self._journal.move(self.leader.slot, self.code, PAGE + SCRATCH_BYTES)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take our pages out, put all registers back."""
+        try:
+            if self.code:
+                for thread in self._threads.values():
+                    if thread is not self.leader:
+                        thread.restore()
+                self.leader.call(self._own_syscall, "munmap", self.code, PAGE + SCRATCH_BYTES)
+                if self._journal is not None:
+                    self._journal.move(self.leader.slot, 0, 0)
+                self.code = 0
+        finally:
+            for thread in self._threads.values():
+                thread.restore()
+            self.memory.close()
+
+    def _find_syscall(self) -> int:
+        """A `syscall` instruction that the process has: in its vdso, else in whatever it may execute."""
+        executable = [mapping for mapping in self._mappings if mapping.permissions[2] == "x"]
+        for mapping in sorted(executable, key=lambda mapping: mapping.path != "[vdso]"):
+            if mapping.start >= USER_END:
+                continue  # the old vsyscall page
+            for start in range(mapping.start, mapping.end, 1 << 20):
+                found = self.memory.read(start, min(1 << 20, mapping.end - start)).find(SYSCALL)
+                if found >= 0:
+                    return start + found
+        raise StasisError(f"process {self.pid} has no system call instruction in its memory")
+
+    # -- calls --------------------------------------------------------------------------------------
+
+    def thread(self, tid: int) -> RemoteThread:
+        """Another stopped thread of the process."""
+        if tid not in self._threads:
+            self._threads[tid] = RemoteThread(tid, self._journal, self.code)
+        return self._threads[tid]
+
+    def call(self, name: str, *arguments: int, tid: int | None = None) -> int:
+        """Run a system call in the leader, or in another thread. OSError with its errno."""
+        thread = self.leader if tid is None else self.thread(tid)
+        return thread.call(self.code, name, *arguments)
+
+    def put(self, data: bytes, at: int = 0) -> int:
+        """Copy data to the scratch pages; its address there."""
+        if at + len(data) > SCRATCH_BYTES:
+            raise ValueError(f"{len(data)} bytes at {at} do not fit the scratch pages")
+        self.memory.write(self.scratch + at, data)
+        return self.scratch + at
+
+    def get(self, length: int, at: int = 0) -> bytes:
+        """What the scratch pages hold."""
+        return self.memory.read(self.scratch + at, length)
+
+    def get_words(self, format_: str, at: int = 0) -> tuple[int, ...]:
+        """The same, unpacked as struct does it."""
+        return struct.unpack(format_, self.get(struct.calcsize(format_), at))
+
+
+def find_hole(mappings: Sequence[Mapping], length: int, *others: Sequence[Mapping]) -> int:
+    """Address of `length` free bytes with a distance to all mappings, so that the kernel joins it with none.
+
+    Also free in the layouts of `others`.
+    """
+    layouts = (mapping for layout in (mappings, *others) for mapping in layout if mapping.start < USER_END)
+    taken = sorted((mapping.start, mapping.end) for mapping in layouts)
+    position = LOWEST_ADDRESS
+    best: tuple[int, int] = (0, 0)
+    for start, end in [*taken, (USER_END, USER_END)]:
+        best = max(best, (start - position, position))
+        position = max(position, end)
+    room, start = best
+    if room < length + 2 * GAP:
+        raise StasisError("the address space has no room left", errno=errno.ENOMEM)
+    return (start + room // 2) // PAGE * PAGE

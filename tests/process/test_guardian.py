@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dumper that is killed in the middle of a remote call leaves its victim as it was."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stasis.linux import procfs
+from tests.process.victims import counting, progress
+
+DUMPER = """
+import sys
+from stasis.linux import procfs
+from stasis.process.guardian import Guardian
+from stasis.process.journal import Journal
+from stasis.process.remote import Remote
+from stasis.process.tree import Tree
+pid, journal = int(sys.argv[1]), Journal()
+with Guardian(journal) as guardian, Tree(pid) as tree:
+    tree.freeze()
+    with Remote(pid, procfs.mappings(pid, flags=False), journal) as remote:
+        print(guardian.pid, flush=True)
+        while True:
+            for thread in tree.root.threads:
+                remote.call("gettid", tid=thread.tid)
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ptrace")
+
+
+def _kill_in_the_middle(pid: int, seconds: float) -> None:
+    with subprocess.Popen([sys.executable, "-c", DUMPER, str(pid)], stdout=subprocess.PIPE, text=True) as dumper:
+        assert dumper.stdout is not None
+        guardian = int(dumper.stdout.readline())
+        time.sleep(seconds)
+        dumper.kill()
+    # The guardian is nobody's child now: its end shows in /proc.
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{guardian}") and procfs.stat(guardian).state != "Z":
+        assert time.monotonic() < deadline, "the guardian did not end"
+        time.sleep(0.001)
+
+
+def test_a_victim_goes_on_after_its_dumper_was_killed(seed: int) -> None:
+    draw = random.Random(seed)
+    with counting() as process:
+        layout = _layout(process.pid)
+        masks = _masks(process.pid)
+        for _ in range(10):
+            before = progress(process)
+            _kill_in_the_middle(process.pid, draw.uniform(0, 0.02))
+            assert _layout(process.pid) == layout
+            assert _masks(process.pid) == masks
+            while progress(process) <= before + 1:
+                pass
+
+
+def _layout(pid: int) -> list[tuple[str, str]]:
+    """The mappings that only a system call of the process itself changes: heaps grow by themselves."""
+    return [(mapping.path, mapping.permissions) for mapping in procfs.mappings(pid, flags=False) if mapping.path]
+
+
+def _masks(pid: int) -> list[str]:
+    return [procfs.status(pid, tid)["SigBlk"] for tid in procfs.threads(pid)]
+
+
+def test_signals_sent_meanwhile_arrive_afterwards(tmp_path: Path) -> None:
+    with counting() as process:
+        process.send_signal(signal.SIGSTOP)
+        while procfs.stat(process.pid).state != "T":
+            pass
+        _kill_in_the_middle(process.pid, 0.005)
+        assert procfs.stat(process.pid).state == "T"
+        process.send_signal(signal.SIGCONT)
+        progress(process)
