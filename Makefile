@@ -13,7 +13,7 @@ DEBIAN_PACKAGES := python3-venv e2fsprogs xfsprogs util-linux mount fuse3 fio nb
 # The S3 server of the tests comes from npm. Node from elsewhere brings its own, which Debian's package would clash with.
 DEBIAN_PACKAGES += $(if $(shell command -v npm),,npm)
 BENCH_PACKAGES := restic borgbackup
-VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod xz-utils
+VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod xz-utils dmsetup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench bench-backup figures man lint vmtest deps print-packages clean
