@@ -64,6 +64,10 @@ class Presence:
             self._mine = set()
         self._mine.add(name)
 
+    def forget(self) -> None:
+        """A lock was taken: what was there before it may have been pruned. What was not there is asked for anyway."""
+        self._mine = set()
+
     def _exists(self, name: bytes) -> bool:
         return self._store.exists(object_name(Kind.CHUNK, name))
 

@@ -294,6 +294,7 @@ class Repository:
     @contextlib.contextmanager
     def _locked(self, kind: str, purpose: str, wait: float) -> Iterator[Lease]:
         held = self._acquire(kind, purpose, wait)
+        self._presence.forget()
         self._leases.append(held)
         try:
             yield held
