@@ -8,28 +8,53 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from stasis.nbd.client import Client
 from tests.block.loops import loop_device
 from tests.runner import Stasis
 from tests.system.helpers import MIB
-from tests.system.removal import EXPECTED, check_removal
+from tests.system.removal import EXPECTED, check_removal, refused
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("losetup"), pytest.mark.expects_errors(*EXPECTED)]
 
 
-def test_a_removed_device_answers_errors_and_can_be_detached(stasis: Stasis, short_dir: Path) -> None:
-    backing = short_dir / "backing"
-    with loop_device(backing, 16 * MIB) as device:
+class Disk:
+    """A loop device whose medium comes and goes."""
 
-        def remove() -> None:
-            os.truncate(backing, 0)
-            subprocess.run(["losetup", "--set-capacity", device], check=True)
+    def __init__(self, path: str, backing: Path) -> None:
+        self.path, self._backing = path, backing
 
-        generation = check_removal(stasis, device, remove)
-        os.truncate(backing, 16 * MIB)
-        subprocess.run(["losetup", "--set-capacity", device], check=True)
-        stasis("device", "attach", device, "--name", "disk")
-        assert stasis.json("map", "info", "disk")["generation"] != generation
+    def resize(self, size: int) -> None:
+        os.truncate(self._backing, size)
+        subprocess.run(["losetup", "--set-capacity", self.path], check=True)
+
+
+@pytest.fixture
+def disk(short_dir: Path) -> Iterator[Disk]:
+    with loop_device(short_dir / "backing", 16 * MIB) as path:
+        yield Disk(path, short_dir / "backing")
+
+
+def test_a_removed_device_answers_errors_and_can_be_detached(disk: Disk, stasis: Stasis) -> None:
+    generation = check_removal(stasis, disk.path, lambda: disk.resize(0))
+    disk.resize(16 * MIB)
+    stasis("device", "attach", disk.path, "--name", "disk")
+    assert stasis.json("map", "info", "disk")["generation"] != generation
+
+
+def test_what_cannot_be_flushed_any_more_is_detached_and_its_map_not_trusted(disk: Disk, stasis: Stasis) -> None:
+    uri = stasis("device", "attach", disk.path, "--name", "disk")
+    generation = stasis.json("map", "info", "disk")["generation"]
+    with Client.connect(uri, timeout=60) as client:
+        client.pwrite(0, b"x" * MIB)
+        disk.resize(0)
+        refused(client.flush)
+    stasis("device", "detach", "disk")
+    assert not stasis.json("map", "info", "disk")["clean"]
+    disk.resize(16 * MIB)
+    stasis("device", "attach", disk.path, "--name", "disk")
+    assert stasis.json("map", "info", "disk")["generation"] != generation
