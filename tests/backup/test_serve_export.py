@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stasis.backup.repo.index import NAMES_PER_SEGMENT
 from stasis.backup.serve.cache import ChunkCache
-from stasis.backup.serve.changes import SEGMENT_CHUNKS, Change, differences
+from stasis.backup.serve.changes import Change, differences
 from stasis.backup.serve.export import BackupExport
 from stasis.backup.serve.readahead import ReadAhead
 from stasis.errors import DamagedError
@@ -223,15 +224,15 @@ class TestStatus:
     def test_equal_segments_are_not_looked_at(self, store: FakeStore) -> None:
         class Blind(FakeIndex):
             def names(self, first: int, count: int):  # type: ignore[no-untyped-def]
-                assert first == SEGMENT_CHUNKS, "a segment that is equal was read"
+                assert first == NAMES_PER_SEGMENT, "a segment that is equal was read"
                 return super().names(first, count)
 
-        names = [bytes([1]) * 32] * (2 * SEGMENT_CHUNKS)
+        names = [bytes([1]) * 32] * (2 * NAMES_PER_SEGMENT)
         base, target = Blind(store, names=names), Blind(store, names=[*names[:-1], bytes(32)])
-        last = 2 * SEGMENT_CHUNKS - 1
+        last = 2 * NAMES_PER_SEGMENT - 1
         assert list(differences(base, target, 0, last + 1)) == [
-            (0, SEGMENT_CHUNKS, Change.NONE),
-            (SEGMENT_CHUNKS, SEGMENT_CHUNKS - 1, Change.NONE),
+            (0, NAMES_PER_SEGMENT, Change.NONE),
+            (NAMES_PER_SEGMENT, NAMES_PER_SEGMENT - 1, Change.NONE),
             (last, 1, Change.ZERO),
         ]
 

@@ -53,12 +53,19 @@ def partition_node(node: str, number: int | None) -> str:
     """
     if number is None:
         return node
-    name = os.path.basename(node)
-    partition = Path(f"/sys/class/block/{name}") / f"{name}p{number}"
-    found = f"/dev/{partition.name}"
-    if not partition.exists() or not wait_until(lambda: os.path.exists(found), NODE_WAIT):
+    found = f"{node}p{number}"
+    if found not in _partitions(node) or not wait_until(lambda: os.path.exists(found), NODE_WAIT):
         raise NotFoundError(f"the backup has no partition {number}", hint=_listed(node))
     return found
+
+
+def _partitions(node: str) -> list[str]:
+    """The nodes of the partitions. Where the kernel does not know the kind of table, partx tells it what is in it."""
+    pattern = f"{os.path.basename(node)}p*"
+    if not list(Path("/sys/class/block").glob(pattern)):
+        _run("partx", "--add", node)
+    names = [path.name for path in Path("/sys/class/block").glob(pattern)]
+    return [f"/dev/{name}" for name in sorted(names, key=lambda name: (len(name), name))]
 
 
 def mount_read_only(node: str, directory: str) -> FileSystem:
@@ -90,12 +97,13 @@ def _try_all(node: str, directory: str, kind: str) -> FileSystem:
 
 def _listed(node: str) -> str:
     """The partitions, as a hint."""
-    found = [
-        f"{(path / 'partition').read_text().strip()} ({_tag(f'/dev/{path.name}', 'TYPE') or 'unknown'}, "
-        f"{format_size(int((path / 'size').read_text()) * 512)})"
-        for path in sorted(Path("/sys/class/block").glob(f"{os.path.basename(node)}p*"))
-    ]
+    found = [_described(partition, partition.removeprefix(f"{node}p")) for partition in _partitions(node)]
     return f"choose one with --partition N: {', '.join(found)}" if found else "it has no partitions"
+
+
+def _described(partition: str, number: str) -> str:
+    sectors = int(Path(f"/sys/class/block/{os.path.basename(partition)}/size").read_text())
+    return f"{number} ({_tag(partition, 'TYPE') or 'unknown'}, {format_size(sectors * 512)})"
 
 
 def _tag(node: str, name: str) -> str:

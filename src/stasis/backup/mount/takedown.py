@@ -17,7 +17,7 @@ from pathlib import Path
 from stasis.backup.mount.record import Record
 from stasis.block import frontend
 from stasis.block.frontend.node import wait_until
-from stasis.errors import BusyError
+from stasis.errors import BusyError, StasisError
 from stasis.linux import loop, mounts, process
 
 __all__ = ["is_mounted", "take_apart", "take_apart_when_unused", "unmount"]
@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 
 HELPERS = ("nbdfuse", "nbdublk")
 END_WAIT = 10.0
-RETRY_SECONDS = 1.0
+SHORTEST_PAUSE = 1 / 64
+"""Seconds; mostly the last user of the device, umount itself, lets go a moment later."""
+LONGEST_PAUSE = 2.0
 
 
 def is_mounted(record: Record) -> bool:
@@ -77,18 +79,17 @@ def take_apart(record: Record) -> None:
 
 def take_apart_when_unused(record: Record) -> None:
     """Unmount it, lazily where it is in use, and take it apart once nobody uses it any more, however long that is."""
-    told = False
+    pause = SHORTEST_PAUSE
     while True:
         try:
             unmount(record, lazily=True)
             take_apart(record)
-        except (BusyError, OSError) as error:
-            if not told:
-                log.warning("waiting to give back the device of %s: %s", record.target, error)
-            told = True
-            time.sleep(RETRY_SECONDS)
-        else:
             return
+        except (StasisError, OSError) as error:
+            if pause == LONGEST_PAUSE / 2:
+                log.warning("waiting to give back the device of %s: %s", record.target, error)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _remove_remains(record: Record) -> None:
