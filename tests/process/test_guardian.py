@@ -30,6 +30,7 @@ with Guardian(journal) as guardian, Tree(pid) as tree:
                 remote.call("gettid", tid=thread.tid)
 """
 
+
 def _kill_in_the_middle(pid: int, seconds: float) -> None:
     with subprocess.Popen([sys.executable, "-c", DUMPER, str(pid)], stdout=subprocess.PIPE, text=True) as dumper:
         assert dumper.stdout is not None
