@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stasis.backup.repo import Manifest, Repository
+from stasis.backup.repo import ZERO, Index, Manifest, Repository
 from stasis.backup.restore import ApplyOptions, RestoreOptions, apply, restore
-from stasis.backup.restore.batches import Entry, batches, changed_entries
+from stasis.backup.restore.batches import BATCH_SPAN, Entry, all_entries, batches, changed_entries
 from stasis.errors import NotFoundError, StateError, StorageError, UsageError, VerifyError
 from tests.backup.restoring import CHUNK, image, new_repository, objects, publish, sidecar_of, stopping_after
 
@@ -124,13 +124,25 @@ def _with_segments(repository: Repository, segments: tuple[bytes, ...]) -> Manif
 @given(st.lists(st.sampled_from([bytes(32), b"a" * 32, b"b" * 32]), max_size=300), st.integers(1, CHUNK))
 def test_batches_cover_the_entries_in_order(names: list[bytes], tail: int) -> None:
     size = max(0, len(names) - 1) * CHUNK + (tail if names else 0)
-    found = list(batches((Entry(number, name) for number, name in enumerate(names)), size, CHUNK))
+    index = Index(size, CHUNK, [b"s" * 32] if names else [], lambda name, length: b"".join(names))
+    found = list(batches(all_entries(index), size, CHUNK))
     assert sum(batch.length for batch in found) == size
     assert [batch.end for batch in found] == sorted({batch.end for batch in found})
     covered = sorted((offset, length) for batch in found
                      for offset, length in [*batch.zeroes, *((c.offset, c.length) for c in batch.chunks)])
     assert all(sum(one) == two[0] for one, two in itertools.pairwise(covered))
     assert all(batch.chunk_bytes <= 1 << 20 for batch in found)
+    stored = [chunk for batch in found for chunk in batch.chunks]
+    assert [chunk.name for chunk in stored] == [name for name in names if name != ZERO]
+    assert all(names[chunk.offset // CHUNK] == chunk.name for chunk in stored)
+
+
+def test_a_long_run_of_zeroes_is_cut_to_batches_that_end_soon() -> None:
+    index = Index(3 << 30, CHUNK, [ZERO] * 12, lambda name, length: b"")
+    found = list(batches(all_entries(index, 100), 3 << 30, CHUNK))
+    assert sum(batch.length for batch in found) == (3 << 30) - 100 * CHUNK
+    assert max(batch.length for batch in found) <= 2 * BATCH_SPAN
+    assert len(found) < 30
 
 
 # ---- stopping and going on

@@ -7,11 +7,12 @@ offset tells what is done. They are made while the index is walked, so that memo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from stasis.backup.repo.index import NAMES_PER_SEGMENT, ZERO, Index
+from stasis.backup.repo.index import NAME_BYTES, NAMES_PER_SEGMENT, ZERO, Index
 from stasis.block.copy.plan import Extent
 
 __all__ = ["Batch", "Chunk", "Entry", "all_entries", "batches", "changed_entries", "read_index", "total_length"]
@@ -22,13 +23,19 @@ BATCH_BYTES = 1 << 20
 BATCH_PIECES = 64
 BATCH_SPAN = 256 << 20
 
+_ZEROES = re.compile(rb"\0+")
+
 
 class Entry(NamedTuple):
-    """Chunk `number` of a backup; `base` is its name in the backup that the target holds, if that is known."""
+    """Chunk `number` of a backup; `base` is its name in the backup that the target holds, if that is known.
+
+    run: that many chunks from there on are ZERO. Mostly empty disks have millions in a row.
+    """
 
     number: int
     name: bytes
     base: bytes | None = None
+    run: int = 1
 
 
 class Chunk(NamedTuple):
@@ -72,21 +79,39 @@ class Batch:
 def batches(entries: Iterable[Entry], size: int, chunk_size: int) -> Iterator[Batch]:
     """Pack ascending entries of a backup of `size` bytes."""
     batch = Batch()
-    for number, name, base in entries:
-        offset = number * chunk_size
-        length = min(chunk_size, size - offset)
-        if not batch.has_room(0 if name == ZERO else length):
+    for chunk in _chunks(entries, size, chunk_size):
+        if not batch.has_room(0 if chunk.name == ZERO else chunk.length):
             yield batch
             batch = Batch()
-        batch.add(Chunk(offset, length, name, base))
+        batch.add(chunk)
     if batch.end:
         yield batch
 
 
+def _chunks(entries: Iterable[Entry], size: int, chunk_size: int) -> Iterator[Chunk]:
+    """Chunks with their places; zeroes in a row come as one, as long as a batch may be."""
+    for number, name, base, run in entries:
+        end = min((number + run) * chunk_size, size)
+        for offset in range(number * chunk_size, end, max(chunk_size, BATCH_SPAN)):
+            yield Chunk(offset, min(BATCH_SPAN, end - offset), name, base)
+
+
 def all_entries(index: Index, first: int = 0) -> Iterator[Entry]:
     """All chunks of a backup from number `first` on."""
-    for number, name in enumerate(index.names(first), first):
-        yield Entry(number, name)
+    for segment in range(first // NAMES_PER_SEGMENT, len(index.segment_names())):
+        start = segment * NAMES_PER_SEGMENT
+        yield from _entries_in(index.segment(segment), start, max(first - start, 0))
+
+
+def _entries_in(names: bytes, start: int, place: int) -> Iterator[Entry]:
+    """Entries of the names from `place` on; the first name is that of chunk `start`."""
+    while place * NAME_BYTES < len(names):
+        position = place * NAME_BYTES
+        zeroes = _ZEROES.match(names, position)
+        count = (zeroes.end() - position) // NAME_BYTES if zeroes else 0
+        name = ZERO if count else names[position : position + NAME_BYTES]
+        yield Entry(start + place, name, None, max(count, 1))
+        place += max(count, 1)
 
 
 def changed_entries(old: Index, new: Index, first: int = 0) -> Iterator[Entry]:
@@ -115,7 +140,7 @@ def _unequal_segments(old: Index, new: Index, alike: int) -> Iterator[int]:
 
 def total_length(entries: Iterable[Entry], size: int, chunk_size: int) -> int:
     """Bytes of the device that the entries stand for."""
-    return sum(min(chunk_size, size - entry.number * chunk_size) for entry in entries)
+    return sum(min(entry.run * chunk_size, size - entry.number * chunk_size) for entry in entries)
 
 
 def read_index(index: Index) -> None:

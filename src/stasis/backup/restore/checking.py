@@ -73,7 +73,7 @@ def without_repetition(entries: Iterable[Entry]) -> Iterator[Entry]:
         if entry.name in seen:
             yield Entry(entry.number, ZERO)
             continue
-        if len(seen) < REMEMBERED_NAMES:
+        if entry.name != ZERO and len(seen) < REMEMBERED_NAMES:
             seen.add(entry.name)
         yield entry
 

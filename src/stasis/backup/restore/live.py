@@ -147,7 +147,7 @@ class _LiveWorker:
 
     def _compare(self, chunk: Chunk) -> None:
         compared = self._compared
-        length = min(chunk.length, compared.size - chunk.offset)
+        length = max(0, min(chunk.length, compared.size - chunk.offset))
         changed = [(offset - chunk.offset, count) for offset, count in compared.changed.within(chunk.offset, length)]
         unchanged = plan.complement(changed, length)
         if unchanged:
