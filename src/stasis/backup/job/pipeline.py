@@ -33,6 +33,7 @@ __all__ = ["Counters", "Pipeline", "RateLimit", "Task", "lanes_and_window"]
 MEMORY_BUDGET = 128 << 20
 WINDOW = 4 << 20
 WRITER_CHUNKS = 3
+STEPS_PER_SECOND = 8
 ZERO = bytes(32)
 Run = tuple[int, list[bytes]]
 """First chunk and names of chunks one behind the other."""
@@ -60,7 +61,7 @@ class RateLimit:
     """Lets bytes pass at a rate, all threads together."""
 
     def __init__(self, bytes_per_second: int) -> None:
-        self._rate = bytes_per_second
+        self.rate = bytes_per_second
         self._lock = threading.Lock()
         self._free_at = time.monotonic()
         self._given_up = threading.Event()
@@ -69,7 +70,7 @@ class RateLimit:
         """Return when `length` more bytes may be read, or when the wait was given up."""
         with self._lock:
             start = max(self._free_at, time.monotonic())
-            self._free_at = start + length / self._rate
+            self._free_at = start + length / self.rate
         delay = start - time.monotonic()
         if delay > 0:
             self._given_up.wait(delay)
@@ -99,6 +100,8 @@ class Pipeline:
         self.counters = Counters()
         self.task, self.repository, self.progress = task, repository, progress
         self.lanes, self.window = lanes_and_window(task.chunk_size, repository.parallelism)
+        if task.limit is not None:  # in small steps, lest a slow rate becomes long pauses
+            self.window = max(1, min(self.window, task.limit.rate // STEPS_PER_SECOND // task.chunk_size))
         self.lock = threading.Lock()
 
     def run(self, reads: Iterable[ChunkRange]) -> None:
