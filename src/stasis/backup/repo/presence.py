@@ -18,7 +18,6 @@ from stasis.backup.repo.store import Store
 
 __all__ = ["Presence"]
 
-FEW_LOOKUPS = 4
 NAMES_PER_PAGE = 1000
 MOST_LISTED = 4 << 20  # 8 bytes each
 MOST_MINE = 128 << 10  # about 110 bytes each
@@ -39,7 +38,7 @@ class Presence:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._shards = [_Shard() for _ in range(256)]
-        self._few = FEW_LOOKUPS
+        self._few = 1
         self._listed = 0
         self._mine: set[bytes] = set()  # stored by this process
 
@@ -81,8 +80,8 @@ class Presence:
                 return
             found = (info.name.rpartition("/")[2] for info in self._store.list(f"chunks/{first_byte:02x}"))
             listed = array("Q", sorted(int(name[:16], 16) for name in found))
-            # A repository with long listings is worth more single questions before the next one.
-            self._few = max(FEW_LOOKUPS, 2 * len(listed) // NAMES_PER_PAGE)
+            # As many single questions as a listing has pages, then the listing: at most twice the least possible.
+            self._few = max(1, len(listed) // NAMES_PER_PAGE)
             self._listed += len(listed)
             shard.listed = listed
 

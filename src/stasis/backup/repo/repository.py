@@ -93,6 +93,10 @@ class Repository:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _refuse_reading_only(self) -> None:
+        if self.read_only:
+            raise PermissionDeniedError(f"the repository {self.url} was opened to read only", hint="open it to write")
+
     # Chunks and indexes
 
     def codec(self) -> Codec:
@@ -101,6 +105,7 @@ class Repository:
 
     def chunk_writer(self) -> ChunkWriter:
         """Stores chunks; for one thread."""
+        self._refuse_reading_only()
         return ChunkWriter(self.store, self.codec(), self.chunk_name, self._presence)
 
     def chunk_reader(self) -> ChunkReader:
@@ -187,6 +192,7 @@ class Repository:
         All that it names is durable before the manifest appears, and is known to have been kept until it did: a prune
         that comes later sees the manifest, and one that came earlier took the lease away (docs/design/prune.md).
         """
+        self._refuse_reading_only()
         self.sync()
         self._confirm_leases()
         content = manifest.encode(draft)
@@ -203,6 +209,7 @@ class Repository:
 
     def remove_backup(self, id: str) -> None:  # noqa: A002
         """Remove a manifest and its tags, of a backup that lost one of them too. Its chunks stay until prune."""
+        self._refuse_reading_only()
         tags.remove_tags(self.store, id)
         self.store.delete(f"backups/{id}")
 
@@ -215,7 +222,8 @@ class Repository:
 
     def _is_lost(self, id_: str) -> bool:
         """A look at the objects themselves: the listings may be of before and after somebody forgot it."""
-        return not self.store.exists(f"backups/{id_}") and any(True for _ in self.store.list(f"tags/{id_}"))
+        tags_left = any(self.store.exists(info.name) for info in self.store.list(f"tags/{id_}"))
+        return tags_left and not self.store.exists(f"backups/{id_}")
 
     def tags(self, id: str) -> tuple[str, ...]:  # noqa: A002
         """Tags of a backup."""
@@ -223,6 +231,7 @@ class Repository:
 
     def set_tags(self, id: str, new: Iterable[str]) -> None:  # noqa: A002
         """Replace the tags of a backup. Raises NotFoundError."""
+        self._refuse_reading_only()
         self.backup(id)
         tags.store_tags(self.store, self.codec(), id, new)
         if not self.store.exists(f"backups/{id}"):
@@ -323,15 +332,17 @@ class Repository:
         """Let another secret open this repository."""
         if self._repository_key is None:
             raise UsageError(f"the repository {self.url} is not encrypted", hint="it has no keys")
+        self._refuse_reading_only()
         return config_.add_slot(self.store, self._repository_key, secret, label)
 
-    def keys(self) -> list[KeySlot]:
+    def key_slots(self) -> list[KeySlot]:
         """Which secrets open this repository."""
         return config_.read_slots(self.store) if self.encrypted else []
 
     def remove_key(self, id: str) -> KeySlot:  # noqa: A002
         """Take a secret its way in. Raises NotFoundError, UsageError for the last one."""
-        known = self.keys()
+        self._refuse_reading_only()
+        known = self.key_slots()
         matching = [slot for slot in known if slot.id.startswith(id)]
         if len(matching) != 1 or not id:
             raise NotFoundError(f"{id!r} is no key of {self.url}", hint="stasis repo key list shows all")

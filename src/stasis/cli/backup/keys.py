@@ -68,7 +68,7 @@ def _new_secrets(arguments: argparse.Namespace) -> Secrets:
 
 def list_keys(arguments: argparse.Namespace) -> None:
     with open_repository(arguments, read_only=True) as repository:
-        slots = repository.keys()
+        slots = repository.key_slots()
     if arguments.json:
         output.print_json(slots)
     else:
