@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stasis.backup.progress import Progress
-from stasis.backup.repo import Repository, Secret
+from stasis.backup.repo import ChunkReader, Repository, Secret
 from stasis.backup.restore import RestoreOptions, restore, restore_to_stream
 from stasis.block.copy.target import Target
 from stasis.errors import BusyError, DamagedError, ExitCode, StasisError, StateError, StorageError, VerifyError
@@ -107,6 +107,30 @@ def test_a_stream_is_the_backup(repository: Repository, tmp_path: Path) -> None:
         assert cat.stdin is not None
         restore_to_stream(repository, manifest, cat.stdin.fileno())
     assert (tmp_path / "out").read_bytes() == data
+
+
+def test_a_backup_in_an_object_store_comes_back(target: Path) -> None:
+    data = image(40 * CHUNK + 17)
+    with Repository.init("memory:///restore", secret=None, chunk_size=CHUNK) as repository:
+        restore(repository, publish(repository, data), target, RestoreOptions(verify=True))
+    assert target.read_bytes() == data
+
+
+def test_nothing_is_pruned_while_it_is_restored(
+    repository: Repository, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, held = publish(repository, image(8 * CHUNK)), []
+    fetch = ChunkReader.fetch
+
+    def look(self: ChunkReader, name: bytes, into: memoryview) -> None:
+        held.append([(lock.kind, lock.purpose) for lock in repository.locks()])
+        fetch(self, name, into)
+
+    monkeypatch.setattr(ChunkReader, "fetch", look)
+    restore(repository, manifest, target)
+    assert held
+    assert all(locks == [("shared", "restore")] for locks in held)
+    assert repository.locks() == []
 
 
 def test_progress_ends_at_the_size(repository: Repository, target: Path) -> None:

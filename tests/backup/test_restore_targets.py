@@ -22,9 +22,11 @@ from stasis.backup.restore import ApplyOptions, RestoreOptions, apply, restore
 from stasis.backup.restore.batches import BATCH_BYTES
 from stasis.errors import BusyError, ExitCode, StateError, StorageError
 from stasis.linux import blockdev
+from stasis.nbd.client import Client
 from tests.backup.restoring import CHUNK, image, new_repository, objects, publish, sidecar_of, stopping_after
 from tests.block.loops import loop_device
 from tests.runner import Stasis
+from tests.system.helpers import Disk
 
 MIB = 1 << 20
 DEVICE_SIZE = 4 * MIB
@@ -176,6 +178,25 @@ def test_an_image_streams_to_standard_output(commands: Stasis, repository: Repos
         assert (b"summary" in result.stderr) == ("--json" in words)
 
 
+def test_a_served_disk_is_compared_where_it_has_not_changed(
+    commands: Stasis, repository: Repository, short_dir: Path, seed: int
+) -> None:
+    disk = Disk(commands, short_dir / "disk.img", 4 * MIB, seed)
+    commands("backup", "create", "disk", "--storage", "memory")
+    with Client.connect(disk.uri) as client:
+        disk.write(client, MIB, b"seen" * 1024)
+    live = ["backup", "verify", "latest", "--live", "disk", "--storage", "memory", "--json"]
+    found = summary(commands(*live))
+    assert (found["bytes_differing"], found["bytes_left_out"]) == (0, CHUNK)
+    with disk.path.open("r+b") as file:
+        file.seek(3 * MIB)
+        file.write(bytes(byte ^ 1 for byte in disk.expected[3 * MIB : 3 * MIB + 4096]))
+    result = commands.run(*live)
+    assert (result.returncode, summary(result.stdout)["differing"]) == (8, [{"offset": 3 * MIB, "length": 4096}])
+    assert commands.json("snapshot", "list") == []
+    assert commands.fail(ExitCode.BUSY, "backup", "restore", "latest", disk.path, "--overwrite")
+
+
 def test_a_damaged_backup_has_its_exit_code_everywhere(
     commands: Stasis, repository: Repository, tmp_path: Path
 ) -> None:
@@ -189,6 +210,16 @@ def test_a_damaged_backup_has_its_exit_code_everywhere(
     streamed = subprocess.run(command, env=commands.environment, capture_output=True)
     assert (streamed.returncode, len(streamed.stdout) % CHUNK) == (ExitCode.DAMAGED, 0)
     assert spoiled.name in streamed.stderr.decode()
+
+
+def test_a_reader_that_leaves_is_told_of(commands: Stasis, repository: Repository) -> None:
+    publish(repository, image(50 * CHUNK))
+    with commands.popen("backup", "restore", "latest", "-") as command:
+        assert command.stdout is not None
+        command.stdout.close()
+        assert command.stderr is not None
+        assert "before it was complete" in command.stderr.read()
+    assert command.returncode == ExitCode.FAILURE
 
 
 @pytest.mark.parametrize(
@@ -235,3 +266,19 @@ def test_a_signal_leaves_a_restore_that_goes_on(
     assert (2 + threads) * BATCH_BYTES <= json.loads(sidecar_of(target).read_text())["position"] <= len(data)
     assert "continued at" in commands("backup", "restore", "latest", target)
     assert target.read_bytes() == data
+
+
+def test_a_killed_restore_can_be_repeated(commands: Stasis, repository: Repository, tmp_path: Path) -> None:
+    data = random.Random(6).randbytes(4 * BATCH_BYTES)
+    manifest, target = publish(repository, data), tmp_path / "target"
+    with withheld(repository, manifest, 3 * BATCH_BYTES // CHUNK) as somebody_waits:
+        command = commands.popen("backup", "restore", "latest", target)
+        while not somebody_waits():
+            assert command.poll() is None
+            time.sleep(0.01)
+        command.kill()
+    command.communicate()
+    assert sidecar_of(target).exists()
+    commands("backup", "restore", "latest", target)
+    assert target.read_bytes() == data
+    assert not sidecar_of(target).exists()
