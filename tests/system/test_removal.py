@@ -6,13 +6,15 @@ tests/vm removes a SCSI disk for good.
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import stasis as api
 from stasis.nbd.client import Client
 from tests.block.loops import loop_device
 from tests.runner import Stasis
@@ -58,3 +60,21 @@ def test_what_cannot_be_flushed_any_more_is_detached_and_its_map_not_trusted(dis
     disk.resize(16 * MIB)
     stasis("device", "attach", disk.path, "--name", "disk")
     assert stasis.json("map", "info", "disk")["generation"] != generation
+
+
+def test_calls_on_a_removed_device_are_enodev(disk: Disk, stasis: Stasis) -> None:
+    stasis("device", "attach", disk.path, "--name", "disk")
+    disk.resize(0)
+    with api.connect(stasis.run_dir, stasis.state_dir) as client:
+        calls: list[Callable[[], object]] = [
+            lambda: client.control("disk", "cbtinfo"),
+            lambda: client.attach(disk.path, name="disk"),
+            lambda: client.create_snapshot("memory", ["disk"], limit=64 * MIB, take=True),
+            lambda: client.refresh("disk"),
+        ]
+        for call in calls:
+            with pytest.raises(api.StasisError, match=disk.path) as caught:
+                call()
+            assert caught.value.errno == errno.ENODEV
+            assert "detach" in caught.value.hint
+        assert client.snapshots() == []

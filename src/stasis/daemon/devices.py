@@ -90,6 +90,7 @@ class DeviceKeeper:
             slot = self._slots.get(key)
             if slot is None or slot.filter is None:
                 slot = FilterSlot(ServedDevice(wanted, key, self.directories, self), wanted.path)
+            slot.gone = slot.device.is_gone
             self.filters.attach(slot, filter_name)
             self._slots[key] = slot
             return slot.device
