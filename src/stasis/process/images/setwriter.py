@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing an image set: complete or absent.
+
+All files are written into a hidden directory and moved when everything is there. Where the set's directory does not
+exist, the hidden one lies beside it and is renamed as a whole. Where it exists (CRIU's scripts make it first, and
+perhaps log into it) the hidden one lies within, and the files are moved one by one with inventory.img last: without
+it a directory is no image set.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from typing import Any, BinaryIO, Self
+
+from stasis.errors import BusyError
+from stasis.process.images.imageset import PARENT
+from stasis.process.images.kinds import KINDS, parse_name
+from stasis.process.images.message import Message
+from stasis.process.images.writer import ImageWriter
+
+__all__ = ["ImageSetWriter"]
+
+_INVENTORY = "inventory.img"
+
+
+class ImageSetWriter:
+    """An image set that is being written; a context manager that throws it away unless `commit` was called.
+
+    `replace` allows a directory that holds an image set already; its images are removed at `commit`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, replace: bool = False) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self._into = os.path.isdir(self.path)
+        self._check_target(replace)
+        within = self.path if self._into else os.path.dirname(self.path)
+        self.staging = tempfile.mkdtemp(prefix=".stasis-images-", dir=within)  # 0700
+        self.fd = os.open(self.staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._images: dict[str, ImageWriter] = {}
+        self._pages = 0
+        self._done = False
+
+    def _check_target(self, replace: bool) -> None:
+        if self._into and not replace and os.path.lexists(os.path.join(self.path, _INVENTORY)):
+            raise BusyError(f"{self.path} holds an image set already", hint="name another directory, or remove it")
+        if not self._into and os.path.lexists(self.path):
+            raise BusyError(f"{self.path} exists and is no directory", hint="name a directory")
+
+    def image(self, kind: str, number: int | None = None) -> ImageWriter:
+        """The image of this kind and number, the same one when asked again.
+
+        Its file begins with its first record, and is closed by `close`, or with the set; a closed one can go on.
+        """
+        name = KINDS[kind].file_name(number)
+        if name not in self._images:
+            self._images[name] = ImageWriter(KINDS[kind], lambda: self.create(name))
+        return self._images[name]
+
+    def write(self, kind: str, *messages: Message, number: int | None = None) -> None:
+        """Append records without payloads to an image, and close it. Records with payloads: `image(...).append`."""
+        with self.image(kind, number) as image:
+            for message in messages:
+                image.append(message)
+
+    def new_pages_id(self) -> int:
+        """The number of the next `pages-N.img`, from 1 on."""
+        self._pages += 1
+        return self._pages
+
+    def create(self, name: str) -> BinaryIO:
+        """A file of the set to write at its end, mode 0600 whatever the umask. The caller closes it."""
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+        os.fchmod(fd, 0o600)
+        file = os.fdopen(fd, "r+b")
+        file.seek(0, os.SEEK_END)
+        return file
+
+    def link_parent(self, path: str | os.PathLike[str]) -> None:
+        """Continue the set at `path`: pages that lie there need not be in this one."""
+        target = os.path.relpath(os.path.abspath(os.fspath(path)), self.path)
+        os.symlink(target, PARENT, dir_fd=self.fd)
+
+    def commit(self, *, durable: bool = True) -> None:
+        """Put the set in its place. With `durable` it survives a power cut from here on.
+
+        ValueError when no inventory was written.
+        """
+        names = self._finish(durable)
+        if _INVENTORY not in names:
+            raise ValueError("an image set needs an inventory")
+        if self._into:
+            self._move_in(names)
+        else:
+            os.rename(self.staging, self.path)
+        self._done = True
+        if durable:
+            _sync(self.path)
+            _sync(os.path.dirname(self.path))
+        os.close(self.fd)
+
+    def _finish(self, durable: bool) -> list[str]:
+        """Close all files; their names, the inventory last."""
+        self._close_images()
+        names = sorted(os.listdir(self.fd), key=lambda name: (name == _INVENTORY, name))
+        if durable:
+            for name in names:
+                if name != PARENT:
+                    _sync(os.path.join(self.staging, name))
+        return names
+
+    def _close_images(self) -> None:
+        for image in self._images.values():
+            image.close()
+
+    def _move_in(self, names: list[str]) -> None:
+        for name in self._images_there():
+            os.unlink(os.path.join(self.path, name))
+        for name in names:
+            os.rename(os.path.join(self.staging, name), os.path.join(self.path, name))
+        os.rmdir(self.staging)
+
+    def _images_there(self) -> list[str]:
+        """Images of an older set in the target, its inventory first, so that no mixture ever counts as a set."""
+        found = [name for name in os.listdir(self.path) if name == PARENT or parse_name(name) is not None]
+        return sorted(found, key=lambda name: (name != _INVENTORY, name))
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        if not self._done:
+            self._done = True
+            self._close_images()
+            os.close(self.fd)
+            shutil.rmtree(self.staging)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.discard()
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
