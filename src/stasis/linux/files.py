@@ -5,7 +5,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 from stasis.linux import libc
@@ -165,6 +164,8 @@ def open_unnamed(directory: str, mode: int = 0o600) -> int:
         # EISDIR: the kernel's answer from a file system that does not know O_TMPFILE (open(2), BUGS)
         if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
             raise
+    import tempfile  # here, because it takes longer to load than all the rest, and is hardly ever needed
+
     fd, path = tempfile.mkstemp(prefix=".unnamed-", dir=directory)
     try:
         os.unlink(path)
