@@ -28,6 +28,7 @@ from stasis.errors import DamagedError, LockedError
 __all__ = ["PruneResult", "prune"]
 
 BATCH_OBJECTS = 200
+LEFTOVER_SECONDS = 3600
 BATCH_SECONDS = 20.0
 """A deletion is sent at most this long after the store was asked whether the lock is still ours. Whoever breaks a lock
 waits three times as long before relying on anything."""
@@ -165,8 +166,8 @@ class _Prune:
             self.result.leftovers_removed = sum(1 for _ in layout.leftovers(self.repository))
             return
         with self.repository.lock_exclusive("prune", wait=self.wait) as lease:
-            locked_at = store_time(self.repository.store, self.repository.codec())
-            batch = [info for info in layout.leftovers(self.repository) if info.modified <= locked_at]
+            oldest = store_time(self.repository.store, self.repository.codec()) - LEFTOVER_SECONDS
+            batch = [info for info in layout.leftovers(self.repository) if info.modified <= oldest]
             if not lease.confirm():
                 raise self._lock_lost()
             for info in batch:

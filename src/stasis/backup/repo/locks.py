@@ -19,7 +19,7 @@ from stasis.backup.repo.store import Store
 from stasis.errors import DamagedError, NotFoundError
 from stasis.linux import process
 
-__all__ = ["BROKEN", "EXCLUSIVE", "FOLDER", "SHARED", "STALE_SECONDS", "LockInfo", "list_locks", "lock_names",
+__all__ = ["BROKEN", "CLOCK", "EXCLUSIVE", "FOLDER", "SHARED", "STALE_SECONDS", "LockInfo", "list_locks", "lock_names",
            "owner_fields", "remove_locks", "store_time"]
 
 FOLDER = "locks"
@@ -27,6 +27,8 @@ SHARED, EXCLUSIVE = "shared", "exclusive"
 BROKEN = "broken"
 """Kind of the mark that somebody is about to take an exclusive lock away; its holder sees it and stops."""
 STALE_SECONDS = 1800
+CLOCK = "clock"
+TIME_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,16 @@ def remove_locks(store: Store, locks: Iterable[LockInfo]) -> None:
 
 def store_time(store: Store, codec: Codec) -> float:
     """What time it is by the clock of the store, in seconds."""
-    name = f"clock/{secrets.token_hex(8)}"
-    store.put(name, codec.seal(Kind.LOCK, name, b"{}"))
-    try:
-        info = store.stat(name)
-    finally:
-        store.delete(name)
-    if info is None:
-        raise NotFoundError(f"{name}, written a moment ago, is not in {store.url}")
-    return info.modified
+    for _ in range(TIME_ATTEMPTS):
+        name = f"{CLOCK}/{secrets.token_hex(8)}"
+        store.put(name, codec.seal(Kind.LOCK, name, b"{}"))
+        try:
+            info = store.stat(name)
+        finally:
+            store.delete(name)
+        if info is not None:  # else prune took it for a leftover
+            return info.modified
+    raise NotFoundError(f"{name}, written a moment ago, is not in {store.url}")
 
 
 def _objects(store: Store) -> Iterator[tuple[str, str, str, float]]:

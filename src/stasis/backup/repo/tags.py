@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 
 from stasis.backup.repo.objects import Codec, Kind
@@ -71,6 +72,7 @@ def _is_first(name: str) -> bool:
 
 def remove_tags(store: Store, backup: str) -> None:
     """Forget the tags of a backup that is removed."""
+    time.sleep(store.listing_lag)  # tags that are left would tell that the manifest was lost
     for name in list(_objects(store, backup)):
         store.delete(name)
 
