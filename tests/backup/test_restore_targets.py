@@ -230,6 +230,10 @@ def test_targets_that_make_no_sense_are_refused(commands: Stasis, repository: Re
     commands.fail(ExitCode.USAGE, "backup", "restore", "latest", *words)
 
 
+def test_options_of_a_snapshot_need_one(commands: Stasis, repository: Repository) -> None:
+    assert "--live" in commands.fail(ExitCode.USAGE, "backup", "verify", "latest", "--limit", "1G")
+
+
 @contextmanager
 def withheld(repository: Repository, manifest: Manifest, number: int) -> Iterator[Callable[[], bool]]:
     """Have whoever opens a chunk wait for the end of the block; the value tells whether somebody waits."""

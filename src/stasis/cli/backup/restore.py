@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
 
 from stasis.cli.backup.options import add_repository, open_repository
-from stasis.cli.backup.reporting import report
+from stasis.cli.backup.reporting import Reporter, report
 from stasis.cli.copying import percentage
 from stasis.cli.options import add_command, size
 from stasis.errors import StasisError, UsageError, VerifyError
@@ -76,7 +78,7 @@ stasis backup verify 9f2c --live /dev/sdb --read-data
                               "have changed since the backup")
     command.add_argument("--read-data", action="store_true",
                          help="with --live: also read and check all stored data, as is done without --live")
-    command.add_argument("--storage", metavar="PATH", default=STORAGE,
+    command.add_argument("--storage", metavar="PATH",
                          help=f"with --live: where the snapshot of a served device keeps old contents ({STORAGE})")
     command.add_argument("--limit", metavar="SIZE", type=size,
                          help="with --live: the most it may take (what is free there)")
@@ -89,8 +91,18 @@ def _add_backup(command: Parser) -> None:
     command.add_argument("--device", metavar="NAME", help="of which device latest is meant")
 
 
-def _resolve(arguments: argparse.Namespace, repository: Repository) -> Manifest:
-    return repository.resolve(arguments.id, host=arguments.host, device=arguments.device)
+@contextlib.contextmanager
+def _opened(arguments: argparse.Namespace, lines: TextIO | None = None) -> Iterator[tuple[Reporter, Repository]]:
+    """The repository, with progress shown; a signal ends what is done with it in an orderly way."""
+    from stasis.daemon.signals import interrupted_by_sigterm
+
+    with (interrupted_by_sigterm(), report(arguments, lines=lines) as reporter,
+          open_repository(arguments, read_only=True) as repository):
+        yield reporter, repository
+
+
+def _resolve(arguments: argparse.Namespace, repository: Repository, text: str) -> Manifest:
+    return repository.resolve(text, host=arguments.host, device=arguments.device)
 
 
 def restore(arguments: argparse.Namespace) -> None:
@@ -99,14 +111,13 @@ def restore(arguments: argparse.Namespace) -> None:
     if target == STREAM:
         _restore_to_stdout(arguments)
         return
-    with report(arguments) as reporter, open_repository(arguments, read_only=True) as repository:
+    with _opened(arguments) as (reporter, repository):
         from stasis.backup.restore import RestoreOptions
         from stasis.backup.restore import restore as restore_backup
-        from stasis.daemon.signals import interrupted_by_sigterm
 
         options = RestoreOptions(in_place=arguments.in_place, overwrite=arguments.overwrite, verify=arguments.verify)
-        with interrupted_by_sigterm():
-            result = restore_backup(repository, _resolve(arguments, repository), target, options, reporter.progress)
+        manifest = _resolve(arguments, repository, arguments.id)
+        result = restore_backup(repository, manifest, target, options, reporter.progress)
         reporter.finish(result.as_dict(), _restored(result))
 
 
@@ -124,11 +135,12 @@ def _restore_to_stdout(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} makes no sense for a stream", hint="leave it out")
     if os.isatty(1):
         raise UsageError("a disk image is nothing for a terminal", hint="write it to a pipe or name a file")
-    with report(arguments, lines=sys.stderr) as reporter, open_repository(arguments, read_only=True) as repository:
+    with _opened(arguments, sys.stderr) as (reporter, repository):
         from stasis.backup.restore import restore_to_stream
 
         try:
-            result = restore_to_stream(repository, _resolve(arguments, repository), 1, reporter.progress)
+            manifest = _resolve(arguments, repository, arguments.id)
+            result = restore_to_stream(repository, manifest, 1, reporter.progress)
         except BrokenPipeError as error:
             raise StasisError("whoever read the image ended before it was complete",
                               hint="see what the reader says", errno=error.errno or 0) from error
@@ -137,18 +149,16 @@ def _restore_to_stdout(arguments: argparse.Namespace) -> None:
 
 def apply(arguments: argparse.Namespace) -> None:
     """stasis backup apply"""
-    with report(arguments) as reporter, open_repository(arguments, read_only=True) as repository:
+    with _opened(arguments) as (reporter, repository):
         from stasis.backup.restore import ApplyOptions
         from stasis.backup.restore import apply as apply_backup
-        from stasis.daemon.signals import interrupted_by_sigterm
 
-        manifest = _resolve(arguments, repository)
-        base = None if arguments.base is None else repository.resolve(arguments.base)
+        manifest = _resolve(arguments, repository, arguments.id)
+        base = None if arguments.base is None else _resolve(arguments, repository, arguments.base)
         options = ApplyOptions(sample_share=arguments.sample / 100, sample_seed=arguments.sample_seed,
                                verify=arguments.verify)
-        with interrupted_by_sigterm():
-            result = apply_backup(repository, manifest, arguments.target, base=base, options=options,
-                                  progress=reporter.progress)
+        result = apply_backup(repository, manifest, arguments.target, base=base, options=options,
+                              progress=reporter.progress)
         reporter.finish(result.as_dict(), _restored(result))
 
 
@@ -168,28 +178,33 @@ def _restored(result: RestoreResult) -> str:
 
 def verify(arguments: argparse.Namespace) -> None:
     """stasis backup verify"""
-    with report(arguments) as reporter, open_repository(arguments, read_only=True) as repository:
+    if arguments.live is None and (arguments.storage, arguments.limit) != (None, None):
+        raise UsageError("--storage and --limit are for the snapshot that --live takes", hint="leave them out")
+    with _opened(arguments) as (reporter, repository):
+        manifest = _resolve(arguments, repository, arguments.id)
+        if arguments.live is not None:
+            _verify_live(arguments, repository, manifest, reporter)
+            return
         from stasis.backup.restore import verify as verify_backup
 
-        manifest = _resolve(arguments, repository)
-        if arguments.live is None:
-            result = verify_backup(repository, manifest, reporter.progress)
-            checked = format_size(result.bytes_checked)
-            reporter.finish(result.as_dict(), f"backup {manifest.id[:8]} is sound: read {checked} in "
-                                              f"{result.seconds:.1f} s")
-            return
-        from stasis.daemon.signals import interrupted_by_sigterm
-        from stasis.daemon.sources import SnapshotStorage
-        from stasis.daemon.verifying import verify_against
+        result = verify_backup(repository, manifest, reporter.progress)
+        checked = format_size(result.bytes_checked)
+        reporter.finish(result.as_dict(), f"backup {manifest.id[:8]} is sound: read {checked} in {result.seconds:.1f} s")
 
-        with interrupted_by_sigterm():
-            result = verify_against(
-                arguments.live, repository, manifest, read_data=arguments.read_data,
-                storage=SnapshotStorage(arguments.storage, arguments.limit), progress=reporter.progress,
-                run_dir=getattr(arguments, "run_dir", None), state_dir=getattr(arguments, "state_dir", None))
-        reporter.finish(result.as_dict(), _compared(result))
-        if result.bytes_differing:
-            raise _difference(arguments.live, result)
+
+def _verify_live(arguments: argparse.Namespace, repository: Repository, manifest: Manifest, reporter: Reporter) -> None:
+    from stasis.daemon.sources import SnapshotStorage
+    from stasis.daemon.verifying import verify_against
+
+    result = verify_against(
+        arguments.live, repository, manifest, read_data=arguments.read_data,
+        storage=SnapshotStorage(arguments.storage or STORAGE, arguments.limit), progress=reporter.progress,
+        run_dir=getattr(arguments, "run_dir", None), state_dir=getattr(arguments, "state_dir", None))
+    reporter.finish(result.as_dict(), _compared(result))
+    if result.bytes_differing:
+        raise VerifyError(
+            f"{arguments.live} differs from backup {result.backup[:12]} in {format_size(result.bytes_differing)}",
+            hint="that is right if it was written to since, where stasis does not track its changes")
 
 
 def _compared(result: VerifyResult) -> str:
@@ -202,8 +217,3 @@ def _compared(result: VerifyResult) -> str:
     if len(result.differing) > SHOWN_EXTENTS:
         lines.append("  and more; --json lists them")
     return "\n".join([f"{text}, and these differ:", *lines])
-
-
-def _difference(live: str, result: VerifyResult) -> VerifyError:
-    return VerifyError(f"{live} differs from backup {result.backup[:12]} in {format_size(result.bytes_differing)}",
-                       hint="that is right if it was written to since, where stasis does not track its changes")
