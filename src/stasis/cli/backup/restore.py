@@ -188,8 +188,8 @@ def verify(arguments: argparse.Namespace) -> None:
         from stasis.backup.restore import verify as verify_backup
 
         result = verify_backup(repository, manifest, reporter.progress)
-        checked = format_size(result.bytes_checked)
-        reporter.finish(result.as_dict(), f"backup {manifest.id[:8]} is sound: read {checked} in {result.seconds:.1f} s")
+        checked = f"read {format_size(result.bytes_checked)} in {result.seconds:.1f} s"
+        reporter.finish(result.as_dict(), f"backup {manifest.id[:8]} is sound: {checked}")
 
 
 def _verify_live(arguments: argparse.Namespace, repository: Repository, manifest: Manifest, reporter: Reporter) -> None:
