@@ -26,7 +26,7 @@ from stasis.block.copy.target import Target
 from stasis.block.copy.transfer import Crew, Worker
 from stasis.errors import StasisError, StorageError, VerifyError
 
-__all__ = ["Job", "RestoreIdentity", "RestoreOptions", "RestoreResult", "readable_errors"]
+__all__ = ["Job", "RestoreIdentity", "RestoreOptions", "RestoreResult", "readable_errors", "target_path"]
 
 OpenWorker = Callable[[], Worker[Batch]]
 

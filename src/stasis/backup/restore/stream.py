@@ -43,7 +43,7 @@ def restore_to_stream(repository: Repository, manifest: Manifest, descriptor: in
         shown = progress or Progress()
         shown.phase("restoring", manifest.size)
         ahead = stack.enter_context(_Ahead(repository))
-        for data in ahead.chunks(enumerate_lengths(index.names(), manifest)):
+        for data in ahead.chunks(_with_lengths(index.names(), manifest)):
             _write_all(descriptor, data)
             shown.add(len(data))
     return RestoreResult(
@@ -53,7 +53,7 @@ def restore_to_stream(repository: Repository, manifest: Manifest, descriptor: in
     )
 
 
-def enumerate_lengths(names: Iterator[bytes], manifest: Manifest) -> Iterator[tuple[bytes, int]]:
+def _with_lengths(names: Iterator[bytes], manifest: Manifest) -> Iterator[tuple[bytes, int]]:
     """(name, length in bytes) of each chunk."""
     for number, name in enumerate(names):
         yield name, min(manifest.chunk_size, manifest.size - number * manifest.chunk_size)
