@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -105,8 +106,23 @@ def test_what_fails_leaves_no_file(repository: Repository, history: list[tuple[M
         export_whole(repository, backup, folder / "disk.qcow2")
     with pytest.raises(NotFoundError, match="is no directory"):
         export_chain(repository, [backup], folder / "disk.qcow2")
-    with pytest.raises(StasisError, match="cannot be made"):
+    with pytest.raises(StasisError, match=r"nowhere/disk.qcow2 cannot be written: No such file"):
         export_whole(repository, backup, tmp_path / "nowhere" / "disk.qcow2")
+
+
+def test_two_exports_to_one_file_are_one_too_many_and_leftovers_are_none(
+        repository: Repository, history: list[tuple[Manifest, bytes]], tmp_path: Path) -> None:
+    """What a killed export left under the hidden name is written over; what one that runs writes there is not."""
+    backup, content = history[0]
+    with (tmp_path / ".disk.qcow2.part").open("w+b") as left:
+        left.write(b"x" * SIZE * 2)
+        left.flush()
+        fcntl.flock(left, fcntl.LOCK_EX)
+        with pytest.raises(BusyError, match="is being written by another command"):
+            export_whole(repository, backup, tmp_path / "disk.qcow2")
+    export_whole(repository, backup, tmp_path / "disk.qcow2")
+    assert as_qemu_reads(tmp_path / "disk.qcow2") == content
+    assert not (tmp_path / ".disk.qcow2.part").exists()
 
 
 def test_a_chain_of_qemu_becomes_increments(repository: Repository, tmp_path: Path) -> None:

@@ -99,6 +99,20 @@ def test_a_full_disk_is_an_error_of_the_sender(stasis: Stasis, short_dir: Path, 
     assert "Traceback" not in result.stderr
 
 
+def test_a_receiver_that_is_killed_leaves_no_backup_and_the_next_one_works(stasis: Stasis, short_dir: Path,
+                                                                          backup: Manifest) -> None:
+    command = [*stasis.command, "backup", "send", backup.id, "--repo", f"{short_dir}/a"]
+    stream = subprocess.run(command, env=stasis.environment, stdout=subprocess.PIPE, check=True).stdout
+    for cut in (0, len(stream) // 2, len(stream) - 1):
+        with stasis.popen("backup", "receive", "--repo", f"{short_dir}/b", stdin=subprocess.PIPE) as killed:
+            assert killed.stdin is not None
+            os.write(killed.stdin.fileno(), stream[:cut])
+            killed.kill()
+    with Repository.open(f"{short_dir}/b", Secrets.none()) as repository:
+        assert repository.backups() == []
+    assert piped(stasis, [backup.id, "--repo", f"{short_dir}/a"], ["--repo", f"{short_dir}/b"])[:2] == (0, 0)
+
+
 def test_an_image_is_received_without_a_repository(stasis: Stasis, short_dir: Path, backup: Manifest) -> None:
     assert piped(stasis, ["latest", "--repo", f"{short_dir}/a"], ["--output", f"{short_dir}/disk.img"])[:2] == (0, 0)
     assert (short_dir / "disk.img").read_bytes() == DATA

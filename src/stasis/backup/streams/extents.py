@@ -19,8 +19,7 @@ from stasis.errors import UsageError
 
 __all__ = ["Extents"]
 
-AHEAD = 8
-"""Chunks that are fetched before they are asked for."""
+CACHE_BYTES = 32 << 20
 
 
 class Extents:
@@ -44,7 +43,7 @@ class Extents:
         """Extents within one chunk each, or zeroes of any length; data is valid until the next one is asked for."""
         progress.phase(phase, self._index.size)
         done = 0
-        with open_cache(self._repository) as cache:
+        with open_cache(self._repository, CACHE_BYTES) as cache:
             for extent in self._ahead(cache):
                 yield self._piece(cache, extent)
                 progress.add(extent.offset + extent.length - done)
@@ -74,7 +73,7 @@ class Extents:
             if (key := self._key(extent)) is not None:
                 cache.prefetch(key)
             waiting.append(extent)
-            if len(waiting) > min(AHEAD, cache.window // 4):
+            if len(waiting) > cache.window // 2:
                 yield waiting.popleft()
         yield from waiting
 

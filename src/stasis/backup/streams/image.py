@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stasis.backup.progress import Progress
+from stasis.backup.streams.newfile import new_file
 from stasis.backup.streams.rbddiff import StreamReader
 from stasis.backup.streams.receive import Counted
-from stasis.errors import BusyError, StasisError, UsageError
+from stasis.errors import UsageError
 
 __all__ = ["ImageResult", "receive_image"]
 
@@ -45,30 +43,13 @@ def receive_image(stream: StreamReader, path: Path, progress: Progress | None = 
         raise UsageError(f"this stream holds only what changed since backup {stream.head.from_snap[:12]}",
                          hint="receive it into a repository that has that backup, or send the backup without --from")
     counted = Counted(stream, progress or Progress())
-    with _new_file(path) as fd:
+    with new_file(path) as (fd, _):
         os.ftruncate(fd, stream.head.size)
         for offset, length, data in counted.pieces():
             if data is not None:  # a new file is zeroes everywhere
                 _write(fd, data[:length], offset)
     return ImageResult(str(path), stream.head.to_snap, stream.head.size, counted.bytes_data,
                        round(time.monotonic() - started, 3))
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[int]:
-    if path.exists():
-        raise BusyError(f"{path} exists", hint="name a file that does not exist yet")
-    try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        try:
-            yield fd
-            os.fsync(fd)
-            os.link(temporary, path)  # unlike rename, this replaces nothing
-        finally:
-            os.close(fd)
-            os.unlink(temporary)
-    except OSError as error:
-        raise StasisError(f"{path} cannot be written: {error.strerror}", errno=error.errno or 0) from error
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

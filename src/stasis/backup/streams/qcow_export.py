@@ -6,7 +6,6 @@ Only what is there or has changed is written. A file has its name when it is com
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,8 @@ from stasis.backup.progress import Progress
 from stasis.backup.repo import Manifest, Repository
 from stasis.backup.streams import qemu
 from stasis.backup.streams.extents import Extents
-from stasis.errors import BusyError, NotFoundError, StasisError
+from stasis.backup.streams.newfile import new_file
+from stasis.errors import BusyError, NotFoundError
 from stasis.nbd.client import Client
 
 __all__ = ["ExportedFile", "ancestry", "export_chain", "export_whole"]
@@ -48,8 +48,6 @@ class ExportedFile:
 def export_whole(repository: Repository, backup: Manifest, path: Path, progress: Progress | None = None
                  ) -> ExportedFile:
     """Write one backup to a new file. Raises BusyError when it exists, DamagedError, StasisError of qemu."""
-    if path.exists():
-        raise BusyError(f"{path} exists", hint="name a file that does not exist yet")
     with repository.lock_shared("export"):
         return _export(repository, backup, None, path, None, progress or Progress())
 
@@ -95,15 +93,10 @@ def _export(repository: Repository, backup: Manifest, base: Manifest | None, pat
             progress: Progress) -> ExportedFile:
     started = time.monotonic()
     extents = Extents(repository, backup, base)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        qemu.create(temporary, backup.size, backing)
-        with qemu.serve(temporary, "qcow2", writable=True) as client:
+    with new_file(path) as (_, part):
+        qemu.create(part, backup.size, backing)
+        with qemu.serve(part, "qcow2", writable=True) as client:
             _write(client, extents, progress)
-        _sync(temporary)
-        _name(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return ExportedFile(backup.id, str(path), str(backing) if backing else None, False, backup.size,
                         extents.bytes_data, round(time.monotonic() - started, 3))
 
@@ -123,18 +116,3 @@ def _write(client: Client, extents: Extents, progress: Progress) -> None:
             batch, size = [], 0
     client.write_many(batch)
     client.flush()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _name(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)  # unlike rename, this replaces nothing
-    except OSError as error:
-        raise StasisError(f"{path} cannot be made: {error.strerror}", errno=error.errno or 0) from error

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file that has its name when it is complete and durable, and not before.
+
+It is written as `.NAME.part` beside it. What a killed command left there is written over by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from stasis.errors import BusyError, StasisError
+
+__all__ = ["new_file"]
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[tuple[int, Path]]:
+    """A descriptor and the path of an empty file that becomes `path` when the block ends well.
+
+    Raises BusyError when `path` exists or somebody else writes it, StasisError when it cannot be made.
+    """
+    if path.exists():
+        raise BusyError(f"{path} exists", hint="name a file that does not exist yet")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with contextlib.ExitStack() as stack:
+            fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, fd)
+            _lock(fd, part, path)
+            stack.callback(os.unlink, part)
+            os.ftruncate(fd, 0)
+            yield fd, part
+            os.fsync(fd)
+            os.link(part, path)  # unlike rename, this replaces nothing
+            _sync_folder(path.parent)
+    except OSError as error:
+        raise StasisError(f"{path} cannot be written: {error.strerror}", errno=error.errno or 0) from error
+
+
+def _lock(fd: int, part: Path, path: Path) -> None:
+    busy = BusyError(f"{path} is being written by another command", hint="wait for it, or choose another name")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise busy from error
+    if not part.exists() or part.stat().st_ino != os.fstat(fd).st_ino:  # the other one ended just now
+        raise busy
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
