@@ -86,8 +86,12 @@ def back_up(job: BackupJob, repository: Repository, progress: Progress | None = 
             taken = sources.take()
             if sources.is_instant:
                 hooks.after()
-            result = create(taken, repository, options, progress, lease=lease)
-            hooks.after()
+
+            def have_read() -> None:
+                hooks.after()
+                sources.release()
+
+            result = create(taken, repository, options, progress, lease=lease, have_read=have_read)
     if not hooks.warnings:
         return result
     return replace(result, warnings=(*result.warnings, *hooks.warnings), exit_code=result.exit_code or ExitCode.FAILURE)

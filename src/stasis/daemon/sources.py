@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,7 +29,7 @@ from stasis.daemon.paths import resolve
 from stasis.daemon.record import default_name, origin_key, valid_name
 from stasis.daemon.served_source import PlannedSource, ServedSource
 from stasis.daemon.signals import deferred_interrupts
-from stasis.errors import NotFoundError, UsageError
+from stasis.errors import NotFoundError, StasisError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,6 +73,8 @@ class SourceSet:
         self._devices: list[Device] | None = None
         self._stack = contextlib.ExitStack()
         self._locks: dict[str, RunLock] = {}
+        self._taken: str | None = None
+        self._ending: threading.Thread | None = None
         try:
             self._wanted = [self._understand(word) for word in words]
             self._rename(name)
@@ -195,12 +198,27 @@ class SourceSet:
         with deferred_interrupts():
             made = client.create_snapshot(self._storage.path, names, limit=self._storage.limit)
             self._stack.callback(self._forget, made.id)
+            self._taken = made.id
             for lock in self._locks.values():
                 lock.write({"snapshot": made.id})
         return client.take(made.id)
 
+    def release(self) -> None:
+        """Nothing is read any more: destroy the snapshot beside what else is done. If that fails, the end does it."""
+        if self._taken is not None:
+            self._ending = threading.Thread(target=self._try_to_destroy, args=(self._taken,), daemon=True)
+            self._ending.start()
+
+    def _try_to_destroy(self, uuid: str) -> None:
+        with contextlib.suppress(StasisError):
+            self._destroy(uuid)
+            self._taken = None
+
     def _forget(self, uuid: str) -> None:
-        self._destroy(uuid)
+        if self._ending is not None:
+            self._ending.join()
+        if self._taken is not None:
+            self._destroy(uuid)
         for lock in self._locks.values():
             lock.write({})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +66,12 @@ def plan(sources: Sequence[PointInTimeSource], repository: Repository, options: 
 
 
 def create(sources: Sequence[PointInTimeSource], repository: Repository, options: CreateOptions,
-           progress: Progress | None = None, *, lease: Lease | None = None) -> CreateResult:
+           progress: Progress | None = None, *, lease: Lease | None = None,
+           have_read: Callable[[], None] | None = None) -> CreateResult:
     """Back up the sources.
 
     lease: a shared lock of the repository that the caller holds already; otherwise one is taken.
+    have_read: called once nothing more is read, while there still is much to make durable.
 
     Raises GenerationError (the wanted kind cannot be made), LockedError, StorageError, RepositoryError, and StasisError
     for a source that cannot be read. Nothing is published then; what was stored is not stored or, where the source is
@@ -78,21 +80,26 @@ def create(sources: Sequence[PointInTimeSource], repository: Repository, options
     if options.base is not None and len(sources) > 1:
         raise UsageError("--base names one backup, but there are several sources", hint="back them up one by one")
     options = replace(options, set_id=options.set_id or str(uuid.uuid4()))
+    progress = progress or Progress()
     with contextlib.ExitStack() as stack:
         held = stack.enter_context(repository.lock_shared(PURPOSE)) if lease is None else lease
-        return _create(sources, repository, options, progress or Progress(), held)
+        warnings: list[str] = []
+        jobs = _jobs(sources, repository, options, progress, warnings)
+        backups = _run(jobs, repository, options, progress, held, have_read)
+    warnings += [warning for job in jobs for warning in job.warnings]
+    return CreateResult(options.set_id, tuple(backups), tuple(warnings), _exit_code(jobs))
 
 
-def _create(sources: Sequence[PointInTimeSource], repository: Repository, options: CreateOptions, progress: Progress,
-            lease: Lease) -> CreateResult:
-    warnings: list[str] = []
-    jobs = _jobs(sources, repository, options, progress, warnings)
-    known = all(source.size is not None for source in sources)
+def _run(jobs: Sequence[DeviceJob], repository: Repository, options: CreateOptions, progress: Progress, lease: Lease,
+         have_read: Callable[[], None] | None) -> list[Manifest]:
+    known = all(job.source.size is not None for job in jobs)
     progress.phase("reading", sum(job.bytes_to_read for job in jobs) if known else None)
     try:
         with _kept(repository):
             for job in jobs:
                 job.run()
+            if have_read is not None:
+                have_read()
             for job in jobs:
                 job.remember()
         progress.phase("publishing")
@@ -102,8 +109,7 @@ def _create(sources: Sequence[PointInTimeSource], repository: Repository, option
     finally:
         for job in jobs:
             job.close()
-    warnings += [warning for job in jobs for warning in job.warnings]
-    return CreateResult(options.set_id, tuple(backups), tuple(warnings), _exit_code(jobs))
+    return backups
 
 
 def _jobs(sources: Sequence[PointInTimeSource], repository: Repository, options: CreateOptions, progress: Progress,

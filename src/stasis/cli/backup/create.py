@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -78,11 +80,16 @@ def create(arguments: argparse.Namespace) -> int:
     """stasis backup create"""
     from stasis.cli.backup.reporting import report
 
+    _check(arguments)
     with report(arguments) as reporter:
-        job = _job(arguments)
-        from stasis.daemon.backups import back_up, plan_backup
-
+        # Opening the repository is one long computation, during which the rest can be loaded.
+        loading = threading.Thread(target=importlib.import_module, args=("stasis.daemon.backups",), daemon=True)
+        loading.start()
         with open_repository(arguments, read_only=arguments.dry_run) as repository:
+            loading.join()
+            from stasis.daemon.backups import back_up, plan_backup
+
+            job = _job(arguments)
             if arguments.dry_run:
                 plans = plan_backup(job, repository)
                 reporter.finish({"dry_run": True, "plans": [plan.as_dict() for plan in plans]}, _plan_text(plans))
@@ -95,15 +102,19 @@ def create(arguments: argparse.Namespace) -> int:
         return int(result.exit_code)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what makes no sense before anything is done."""
+    if arguments.limit_rate == 0:
+        raise UsageError("--limit-rate 0 would never end", hint="leave it out to read as fast as possible")
+    if arguments.base is not None and arguments.kind != "differential":
+        raise UsageError("--base is for differential backups", hint="add --kind differential")
+
+
 def _job(arguments: argparse.Namespace) -> BackupJob:
     from stasis.backup.job import SampleOptions
     from stasis.daemon.backups import BackupJob
     from stasis.daemon.sources import SnapshotStorage
 
-    if arguments.limit_rate == 0:
-        raise UsageError("--limit-rate 0 would never end", hint="leave it out to read as fast as possible")
-    if arguments.base is not None and arguments.kind != "differential":
-        raise UsageError("--base is for differential backups", hint="add --kind differential")
     sample = SampleOptions(share=arguments.self_check / 100, seed=arguments.self_check_seed)
     return BackupJob(
         sources=arguments.sources, name=arguments.name, host=arguments.host, kind=arguments.kind, base=arguments.base,
