@@ -284,3 +284,16 @@ def test_the_largest_chunks_stay_below_the_limit_of_memory(tmp_path: Path) -> No
     result = subprocess.run([sys.executable, "-c", LARGE_CHUNKS, str(tmp_path)], capture_output=True, text=True,
                             env={**os.environ, "STASIS_PASSPHRASE": SECRET.value.decode()}, check=True)
     assert int(result.stdout) * 1024 < 250 << 20
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_the_program_in_the_format_s_description_recovers_a_backup(tmp_path: Path, secret: Secret | None) -> None:
+    page = Path(__file__).parents[2] / "docs" / "formats" / "repository.md"
+    program = page.read_text().split("```python\n")[1].split("```")[0]
+    with Repository.init(str(tmp_path / "repo"), secret=secret, chunk_size=CHUNK) as repository:
+        repository.chunk_writer().store(memoryview(b"of another backup"))
+        made = store(repository, [1, 0, 2, 3, 0], tail=77)
+        expected = read(repository, made)
+    subprocess.run([sys.executable, "-c", program, tmp_path / "repo", SECRET.value, made.id, tmp_path / "image"],
+                   check=True)
+    assert (tmp_path / "image").read_bytes() == expected
