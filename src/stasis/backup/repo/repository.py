@@ -205,6 +205,7 @@ class Repository:
             self.store.delete(where)
             raise
         tags.store_first_tags(self.store, self.codec(), published.id, published.tags)
+        self._drop_tags_of_forgotten(published.id)
         return published
 
     def remove_backup(self, id: str) -> None:  # noqa: A002
@@ -212,6 +213,12 @@ class Repository:
         self._refuse_reading_only()
         tags.remove_tags(self.store, id)
         self.store.delete(f"backups/{id}")
+        tags.remove_tags(self.store, id)  # those that somebody put while the manifest was still there
+
+    def _drop_tags_of_forgotten(self, id_: str) -> None:
+        """To be called when tags were put. Either this sees that the manifest is gone, or who deleted it sees them."""
+        if not self.store.exists(f"backups/{id_}"):
+            tags.remove_tags(self.store, id_)
 
     def lost_backups(self) -> list[str]:
         """Ids of backups whose manifest is missing, though nobody forgot them."""
@@ -234,8 +241,7 @@ class Repository:
         self._refuse_reading_only()
         self.backup(id)
         tags.store_tags(self.store, self.codec(), id, new)
-        if not self.store.exists(f"backups/{id}"):
-            tags.remove_tags(self.store, id)  # it was forgotten meanwhile
+        self._drop_tags_of_forgotten(id)
 
     def sync(self) -> None:
         """Make everything stored so far durable."""
