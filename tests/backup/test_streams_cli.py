@@ -113,6 +113,23 @@ def test_a_receiver_that_is_killed_leaves_no_backup_and_the_next_one_works(stasi
     assert piped(stasis, [backup.id, "--repo", f"{short_dir}/a"], ["--repo", f"{short_dir}/b"])[:2] == (0, 0)
 
 
+def test_a_receiver_that_is_terminated_gives_its_lock_back(stasis: Stasis, short_dir: Path) -> None:
+    """It has read more than the first megabyte when it is told to end, so it holds its lock."""
+    with Repository.init(f"{short_dir}/r", secret=None, chunk_size=CHUNK) as repository:
+        backup_of(repository, os.urandom(40 * CHUNK))
+    command = [*stasis.command, "backup", "send", "latest", "--repo", f"{short_dir}/r"]
+    stream = subprocess.run(command, env=stasis.environment, stdout=subprocess.PIPE, check=True).stdout
+    with Repository.init(f"{short_dir}/t", secret=None) as target:
+        with stasis.popen("backup", "receive", "--repo", target.url, stdin=subprocess.PIPE) as receiver:
+            assert receiver.stdin is not None
+            os.write(receiver.stdin.fileno(), stream[: 24 * CHUNK])
+            receiver.terminate()
+            _, said = receiver.communicate(timeout=60)
+        assert (receiver.returncode, said) == (ExitCode.INTERRUPTED, "stasis: interrupted\n")
+        assert target.locks() == []
+        assert target.backups() == []
+
+
 def test_an_image_is_received_without_a_repository(stasis: Stasis, short_dir: Path, backup: Manifest) -> None:
     assert piped(stasis, ["latest", "--repo", f"{short_dir}/a"], ["--output", f"{short_dir}/disk.img"])[:2] == (0, 0)
     assert (short_dir / "disk.img").read_bytes() == DATA

@@ -72,13 +72,15 @@ class Reporter:
 
 @contextlib.contextmanager
 def report(arguments: argparse.Namespace, *, lines: TextIO | None = None) -> Iterator[Reporter]:
-    """Show the progress of what happens inside.
+    """Show the progress of what happens inside. SIGTERM interrupts it as Ctrl-C does, so that locks are given back.
 
     `lines`: where JSON lines go, standard output unless a command writes its data there. An error that ends the
     command is told in a line too, and again by `main`.
     """
+    from stasis.daemon.signals import interrupted_by_sigterm
+
     reporter = Reporter((lines or sys.stdout) if arguments.json else None)
-    with _answer_signal(reporter.progress), _shown(reporter):
+    with interrupted_by_sigterm(), _answer_signal(reporter.progress), _shown(reporter):
         try:
             yield reporter
         except StasisError as error:
