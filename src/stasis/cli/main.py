@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import stasis
-from stasis.cli import backup, daemon, device, extras, output, repo, settings, snapshot
+from stasis.cli import backup, daemon, device, extras, output, process, repo, settings, snapshot
 from stasis.cli import map as map_
 from stasis.cli.options import Parser, add_directories
 from stasis.errors import ExitCode, StasisError
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="print the version")
     add_directories(parser)
     groups = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for group in (device, snapshot, map_, backup, repo, settings, daemon, extras):
+    for group in (device, snapshot, map_, backup, repo, process, settings, daemon, extras):
         group.add(groups)
     return parser
 

@@ -74,7 +74,7 @@ def _encode_into(out: bytearray, message: Message) -> None:
             for item in value if field.repeated else (value,):
                 out += tag
                 write(out, item)
-        except (TypeError, AttributeError, struct.error) as error:
+        except (TypeError, AttributeError, UnicodeEncodeError, struct.error) as error:
             raise FieldError(f"{type(message).__name__}.{name} cannot hold {value!r:.80}") from error
         except OverflowError as error:
             raise FieldError(f"{type(message).__name__}.{name}: {error}") from error

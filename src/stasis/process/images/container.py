@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final, Self
 
 from stasis.process.images import codec
 from stasis.process.images.damage import damaged
@@ -34,9 +34,12 @@ _WORD = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A message and where its payload lies. `offset` is where the record begins in the file."""
+    """A message and where its payload lies. `offset` is where the record begins in the file.
 
-    message: Message
+    The message's class is the kind's (see kinds), which a type checker cannot know.
+    """
+
+    message: Any
     offset: int
     parts: tuple[Part, ...] = ()
 

@@ -169,11 +169,17 @@ class ImageSet:
 
     # The set before this one.
 
-    def parent(self) -> ImageSet | None:
-        """The set that this one continues, opened; None where it stands alone."""
+    def has_parent(self) -> bool:
+        """Whether this set continues another one."""
         try:
             os.stat(PARENT, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
+            return False
+        return True
+
+    def parent(self) -> ImageSet | None:
+        """The set that this one continues, opened; None where it stands alone."""
+        if not self.has_parent():
             return None
         shown = os.path.join(self.path, PARENT)
         return self._opened(lambda: os.open(PARENT, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd), shown)

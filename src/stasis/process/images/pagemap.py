@@ -139,7 +139,7 @@ class Pagemap:
             if isinstance(record.message, PagemapHead):
                 found.pages_id = record.message.pages_id
             else:
-                found._add(record.message, record.offset)  # type: ignore[arg-type]  # see container, _class
+                found._add(record.message, record.offset)
             records += 1
         if not records and images.has(kind, number):
             raise damaged(found.path, 0, "it does not say in which file its pages are")
@@ -174,6 +174,15 @@ class Pagemap:
 
     def __getitem__(self, index: int) -> Run:
         return Run(self._starts[index], self._ends[index], self._flags[index], self._offsets[index])
+
+    def present_bytes(self, start: int, end: int) -> int:
+        """How many bytes between two addresses lie in this set's pages file."""
+        total = 0
+        while start < end and (run := self.find(start)) is not None and run.start < end:
+            if run.flags & PE_PRESENT:
+                total += min(run.end, end) - max(run.start, start)
+            start = run.end
+        return total
 
     def find(self, address: int) -> Run | None:
         """The run that holds the address, or the next one behind it; None at the end."""

@@ -12,19 +12,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from stasis.process.images.kinds import Kind
-from stasis.process.images.message import Message
 
 __all__ = ["Frames", "Part", "Size", "frames", "round_up", "sizes"]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Bytes behind a record: where they lie in the file, and the message before them where there is one."""
+    """Bytes behind a record: where they lie in the file, and the IpcMsg or GhostChunkEntry before them, if any."""
 
     name: str
     offset: int
     size: int
-    message: Message | None = None
+    message: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,11 @@ class ImageWriter:
         self.begin().write(_framed(message))
         self.records += 1
 
+    def append_part(self, message: Message, content: Buffer) -> None:
+        """Write one more part behind the last record: a ghost file's chunk with its bytes."""
+        size = Size("", message.len, message.len)  # type: ignore[attr-defined]  # GhostChunkEntry
+        self.begin().writelines([_framed(message), *_padded([content], [size])])
+
     def copy(self, fd: int, size: int, offset: int | None = None) -> None:
         """Append `size` bytes of a file, socket or pipe; from `offset`, or from where it stands.
 

@@ -90,7 +90,7 @@ class UnixSkEntry(Message):
     peer: int = uint32(8)
     fown: FownEntry = message(9, FownEntry)
     opts: SkOptsEntry = message(10, SkOptsEntry)
-    name: bytes = bytestring(11)
+    name: bytes = bytestring(11, show="quoted")
     shutdown: SkShutdown | None = enumeration(12, SkShutdown, default=None)
     file_perms: FilePermsEntry | None = message(13, FilePermsEntry, default=None)
     name_dir: str | None = string(14, default=None)
