@@ -18,10 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stasis.backup.progress import Progress
-from stasis.backup.repo import ChunkReader, Repository, Secret
+from stasis.backup.repo import ChunkReader, Repository, Secret, Secrets
 from stasis.backup.restore import RestoreOptions, restore, restore_to_stream
 from stasis.block.copy.target import Target
-from stasis.errors import BusyError, DamagedError, ExitCode, StasisError, StateError, StorageError, VerifyError
+from stasis.errors import (
+    BusyError,
+    DamagedError,
+    ExitCode,
+    NotFoundError,
+    StasisError,
+    StateError,
+    StorageError,
+    VerifyError,
+)
 from tests.backup.restoring import (
     CHUNK,
     data_in,
@@ -292,14 +301,27 @@ def test_a_damaged_chunk_is_named_and_never_written(
         assert (tmp_path / "stream").read_bytes() == data[: 4 * CHUNK]
 
 
-def test_a_damaged_index_leaves_the_target_alone(repository: Repository, target: Path) -> None:
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_damaged_index_leaves_the_target_alone(repository: Repository, target: Path, spoil: str) -> None:
     manifest = publish(repository, image(8 * CHUNK))
     (segment,) = objects(repository, "segments")
+    publish(repository, image(8 * CHUNK, 2))
+    (other,) = set(objects(repository, "segments")) - {segment}
     segment.chmod(0o600)
-    segment.write_bytes(segment.read_bytes()[:-5] + b"xxxxx")
-    with pytest.raises(DamagedError, match=segment.name):
-        restore(repository, manifest, target)
+    SPOILS[spoil](segment, other)
+    with repository.open(repository.url, Secrets.none()) as opened, pytest.raises(DamagedError, match=segment.name):
+        restore(opened, opened.resolve(manifest.id), target)
     assert not target.exists()
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_damaged_manifest_is_no_backup(repository: Repository, spoil: str) -> None:
+    manifest, other = publish(repository, image(CHUNK)), publish(repository, image(CHUNK, 2))
+    by_id = {path.name: path for path in objects(repository, "backups")}
+    by_id[manifest.id].chmod(0o600)
+    SPOILS[spoil](by_id[manifest.id], by_id[other.id])
+    with pytest.raises((DamagedError, NotFoundError), match=manifest.id):
+        repository.resolve(manifest.id)
 
 
 def test_what_does_not_come_back_from_the_medium_is_seen(
