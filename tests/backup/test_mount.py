@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from stasis.backup.mount import command
-from stasis.backup.mount.record import Process
+from stasis.backup.mount.record import Process, Record
 from stasis.backup.repo import Repository, Secret, Secrets
 from stasis.backup.serve.opening import Wanted
 from stasis.block import frontend
 from stasis.cli.main import main
-from stasis.errors import ExitCode, LockedError, UnsupportedError
+from stasis.errors import BusyError, ExitCode, LockedError, UnsupportedError
 from tests.backup.stored import backup_of
 from tests.runner import Stasis
 
@@ -156,6 +156,35 @@ def test_partition_is_mounted_and_without_a_number_they_are_listed(
     assert is_clean(stasis, target)
 
 
+def test_nothing_of_the_caller_is_held_by_a_mount(stasis: Stasis, repository: str, target: Path) -> None:
+    """Neither a pipe that it left open by mistake, nor its working directory."""
+    reader, writer = os.pipe()
+    arguments = ["backup", "mount", "latest", target, "--device", "ext4", "--repo", repository]
+    with stasis.popen(*arguments, pass_fds=[writer], cwd=target.parent) as process:
+        os.close(writer)
+        process.communicate(timeout=60)
+    with open(reader, "rb") as pipe:
+        assert pipe.read() == b""
+    for name in ("guardian", "server"):
+        assert os.readlink(f"/proc/{record(stasis)[name]['pid']}/cwd") == "/"
+    stasis("backup", "umount", target)
+
+
+def test_repository_that_can_only_be_read_will_do(
+    stasis: Stasis, repository: str, target: Path, short_dir: Path
+) -> None:
+    copy = short_dir / "r"
+    copy.mkdir()
+    subprocess.run(["mount", "--bind", repository, copy], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", copy], check=True)
+    try:
+        stasis("backup", "mount", "latest", target, "--device", "ext4", "--repo", copy)
+        assert (target / "first").read_bytes() == FILES["first"]
+        stasis("backup", "umount", target)
+    finally:
+        subprocess.run(["umount", copy], check=True)
+
+
 def test_plain_umount_gives_everything_back(
     stasis: Stasis, mount: Callable[..., dict[str, str]], repository: str, target: Path
 ) -> None:
@@ -257,6 +286,18 @@ class TestRefusals:
         stasis.environment["STASIS_PASSPHRASE"] = "right"
         stasis.fail(ExitCode.NOT_FOUND, *arguments, tmp_path / "r")
         assert is_clean(stasis, target)
+
+    def test_directory_of_a_command_that_is_at_it(self, target: Path, run_dir: Path) -> None:
+        record = Record.of(run_dir, str(target)).create()
+        with pytest.raises(OSError, match="not empty"):
+            Record.of(run_dir, str(target)).create()
+        assert [path.name for path in (run_dir / "mounts").iterdir()] == [record.path.name]
+        with pytest.raises(BusyError, match="being mounted"):
+            command.make_record(run_dir, str(target))
+        (record.path / "record.json").unlink()  # as one that was killed while it removed its directory leaves it
+        (record.path / "mount.log").touch()
+        assert command.make_record(run_dir, str(target)).guardian is not None
+        record.remove()
 
     def test_umount_of_what_is_no_backup(
         self, run_dir: Path, target: Path, capsys: pytest.CaptureFixture[str]

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,15 @@ class TestRefusals:
             assert "another server" in stasis.fail(ExitCode.BUSY, *arguments)
 
 
+    def test_backup_with_chunks_of_another_size(self, stored: Stored, capsys: pytest.CaptureFixture[str]) -> None:
+        """Whoever can write to a repository without encryption can put one there."""
+        with stored.opened() as repository:
+            wrong = repository.publish(replace(stored.old, chunk_size=2 * CHUNK, id=""))
+        assert main(["backup", "serve", wrong.id, "--repo", stored.url]) == ExitCode.DAMAGED
+        assert main(["backup", "diff", stored.old.id, wrong.id, "--repo", stored.url]) == ExitCode.DAMAGED
+        assert f"chunks of {2 * CHUNK} bytes" in capsys.readouterr().err
+
+
 class TestDiff:
     def test_extents_in_json_and_in_lines(self, stasis: Stasis, stored: Stored) -> None:
         pair = (stored.old.id, stored.new.id, "--repo", stored.url)
@@ -257,6 +267,7 @@ class TestDiff:
             (5 * CHUNK, 4096, False), (6 * CHUNK, CHUNK, True), (20 * CHUNK + 4096, 4096, True)]
         assert diff(stored.new) == (0, "", "")
         assert diff(stored.new, "--json") == (0, "[]\n", "")
-        code, _, said = diff(stored.old, "--offset", "1T")
-        assert code == ExitCode.USAGE
-        assert "not within" in said
+        for option, value, text in (("--offset", "1T", "not within"), ("--limit", "-1", "no number of extents")):
+            code, _, said = diff(stored.old, option, value)
+            assert code == ExitCode.USAGE
+            assert text in said

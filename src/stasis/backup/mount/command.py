@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import EACCES, EBUSY, EPERM
+from errno import EACCES, EBUSY, EEXIST, ENOTEMPTY, EPERM
 from pathlib import Path
 
 from stasis.backup.mount import guardian, takedown
@@ -19,7 +19,7 @@ from stasis.block import frontend
 from stasis.block.frontend.node import wait_until
 from stasis.errors import BusyError, NotFoundError, PermissionDeniedError, StasisError, UnsupportedError, UsageError
 
-__all__ = ["Mounted", "mount", "umount"]
+__all__ = ["Mounted", "make_record", "mount", "umount"]
 
 END_WAIT = 60.0
 
@@ -56,12 +56,11 @@ def mount(
     """
     target = _target(directory)
     _check_host()
-    record = _new_record(run_dir, target)
     ours, theirs = channels()
 
     def guard() -> None:
         ours.close()
-        guardian.run(theirs, record, wanted, open_repository, partition)
+        guardian.run(theirs, lambda: make_record(run_dir, target), wanted, open_repository, partition)
 
     pid = fork(guard)
     theirs.close()
@@ -110,18 +109,19 @@ def _check_host() -> None:
         raise UnsupportedError(frontend.NOTHING_TO_USE, hint=frontend.WHAT_TO_INSTALL)
 
 
-def _new_record(run_dir: Path, target: str) -> Record:
-    old = Record.load(run_dir, target)
-    if old is not None:
-        if _running(old):
-            raise BusyError(f"a backup is being mounted on {target}, or unmounted from there", hint="try again later")
-        _take_apart(old)
-    record = Record.of(run_dir, target)
+def make_record(run_dir: Path, target: str) -> Record:
+    """A new record for a directory, in place of what a mount left that nobody watches. BusyError."""
+    new = Record.of(run_dir, target)
+    old = Record.load(run_dir, target) or new  # a directory without a record is one that somebody was removing
+    if _running(old):
+        raise BusyError(f"a backup is being mounted on {target}, or unmounted from there", hint="try again later")
+    _take_apart(old)
     try:
-        record.create()
-    except FileExistsError as error:
+        return new.create()
+    except OSError as error:
+        if error.errno not in (EEXIST, ENOTEMPTY):
+            raise
         raise BusyError(f"another command mounts a backup on {target}", hint="try again later") from error
-    return record
 
 
 def _running(record: Record) -> bool:

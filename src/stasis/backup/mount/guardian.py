@@ -33,10 +33,19 @@ GONE = StasisError("the process that reads the repository ended before the backu
 
 
 def run(
-    command: Channel, record: Record, wanted: Wanted, open_repository: Callable[[], Repository], partition: int | None
+    command: Channel,
+    make_record: Callable[[], Record],
+    wanted: Wanted,
+    open_repository: Callable[[], Repository],
+    partition: int | None,
 ) -> None:
     """Start the server, mount what it serves, tell the command, and watch over it until it is unmounted."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the command tells by its end
+    try:
+        record = make_record()  # here and not in the command, which may be killed at once
+    except (StasisError, OSError) as error:
+        command.send(error=_as_stasis(error).as_dict())
+        return
     ours, theirs = channels()
 
     def serve() -> None:
@@ -47,11 +56,10 @@ def run(
 
     pid = fork(serve)
     theirs.close()
-    try:
-        _guard(command, ours, record.update(guardian=Process.of(os.getpid()), server=Process.of(pid)), partition)
-    finally:
-        ours.send(end=True)
-        _await_end(pid)
+    # A fault in here ends us, and the server finds that out and takes over: it must not be told that all is done.
+    _guard(command, ours, record.update(server=Process.of(pid)), partition)
+    ours.send(end=True)
+    _await_end(pid)
 
 
 def _guard(command: Channel, served_by: Channel, record: Record, partition: int | None) -> None:

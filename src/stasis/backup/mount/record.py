@@ -8,6 +8,7 @@ import json
 import os
 import select
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,18 @@ class Record:
     def log(self) -> Path:
         return self.path / "mount.log"
 
-    def create(self) -> None:
-        """Make our directory and write the record down. FileExistsError while there is one for this target."""
+    def create(self) -> Record:
+        """Make our directory, with the record in it, as its guardian. OSError (ENOTEMPTY) if there is one already."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path.mkdir(mode=0o700)
-        self.update()
+        new = Path(tempfile.mkdtemp(prefix=f"{self.path.name}-", dir=self.path.parent))
+        try:
+            record = replace(self, guardian=Process.of(os.getpid()))
+            (new / RECORD).write_text(json.dumps(asdict(record)))
+            new.rename(self.path)  # takes the place of an empty directory, but of no other
+        except OSError:
+            shutil.rmtree(new)
+            raise
+        return record
 
     def update(self, **fields: Any) -> Record:
         """The same with other values, written down: all of it, or what was there before."""

@@ -40,6 +40,8 @@ def run(guardian: Channel, record: Record, wanted: Wanted, open_repository: Call
             serve(backups, [listener], ready, signals=False)
     except StasisError as error:
         guardian.send(error=error.as_dict())
+    except OSError as error:
+        guardian.send(error=StasisError(f"the repository cannot be read: {error}", errno=error.errno or 0).as_dict())
 
 
 def _heard(loop: EventLoop, guardian: Channel, record: Record) -> None:
@@ -50,9 +52,11 @@ def _heard(loop: EventLoop, guardian: Channel, record: Record) -> None:
         return
 
     def take_over() -> None:
-        left = record.reload()
-        if left is not None:
-            take_apart_when_unused(left)
-        loop.stop()
+        try:
+            left = record.reload()
+            if left is not None:
+                take_apart_when_unused(left)
+        finally:
+            loop.stop()
 
     threading.Thread(target=take_over).start()

@@ -42,10 +42,12 @@ def diff(
 
     What lies behind the end of the base is a difference, the part that the target lacks is not. Whole chunks are
     told; with `contents` the chunks that differ are read through it and compared block by block. Raises UsageError
-    for an offset behind the end of the target.
+    for an offset behind the end of the target, or a negative limit.
     """
     if not 0 <= offset <= target.size:
         raise UsageError(f"offset {offset} is not within the backup of {target.size} bytes")
+    if limit is not None and limit < 0:
+        raise UsageError(f"{limit} is no number of extents")
     found = _changed(base, target, offset // target.chunk_size)
     if contents is not None:
         found = _Comparison(base, target, contents).refine(found)

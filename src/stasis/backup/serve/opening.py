@@ -8,14 +8,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from stasis.backup.repo import Lease, Manifest, Repository
+from stasis.backup.repo import Index, Lease, Manifest, Repository
 from stasis.backup.serve.cache import DEFAULT_LIMIT, ChunkCache
 from stasis.backup.serve.export import BackupExport
 from stasis.backup.serve.overlay import OverlayExport, Scratch
-from stasis.errors import StasisError, UsageError
+from stasis.errors import DamagedError, StasisError, UsageError
 from stasis.nbd.export import Export
 
-__all__ = ["ServedBackup", "ServedBackups", "Wanted", "open_backups", "open_cache", "open_lease"]
+__all__ = ["ServedBackup", "ServedBackups", "Wanted", "open_backups", "open_cache", "open_index", "open_lease"]
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,17 @@ def open_lease(repository: Repository, purpose: str) -> Iterator[Lease]:
         yield lease
 
 
+def open_index(repository: Repository, backup: Manifest) -> Index:
+    """The index of a backup. DamagedError for one whose chunks are not those of the repository.
+
+    In a repository without encryption anybody could have written it, and buffers are made for the repository's chunks.
+    """
+    if backup.chunk_size != repository.chunk_size:
+        raise DamagedError(f"backup {backup.id[:12]} has chunks of {backup.chunk_size} bytes, its repository of "
+                           f"{repository.chunk_size}", hint="it was not made by stasis; do not trust it")
+    return repository.index(backup)
+
+
 @contextlib.contextmanager
 def open_cache(repository: Repository, limit: int = DEFAULT_LIMIT) -> Iterator[ChunkCache]:
     """A cache of the repository's chunks."""
@@ -136,9 +147,9 @@ def _serve(
     stack: contextlib.ExitStack,
 ) -> ServedBackup:
     export = BackupExport(
-        backup.id, repository.index(backup), cache,
+        backup.id, open_index(repository, backup), cache,
         description=f"{backup.device} of {backup.host} at {backup.time}",
-        against=(other.id, repository.index(other)) if other else None,
+        against=(other.id, open_index(repository, other)) if other else None,
     )
     against = other.id if other else None
     if wanted.overlay is None:

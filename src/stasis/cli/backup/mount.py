@@ -44,7 +44,7 @@ def mount(arguments: argparse.Namespace) -> None:
     from stasis.backup.serve.overlay import default_directory
 
     choice = wanted(arguments, [arguments.id], overlay=os.path.abspath(arguments.overlay or default_directory()))
-    mounted = command.mount(arguments.directory, choice, functools.partial(open_repository, arguments),
+    mounted = command.mount(arguments.directory, choice, functools.partial(open_repository, arguments, read_only=True),
                             run_dir=_run_dir(arguments, create=True), partition=arguments.partition)
     if not mounted.replayed:
         print(f"stasis: the journal could not be replayed ({mounted.options}): what was written last may be missing",

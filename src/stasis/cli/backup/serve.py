@@ -83,7 +83,9 @@ def serve(arguments: argparse.Namespace) -> None:
         raise UsageError("--socket and --tcp are both given", hint="give one of them")
     with contextlib.ExitStack() as stack:
         passed = _passed()
-        repository = stack.enter_context(open_repository(arguments))
+        for listener in passed:
+            stack.callback(listener.socket.close)
+        repository = stack.enter_context(open_repository(arguments, read_only=True))
         overlay = arguments.overlay if arguments.overlay is None else _directory(arguments.overlay)
         choice = wanted(arguments, arguments.ids, against=arguments.against, overlay=overlay)
         backups = stack.enter_context(open_backups(repository, choice))
@@ -171,12 +173,14 @@ def _print(backups: ServedBackups, address: Any, as_json: bool) -> None:
 def diff(arguments: argparse.Namespace) -> None:
     """stasis backup diff"""
     from stasis.backup.serve import diff as differences
-    from stasis.backup.serve.opening import open_cache, open_lease
+    from stasis.backup.serve.opening import open_cache, open_index, open_lease
 
-    with open_repository(arguments) as repository, contextlib.ExitStack() as stack:
+    with open_repository(arguments, read_only=True) as repository, contextlib.ExitStack() as stack:
         stack.enter_context(open_lease(repository, "diff"))
-        base, target = (repository.index(repository.resolve(name, host=arguments.host, device=arguments.device))
-                        for name in (arguments.base, arguments.target))
+        base, target = (
+            open_index(repository, repository.resolve(name, host=arguments.host, device=arguments.device))
+            for name in (arguments.base, arguments.target)
+        )
         contents = stack.enter_context(open_cache(repository)) if arguments.exact else None
         found = differences.diff(base, target, offset=arguments.offset, limit=arguments.limit, contents=contents)
         if arguments.json:
