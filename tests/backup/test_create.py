@@ -281,12 +281,16 @@ def test_what_prune_took_from_an_interrupted_backup_is_read_again(
     assert backup.statistics["chunks_resumed"] + backup.statistics["chunks_new"] == 9
 
 
-def test_a_damaged_parent_makes_a_full_backup(disk: FakeDisk, repository: Repository, options: CreateOptions) -> None:
+@pytest.mark.parametrize("folder", ["segments", "chunks"])
+@pytest.mark.parametrize("changed", [b"", b"x"])
+def test_a_parent_that_lacks_something_makes_a_full_backup(
+    changed: bytes, folder: str, disk: FakeDisk, repository: Repository, options: CreateOptions
+) -> None:
     back_up(disk, repository, options)
-    for info in list(repository.store.list("segments")):
+    for info in list(repository.store.list(folder)):
         repository.store.delete(info.name)
     with Repository.open(repository.url, _no_secret(), read_only=False) as fresh:
-        disk.write(0, b"x")
+        disk.write(0, changed)
         backup = back_up(disk, fresh, options)
     assert backup.kind == "full"
     assert "cannot be built upon" in backup.note

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import stasis
 from stasis.backup.job.history import History
-from stasis.backup.job.pipeline import Counters, Pipeline, RateLimit, Task
+from stasis.backup.job.pipeline import ZERO, Counters, Pipeline, RateLimit, Task
 from stasis.backup.job.plan import (
     ChunkRange,
     Decision,
@@ -122,6 +122,7 @@ class DeviceJob:
         """Check the sample, then read and store. Raises StasisError; what is stored by then is not read again."""
         self._started = time.monotonic()
         try:
+            self._check_parent()
             self._check_sample()
             self._open_resume()
             self._store()
@@ -144,6 +145,17 @@ class DeviceJob:
         self._progress.expect(self.bytes_to_read - before)
         if self._resume is not None:
             self._resume.close()
+
+    def _check_parent(self) -> None:
+        """What is taken over unread must be there. Where asking costs a round trip, `check` is left to find out."""
+        from stasis.backup.repo.objects import Kind, object_name
+
+        store = self._repository.store
+        if self._parent is None or not store.cheap_lookup:
+            return
+        for name in set(self._parent.segment_names()) - {ZERO}:
+            if not store.exists(where := object_name(Kind.SEGMENT, name)):
+                raise self._repository.codec().missing(where)
 
     def _check_sample(self) -> None:
         if self._parent is None or self.decision.changed is None:

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from stasis.backup.progress import Progress
     from stasis.backup.repo import IndexBuilder, Repository
 
-__all__ = ["Counters", "Pipeline", "RateLimit", "Task", "lanes_and_window"]
+__all__ = ["ZERO", "Counters", "Pipeline", "RateLimit", "Task", "lanes_and_window"]
 
 # Bytes that all threads may hold: a batch to read, and up to three chunks in a writer (compressed, sealed, staged).
 MEMORY_BUDGET = 128 << 20
 WINDOW = 4 << 20
+ALL_WINDOWS = 32 << 20
 WRITER_CHUNKS = 3
 STEPS_PER_SECOND = 8
 ZERO = bytes(32)
@@ -52,9 +53,8 @@ class Counters:
 
 def lanes_and_window(chunk_size: int, parallelism: int) -> tuple[int, int]:
     """(threads, chunks per batch) that keep within the memory budget."""
-    window = max(1, WINDOW // chunk_size)
-    per_lane = (window + WRITER_CHUNKS) * chunk_size
-    return max(1, min(parallelism, MEMORY_BUDGET // per_lane)), window
+    lanes = max(1, min(parallelism, MEMORY_BUDGET // ((1 + WRITER_CHUNKS) * chunk_size)))
+    return lanes, max(1, min(WINDOW, ALL_WINDOWS // lanes) // chunk_size)
 
 
 class RateLimit:

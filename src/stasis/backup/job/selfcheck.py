@@ -71,7 +71,7 @@ class _Checker:
 
     def compare_chunks(self, reader: SourceReader, chunks: Sequence[Extent]) -> list[Extent]:
         """Whole chunks, by name."""
-        chunk_size, name_of = self._parent.chunk_size, self._repository.chunk_name
+        chunk_size = self._parent.chunk_size
         longest = max(1, WINDOW // chunk_size)
         different: list[Extent] = []
         with IoBuffer(longest * chunk_size) as room:
@@ -80,10 +80,21 @@ class _Checker:
                 reader.read_into(portion, room.view)
                 position = 0
                 for offset, length in portion:
-                    if name_of(room.view[position : position + length]) != self._parent.name(offset // chunk_size):
+                    if not self._is_same(room.view[position : position + length], offset // chunk_size):
                         different.append((offset, length))
                     position += length
         return different
+
+    def _is_same(self, data: memoryview, number: int) -> bool:
+        """Whether the parent has this content there. Raises DamagedError if it should, and the chunk is gone."""
+        from stasis.backup.repo.objects import Kind, object_name
+
+        repository, name = self._repository, self._parent.name(number)
+        if repository.chunk_name(data) != name:
+            return False
+        if repository.store.cheap_lookup and not repository.has_chunk(name):
+            raise repository.codec().missing(object_name(Kind.CHUNK, name))
+        return True
 
     def compare_blocks(self, reader: SourceReader, blocks: Sequence[Extent]) -> list[Extent]:
         """Parts of chunks, with the chunk that the parent has there."""
