@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hosts that write, forget and prune in one repository at the same time, killed at random points, lose nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stasis.backup.keep.check import check
+from stasis.backup.keep.prune import prune
+from stasis.backup.repo import Repository, Secrets, keys
+from tests.backup.crowd import SECRET, digest
+from tests.backup.s3 import S3Server
+from tests.backup.stored import CHUNK, content_of
+
+ROOT = Path(__file__).parents[2]
+ROLES = ("write", "write", "write", "forget", "prune")
+KILLS = 120 if os.environ.get("STASIS_LONG") else 8
+
+
+class Crowd:
+    """Processes, one per role, each started anew when it is killed."""
+
+    def __init__(self, url: str, directory: Path, seed: int) -> None:
+        self.url = url
+        self.directory = directory
+        self.source = random.Random(seed)
+        self.processes = [self._start(number) for number in range(len(ROLES))]
+
+    def kill_one(self) -> None:
+        number = self.source.randrange(len(ROLES))
+        self.processes[number].kill()
+        self._end(number)
+        self.processes[number] = self._start(number)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for number in range(len(ROLES)):
+            self._end(number)
+
+    def told(self, word: str) -> list[list[str]]:
+        """What the hosts said they have done."""
+        lines = [line for log in self.directory.glob("*.log") for line in log.read_text().splitlines()]
+        return [rest for first, *rest in (line.split(" ") for line in lines) if first == word]
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        seed = self.source.randrange(1 << 30)
+        log = self.directory / f"{number}-{seed}.log"
+        return subprocess.Popen([sys.executable, "-m", "tests.backup.crowd", ROLES[number], self.url, str(seed),
+                                 str(log)], cwd=ROOT, stderr=subprocess.PIPE)
+
+    def _end(self, number: int) -> None:
+        """A process that ended by itself has failed."""
+        _, errors = self.processes[number].communicate()
+        assert self.processes[number].returncode == -9, errors.decode()
+
+
+@pytest.fixture(autouse=True)
+def _cheap_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "SCRYPT_N", 16)
+
+
+def _live_through(url: str, directory: Path, seed: int, server: S3Server | None = None) -> None:
+    Repository.init(url, secret=SECRET, chunk_size=CHUNK).close()
+    crowd = Crowd(url, directory, seed)
+    try:
+        for _ in range(KILLS):
+            before = len(crowd.told("published"))
+            _wait_until_more(crowd, before + 2)
+            if server is not None:
+                server.misbehave(crowd.source.choice(["fail", "cut"]), 3)
+            time.sleep(crowd.source.uniform(0, 0.1))  # so that the kill does not always come at the same place
+            crowd.kill_one()
+    finally:
+        crowd.stop()
+    _assert_whole(url, crowd)
+
+
+def _wait_until_more(crowd: Crowd, published: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(crowd.told("published")) < published:
+        assert time.monotonic() < deadline, crowd.told("note")
+        time.sleep(0.02)
+
+
+def _assert_whole(url: str, crowd: Crowd) -> None:
+    published = {words[0]: words[1] for words in crowd.told("published")}
+    forgotten = {id_ for id_, in crowd.told("forget")}
+    with Repository.open(url, Secrets.of(SECRET)) as repository:
+        assert check(repository, read_share=1).problems == []
+        backups = {backup.id: backup for backup in repository.backups()}
+        assert set(published) - forgotten <= set(backups)
+        for id_ in set(published) & set(backups):
+            assert digest(content_of(repository, backups[id_])) == published[id_]
+        prune(repository)  # the locks of the killed hold nobody up
+        result = check(repository, read_share=1)
+        young = len(list(repository.store.list("clock")))  # looks at the clock that were cut short; prune waits an hour
+        assert (result.problems, result.garbage_objects) == ([], young)
+
+
+def test_a_folder(tmp_path: Path, seed: int) -> None:
+    _live_through(str(tmp_path / "repository"), tmp_path, seed)
+
+
+def test_an_s3_server_that_fails_now_and_then(s3_server: S3Server, s3_url: str, tmp_path: Path, seed: int) -> None:
+    _live_through(s3_url, tmp_path, seed, s3_server)
