@@ -150,7 +150,9 @@ class IndexBuilder:
         if self._parent is None:
             return ZERO
         names = self._parent.segment_names()
-        if number < len(names) and segment_length(self._parent.count, number) == segment_length(self.count, number):
+        if number >= len(names):
+            return ZERO
+        if segment_length(self._parent.count, number) == segment_length(self.count, number):
             return names[number]
         return self._saved(self._inherited(number))
 
