@@ -50,6 +50,7 @@ class RemoteThread:
         """`journal` lets a guardian put the thread back should this process die. `pages`: ours in its process."""
         self.tid = tid
         self.registers = ptrace.registers(tid)
+        self.fpu = ptrace.fpu_state(tid)
         self.signal_mask = ptrace.signal_mask(tid)
         self.slot = -1
         self._journal = journal

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pages of a task have contents of their own: PAGEMAP_SCAN (Linux 6.7), or /proc/PID/pagemap before."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+
+from stasis.linux import libc
+
+__all__ = ["PageScanner"]
+
+PAGE = 4096
+# include/uapi/linux/fs.h
+PAGEMAP_SCAN = 0xC0606610
+PAGE_IS_FILE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_PFNZERO = 4, 8, 16, 32
+ARGUMENT = struct.Struct("<12Q")
+REGION = struct.Struct("<3Q")
+REGIONS = 1024
+
+# Documentation/admin-guide/mm/pagemap.rst
+PM_FILE_OR_SHARED, PM_SWAPPED, PM_PRESENT = 1 << 61, 1 << 62, 1 << 63
+PORTION_PAGES = 1 << 16
+
+Run = tuple[int, int]
+"""(address, bytes)"""
+
+
+class PageScanner:
+    """An open /proc/PID/pagemap; a context manager."""
+
+    def __init__(self, pid: int) -> None:
+        self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._has_scan = True
+
+    def __enter__(self) -> "PageScanner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def own_pages(self, start: int, end: int, *, shared: bool = False) -> Iterator[Run]:
+        """Runs of pages of [start, end) that are in memory or swap, other than the zero page and a file's own pages.
+
+        `shared`: of memory that is shared and no file's, where the kernel counts all pages as a file's.
+        """
+        if self._has_scan:
+            try:
+                yield from self._scan(start, end, 0 if shared else PAGE_IS_FILE)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                    raise
+                self._has_scan = False
+        yield from self._read(start, end, 0 if shared else PM_FILE_OR_SHARED)
+
+    def _scan(self, start: int, end: int, left_out: int) -> Iterator[Run]:
+        regions = ctypes.create_string_buffer(REGIONS * REGION.size)
+        refused = left_out | PAGE_IS_PFNZERO
+        wanted = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+        while start < end:
+            argument = bytearray(ARGUMENT.pack(ARGUMENT.size, 0, start, end, 0, ctypes.addressof(regions), REGIONS, 0,
+                                               refused, refused, wanted, wanted))  # fmt: skip
+            count = fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument)
+            for number in range(count):
+                first, last, _ = REGION.unpack_from(regions, number * REGION.size)
+                yield first, last - first
+            start = ARGUMENT.unpack(argument)[4]  # walk_end: where the kernel stopped
+
+    def _read(self, start: int, end: int, left_out: int) -> Iterator[Run]:
+        run = start
+        length = 0
+        for address in range(start, end, PORTION_PAGES * PAGE):
+            count = min(PORTION_PAGES, (end - address) // PAGE)
+            raw = os.pread(self._fd, 8 * count, address // PAGE * 8)
+            if len(raw) < 8 * count:
+                raise libc.error(errno.EIO, "pagemap", self._fd)
+            for number, entry in enumerate(struct.unpack(f"<{count}Q", raw)):
+                if entry & (PM_PRESENT | PM_SWAPPED) and not entry & left_out:
+                    at = address + number * PAGE
+                    if length and run + length == at:
+                        length += PAGE
+                        continue
+                    if length:
+                        yield run, length
+                    run, length = at, PAGE
+        if length:
+            yield run, length

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contents of memory: written by the task itself, from its own pages straight into the image file.
+
+One copy and no buffer of ours: on the machine where this was measured 512 MiB took 170 ms, and 256 to 370 ms by every
+way of reading them from outside. Where the task cannot open the image or may not write so much, or has pages that it
+cannot read, they are read through /proc/PID/mem.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from stasis.linux import procfs
+from stasis.linux.pagemap import PageScanner
+from stasis.process.dump.mm import Vma, VmaStatus
+from stasis.process.images.pagemap import PE_PRESENT, PagemapWriter
+from stasis.process.images.setwriter import ImageSetWriter
+from stasis.process.remote import Remote
+
+__all__ = ["PAGE", "dump_private_pages", "dump_shared_pages"]
+
+PAGE = 4096
+PORTION = 1 << 30  # one write(2) takes at most 2 GiB less a page
+BUFFER = 1 << 20
+RLIMIT_FSIZE, RLIMIT_NOFILE = 1, 7
+UNLIMITED = (1 << 64) - 1
+PROT_READ = 1
+AT_FDCWD = -100
+
+Run = tuple[int, int]
+
+
+def dump_private_pages(remote: Remote, found: Sequence[Vma], out: ImageSetWriter) -> int:
+    """Write what only this task has: private mappings, and its vdso. Returns pages."""
+    with (
+        PageScanner(remote.pid) as scanner,
+        PagemapWriter(out, remote.pid) as pagemap,
+        _Sink(remote, out, pagemap) as to,
+    ):
+        for vma in found:
+            if vma.has_private_pages:
+                readable = bool(vma.entry.prot & PROT_READ)
+                to.write(_own_runs(scanner, vma), readable=readable)
+        return to.pages
+
+
+def dump_shared_pages(remote: Remote, vma: Vma, size: int, out: ImageSetWriter) -> int:
+    """Write shared memory that is no file's, once for all tasks; addresses count from its start. Returns pages."""
+    with (
+        PageScanner(remote.pid) as scanner,
+        PagemapWriter(out, vma.entry.shmid, "pagemap-shmem") as pagemap,
+        _Sink(remote, out, pagemap, vma.entry.start - vma.entry.pgoff) as to,
+    ):
+        end = min(vma.entry.end, vma.entry.start + size - vma.entry.pgoff)
+        to.write(scanner.own_pages(vma.entry.start, end, shared=True), readable=bool(vma.entry.prot & PROT_READ))
+        return to.pages
+
+
+def _own_runs(scanner: PageScanner, vma: Vma) -> Iterable[Run]:
+    if vma.entry.status & VmaStatus.VDSO:
+        return [(vma.entry.start, vma.mapping.length)]
+    return scanner.own_pages(vma.entry.start, vma.entry.end)
+
+
+class _Sink:
+    """The pages file of one pagemap, open here and, where that works, in the task."""
+
+    def __init__(self, remote: Remote, out: ImageSetWriter, pagemap: PagemapWriter, base: int = 0) -> None:
+        self.pages = 0
+        self._remote = remote
+        self._pagemap = pagemap
+        self._base = base
+        self._position = 0
+        self._remote_fd = self._open_remotely(f"{out.staging}/pages-{pagemap.pages_id}.img")
+        self._buffer = bytearray()
+
+    def _open_remotely(self, path: str) -> int:
+        """The file's descriptor in the task, -1 where the task is not to write."""
+        limits = procfs.limits(self._remote.pid)
+        if limits[RLIMIT_FSIZE][0] != UNLIMITED:
+            return -1  # beyond it the task would get SIGXFSZ
+        try:
+            where = self._remote.put(os.fsencode(path) + b"\0")
+            fd = self._remote.call("openat", AT_FDCWD, where, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except (OSError, ValueError):
+            return -1  # another root directory, user or limit than ours
+        if self._is_our_file(fd):
+            return fd
+        self._remote.call("close", fd)
+        return -1
+
+    def _is_our_file(self, fd: int) -> bool:
+        try:
+            theirs = os.stat(f"/proc/{self._remote.pid}/fd/{fd}")
+        except OSError:
+            return False
+        return os.path.samestat(theirs, os.fstat(self._pagemap.fd))
+
+    def write(self, runs: Iterable[Run], *, readable: bool) -> None:
+        """Append runs of pages, ascending."""
+        for start, length in runs:
+            self._pagemap.add(start - self._base, length // PAGE, PE_PRESENT)
+            self.pages += length // PAGE
+            if self._remote_fd >= 0 and readable:
+                self._write_remotely(start, length)
+            else:
+                self._write_ourselves(start, length)
+
+    def _write_remotely(self, start: int, length: int) -> None:
+        while length:
+            written = self._remote.call("pwrite64", self._remote_fd, start, min(length, PORTION), self._position)
+            start, length, self._position = start + written, length - written, self._position + written
+
+    def _write_ourselves(self, start: int, length: int) -> None:
+        while length:
+            data = self._remote.memory.read(start, min(length, BUFFER))
+            os.pwrite(self._pagemap.fd, data, self._position)
+            start, length, self._position = start + len(data), length - len(data), self._position + len(data)
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._remote_fd >= 0:
+            self._remote.call("close", self._remote_fd)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regular files and directories, and devices that have no state: opened by their path again.
+
+The size at the dump is checked at the restore: a program that goes on with another file than it had would damage it.
+A file that was only appended to is cut back by nobody; it may have grown.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from stasis.errors import StateError, UnsupportedError
+from stasis.linux import procfs
+from stasis.process.files.descriptor import Descriptor, owner
+from stasis.process.files.kind import FileKind, Opened, Saving
+from stasis.process.findings import Findings
+from stasis.process.images.schema.common import FownEntry
+from stasis.process.images.schema.files import FdTypes, FileEntry, RegFileEntry
+
+__all__ = ["NO_OWNER", "STATELESS_DEVICES", "RegularFiles", "open_by_entry", "path_entry"]
+
+NO_OWNER = FownEntry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
+STATELESS_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}
+"""null, zero, full, random, urandom (Documentation/admin-guide/devices.txt)."""
+CREATING = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY
+LARGEFILE = 0o100000
+O_TMPFILE = 0o20000000
+
+
+class RegularFiles(FileKind):
+    """Files that are known by their path."""
+
+    type = FdTypes.REG
+    field = "reg"
+
+    def claims(self, descriptor: Descriptor) -> bool:
+        if descriptor.kind in (stat.S_IFREG, stat.S_IFDIR):
+            return not descriptor.link.startswith("/memfd:")
+        device = os.major(descriptor.status.st_rdev), os.minor(descriptor.status.st_rdev)
+        return descriptor.kind == stat.S_IFCHR and device in STATELESS_DEVICES
+
+    def check(self, descriptor: Descriptor, findings: Findings) -> None:
+        if descriptor.is_deleted:
+            findings.add(descriptor.pid, descriptor.where, "the file was deleted; deleted files are not supported yet")
+        elif not _is_at(descriptor.pid, descriptor.link, descriptor.status):
+            findings.add(descriptor.pid, descriptor.where, "another file has its name now")
+
+    def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
+        entry = path_entry(number, descriptor.link, descriptor.status, descriptor.flags)
+        entry.pos, entry.fown = descriptor.position, owner(fd)
+        return FileEntry(type=FdTypes.REG, id=number, reg=entry)
+
+    def restore(self, entry: FileEntry, opened: Opened) -> int:
+        found = self.message_of(entry)
+        fd = open_by_entry(found, opened.map_path(found.name))
+        if found.pos and not stat.S_ISCHR(os.fstat(fd).st_mode):
+            os.lseek(fd, found.pos, os.SEEK_SET)
+        return fd
+
+
+def _is_at(pid: int, link: str, status: os.stat_result) -> bool:
+    """Whether a path still leads to the file, from the root of the process."""
+    try:
+        return os.path.samestat(os.stat(f"/proc/{pid}/root{link}"), status)
+    except OSError:
+        return False
+
+
+def path_entry(number: int, name: str, status: os.stat_result, flags: int) -> RegFileEntry:
+    """The message for a file with nothing but a path."""
+    is_regular = stat.S_ISREG(status.st_mode)
+    return RegFileEntry(id=number, flags=flags, pos=0, fown=NO_OWNER, name=name, mnt_id=-1,
+                        size=status.st_size if is_regular else None, mode=status.st_mode)  # fmt: skip
+
+
+def open_by_entry(entry: RegFileEntry, path: str, flags: int | None = None) -> int:
+    """Open the file of an entry again. StateError where it is not what it was."""
+    wanted = (entry.flags if flags is None else flags) & ~(CREATING | O_TMPFILE | LARGEFILE)
+    if stat.S_ISDIR(entry.mode or 0):
+        wanted |= os.O_DIRECTORY
+    try:
+        fd = os.open(path, wanted | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        raise StateError(f"{path}, which a process had open, cannot be opened: {error.strerror}",
+                         hint="bring the file back, or name another one with --map-path",
+                         errno=error.errno or 0) from error  # fmt: skip
+    try:
+        _refuse_other(entry, path, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _refuse_other(entry: RegFileEntry, path: str, status: os.stat_result) -> None:
+    if entry.mode is not None and stat.S_IFMT(entry.mode) != stat.S_IFMT(status.st_mode):
+        raise StateError(f"{path} is of another kind than the file that a process had open",
+                         hint="bring the file back, or name another one with --map-path")  # fmt: skip
+    if entry.size is None or entry.size == status.st_size:
+        return
+    grew = status.st_size > entry.size
+    if not (grew and entry.flags & os.O_APPEND):
+        raise StateError(f"{path} has {status.st_size} bytes now and had {entry.size} when a process had it open",
+                         hint="bring the file back as it was, or name another one with --map-path")  # fmt: skip
+
+
+def file_of(pid: int, link: str) -> tuple[str, os.stat_result]:
+    """Path and status of what /proc/PID/LINK leads to. ProcessLookupError."""
+    where = f"/proc/{pid}/{link}"
+    try:
+        return os.readlink(where), os.stat(where)
+    except FileNotFoundError as error:
+        procfs.stat(pid)  # tells whether the process is gone, or only the file
+        raise UnsupportedError(f"process {pid} has lost its {link}", errno=error.errno or 0) from error

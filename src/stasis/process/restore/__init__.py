@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Restoring: a process tree made from an image set, from outside."""
