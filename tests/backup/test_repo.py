@@ -297,3 +297,28 @@ def test_the_program_in_the_format_s_description_recovers_a_backup(tmp_path: Pat
     subprocess.run([sys.executable, "-c", program, tmp_path / "repo", SECRET.value, made.id, tmp_path / "image"],
                    check=True)
     assert (tmp_path / "image").read_bytes() == expected
+
+
+def test_what_file_managers_leave_behind_does_no_harm(tmp_path: Path) -> None:
+    with Repository.init(str(tmp_path), secret=SECRET, chunk_size=CHUNK) as repository:
+        made = store(repository, [1, 2])
+        repository.set_tags(made.id, ["tag"])
+    for folder in ("", "keys", "backups", "tags", f"tags/{made.id}", "locks", "chunks", "segments"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / ".DS_Store").write_bytes(b"x")
+    with Repository.open(str(tmp_path), Secrets.of(SECRET)) as repository:
+        assert [(one.id, one.tags) for one in repository.backups()] == [(made.id, ("tag",))]
+        assert (repository.locks(), len(repository.key_slots()), repository.lost_backups()) == ([], 1, [])
+        with repository.lock_exclusive("prune"):
+            repository.set_tags(made.id, ["other"])
+        assert repository.tags(made.id) == ("other",)
+
+
+@pytest.mark.parametrize("folder", ["config", "backups", "segments", "chunks", "tags", "keys"])
+def test_an_object_of_absurd_size_takes_no_memory(tmp_path: Path, folder: str) -> None:
+    with Repository.init(str(tmp_path), secret=SECRET, chunk_size=CHUNK) as repository:
+        repository.set_tags(store(repository, [1]).id, ["tag"])
+    path = next(path for path in [tmp_path / folder, *(tmp_path / folder).rglob("*")] if path.is_file())
+    os.truncate(path, 1 << 40)
+    with pytest.raises(DamagedError, match=path.name), Repository.open(str(tmp_path), Secrets.of(SECRET)) as repository:
+        read_all(repository)

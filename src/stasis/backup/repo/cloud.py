@@ -19,7 +19,7 @@ import obstore.exceptions
 from obstore.store import MemoryStore, from_url
 
 from stasis.backup.repo import awsprofile
-from stasis.backup.repo.store import Buffer, ObjectInfo
+from stasis.backup.repo.store import Buffer, ObjectInfo, refuse_size
 from stasis.errors import NotFoundError, PermissionDeniedError, RepositoryError, UsageError
 
 if TYPE_CHECKING:
@@ -68,16 +68,24 @@ class CloudStore:
         return self.put(name, *parts)
 
     def get(self, name: str) -> bytes:
-        return self._tried(name, lambda: bytes(memoryview(self._objects.get(name).bytes())))
+        return bytes(self._content(name))
 
     def get_into(self, name: str, buffers: Sequence[memoryview]) -> int:
-        content = self._tried(name, lambda: memoryview(self._objects.get(name).bytes()))
+        content = self._content(name)
         start = 0
         for buffer in buffers:
             piece = content[start : start + len(buffer)]
             buffer[: len(piece)] = piece
             start += len(piece)
         return len(content)
+
+    def _content(self, name: str) -> memoryview:
+        def fetch() -> memoryview:
+            answer = self._objects.get(name)
+            refuse_size(name, self.url, answer.meta["size"])
+            return memoryview(answer.bytes())
+
+        return self._tried(name, fetch)
 
     def exists(self, name: str) -> bool:
         return self.stat(name) is not None

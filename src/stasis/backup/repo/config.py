@@ -18,7 +18,7 @@ import stasis
 from stasis.backup.repo import keys
 from stasis.backup.repo.keys import KeySlot, Secret
 from stasis.backup.repo.objects import AES_256_GCM, FORMAT_VERSION, Codec, Header, Keys, Kind
-from stasis.backup.repo.store import Store
+from stasis.backup.repo.store import Store, is_hexadecimal
 from stasis.errors import DamagedError, NotFoundError, PassphraseError, RepositoryError, StasisError, UsageError
 
 __all__ = ["Config", "add_slot", "check", "load", "read_slots", "refuse_if_taken", "remove_slot", "unlock", "write"]
@@ -117,7 +117,7 @@ def remove_slot(store: Store, id_: str) -> None:
 
 
 def _slot_names(store: Store) -> Iterator[str]:
-    names = sorted(info.name for info in store.list(SLOTS))
+    names = sorted(info.name for info in store.list(SLOTS) if is_hexadecimal(info.name.rpartition("/")[2], 16))
     if not names:
         raise DamagedError(f"the repository {store.url} has no {SLOTS} left, and cannot be opened without",
                            hint=f"bring back the folder {SLOTS} from a copy of the repository")

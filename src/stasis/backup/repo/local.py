@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections.abc import Iterator, Sequence
 
-from stasis.backup.repo.store import Buffer, ObjectInfo
+from stasis.backup.repo.store import Buffer, ObjectInfo, refuse_size
 from stasis.errors import NotFoundError, PermissionDeniedError, StasisError, StorageError
 from stasis.linux import files, mounts
 
@@ -79,6 +79,7 @@ class LocalStore:
 
     def get(self, name: str) -> bytes:
         with self._explained(name), open(self._open(name), "rb", buffering=0) as file:
+            refuse_size(name, self.url, os.fstat(file.fileno()).st_size)
             return file.read()
 
     def get_into(self, name: str, buffers: Sequence[memoryview]) -> int:

@@ -103,7 +103,8 @@ def store_time(store: Store, codec: Codec) -> float:
 def _objects(store: Store) -> Iterator[tuple[str, str, str, float]]:
     for info in store.list(FOLDER):
         kind, id_, *_ = (*info.name.rpartition("/")[2].split("-"), "")
-        yield kind, id_, info.name, info.modified
+        if kind in (SHARED, EXCLUSIVE, BROKEN):  # else it is no lock of ours
+            yield kind, id_, info.name, info.modified
 
 
 def _read(store: Store, codec: Codec, kind: str, id_: str, name: str, modified: float, now: float) -> LockInfo | None:
@@ -113,7 +114,7 @@ def _read(store: Store, codec: Codec, kind: str, id_: str, name: str, modified: 
     except NotFoundError:
         refreshed = any((kind, id_) == other[:2] for other in _objects(store))
         return LockInfo(id_, kind, "?", 0, "?", "?", 0.0, False) if refreshed else None
-    except DamagedError:
+    except (DamagedError, ValueError, RecursionError):
         fields = {}
     age = max(0.0, now - modified)
     gone = _owner_is_gone(fields)

@@ -18,7 +18,7 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from stasis.backup.repo.store import Buffer
+from stasis.backup.repo.store import LARGEST_OBJECT, Buffer
 from stasis.errors import DamagedError
 
 __all__ = ["FORMAT_VERSION", "FRAME_BYTES", "HEADER_BYTES", "TAG_BYTES", "Codec", "Header", "Keys",
@@ -33,7 +33,6 @@ FRAME_BYTES = HEADER_BYTES + TAG_BYTES
 PACKED_NONE, PACKED_ZSTD = 0, 1
 PLAIN, AES_256_GCM = 0, 1
 NO_NONCE = bytes(12)
-LARGEST_OBJECT = 64 << 20
 
 # Measured on 1 MiB of source text: level 1 makes 0.40 GB/s and a fourth of the size, -5 makes 0.46 and a third,
 # 3 makes 0.27 and little less than 1. What does not get smaller passes at 9 GB/s.

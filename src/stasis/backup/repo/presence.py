@@ -14,7 +14,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from stasis.backup.repo.objects import Kind, object_name
-from stasis.backup.repo.store import Store
+from stasis.backup.repo.store import Store, is_hexadecimal
 
 __all__ = ["Presence"]
 
@@ -79,7 +79,7 @@ class Presence:
             if shard.listed is not None:
                 return
             found = (info.name.rpartition("/")[2] for info in self._store.list(f"chunks/{first_byte:02x}"))
-            listed = array("Q", sorted(int(name[:16], 16) for name in found))
+            listed = array("Q", sorted(int(name[:16], 16) for name in found if is_hexadecimal(name, 64)))
             # As many single questions as a listing has pages, then the listing: at most twice the least possible.
             self._few = max(1, len(listed) // NAMES_PER_PAGE)
             self._listed += len(listed)

@@ -19,7 +19,7 @@ from stasis.backup.repo.locks import LockInfo
 from stasis.backup.repo.manifest import Manifest
 from stasis.backup.repo.objects import Codec, Keys, Kind, object_name
 from stasis.backup.repo.presence import Presence
-from stasis.backup.repo.store import Store, open_store
+from stasis.backup.repo.store import Store, is_hexadecimal, open_store
 from stasis.errors import LockedError, NotFoundError, PermissionDeniedError, RepositoryError, UsageError
 
 __all__ = ["Repository"]
@@ -156,7 +156,7 @@ class Repository:
 
     def backup_ids(self) -> list[str]:
         """Ids of all backups, without reading any."""
-        return sorted(info.name.rpartition("/")[2] for info in self.store.list("backups"))
+        return sorted(filter(_is_id, (info.name.rpartition("/")[2] for info in self.store.list("backups"))))
 
     def backup(self, id: str) -> Manifest:  # noqa: A002
         """One backup by its full id. Raises NotFoundError, DamagedError."""
@@ -222,7 +222,7 @@ class Repository:
 
     def lost_backups(self) -> list[str]:
         """Ids of backups whose manifest is missing, though nobody forgot them."""
-        tagged = {info.name.split("/")[1] for info in self.store.list("tags")}
+        tagged = set(filter(_is_id, (info.name.split("/")[1] for info in self.store.list("tags"))))
         if self.store.listing_lag:
             time.sleep(self.store.listing_lag)  # a backup is there before its tags, and is listed by now
         return sorted(id_ for id_ in tagged - set(self.backup_ids()) if self._is_lost(id_))
@@ -259,7 +259,7 @@ class Repository:
             raise codec.damaged(where, "its content has another digest")
         try:
             found = manifest.decode(content, id_, shared)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise codec.damaged(where, str(error)) from error
         if changed_tags is not None and id_ not in changed_tags:
             return found
@@ -356,3 +356,7 @@ class Repository:
             raise UsageError(f"{matching[0].id} is the only key of {self.url}", hint="add another key first")
         config_.remove_slot(self.store, matching[0].id)
         return matching[0]
+
+
+def _is_id(name: str) -> bool:
+    return is_hexadecimal(name, 64)

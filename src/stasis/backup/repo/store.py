@@ -11,13 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from stasis.errors import UsageError
+from stasis.errors import DamagedError, UsageError
 
-__all__ = ["Buffer", "ObjectInfo", "Store", "open_store"]
+__all__ = ["LARGEST_OBJECT", "Buffer", "ObjectInfo", "Store", "is_hexadecimal", "open_store", "refuse_size"]
 
 Buffer = bytes | bytearray | memoryview
 
 CLOUD_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "memory")
+
+
+LARGEST_OBJECT = 64 << 20  # no content is longer: a manifest of 256 TiB in chunks of 1 MiB takes 4 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +94,15 @@ def open_store(url: str) -> Store:
         return CloudStore(url)
     raise UsageError(f"{url!r} names no kind of repository that is known",
                      hint="write a path, or a URL that starts with s3://, gs:// or az://")
+
+
+def refuse_size(name: str, url: str, size: int) -> None:
+    """Raises DamagedError for an object that would only use up memory."""
+    if size > LARGEST_OBJECT + 4096:
+        raise DamagedError(f"{name} in the repository {url} is damaged: it has {size} bytes, more than any object",
+                           hint="stasis backup check lists everything that is damaged and the backups that need it")
+
+
+def is_hexadecimal(text: str, digits: int) -> bool:
+    """Whether this is a name that we gave; what file managers and copying programs leave behind is not."""
+    return len(text) == digits and not text.strip("0123456789abcdef")

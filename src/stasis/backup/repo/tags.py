@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from stasis.backup.repo.objects import Codec, Kind
-from stasis.backup.repo.store import Store
+from stasis.backup.repo.store import ObjectInfo, Store, is_hexadecimal
 from stasis.errors import NotFoundError
 
 __all__ = ["FOLDER", "load_tags", "newest_tags", "remove_tags", "store_first_tags", "store_tags"]
@@ -28,7 +28,7 @@ FOLDER = "tags"
 def newest_tags(store: Store) -> dict[str, str]:
     """For every backup whose tags were changed, the name of the object that holds them."""
     newest: dict[str, str] = {}
-    for info in store.list(FOLDER):
+    for info in filter(_is_ours, store.list(FOLDER)):
         backup = info.name.split("/")[1]
         if not _is_first(info.name):
             newest[backup] = max(info.name, newest.get(backup, ""))
@@ -78,11 +78,19 @@ def remove_tags(store: Store, backup: str) -> None:
 
 
 def _objects(store: Store, backup: str) -> Iterator[str]:
-    return (info.name for info in store.list(f"{FOLDER}/{backup}"))
+    return (info.name for info in filter(_is_ours, store.list(f"{FOLDER}/{backup}")))
+
+
+def _is_ours(info: ObjectInfo) -> bool:
+    number, _, rest = info.name.rpartition("/")[2].partition("-")
+    return info.name.count("/") == 2 and is_hexadecimal(number, 8) and is_hexadecimal(rest, 16)
 
 
 def _decoded(codec: Codec, where: str, content: bytes) -> tuple[str, ...]:
-    tags = json.loads(content).get("tags")
+    try:
+        tags = json.loads(content)["tags"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise codec.damaged(where, "it holds no tags") from error
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise codec.damaged(where, "it holds no tags")
     return tuple(tags)
