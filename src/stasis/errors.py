@@ -201,7 +201,7 @@ class PassphraseError(StasisError):
 
 
 class DamagedError(StasisError):
-    """An object of a repository that is missing, cut off or altered; the message names it."""
+    """An object of a repository, or a file of an image set: missing, cut off or altered. The message names it."""
 
     default_exit_code = ExitCode.DAMAGED
     default_errno = _errno.EBADMSG
