@@ -19,7 +19,9 @@ from stasis.backup.repo import Manifest, Repository, Secrets
 from stasis.cli.main import main
 from stasis.errors import ExitCode, LockedError
 from stasis.nbd.client import Client
+from stasis.nbd.tls import TlsConfig
 from tests.backup.stored import CHUNK, backup_of
+from tests.nbd.certificates import make_certificates
 from tests.runner import Stasis
 
 SIZE = 40 * CHUNK + 512
@@ -150,13 +152,31 @@ def test_tcp_on_loopback_and_json(stasis: Stasis, stored: Stored) -> None:
     arguments = ["backup", "serve", stored.old.id, "--tcp", "127.0.0.1:0", "--json", "--repo", stored.url]
     with stasis.popen(*arguments) as process:
         assert process.stdout is not None
-        lines = iter(process.stdout.readline, "]\n")
-        [served] = json.loads("".join([*lines, "]"]))
+        [served] = json.loads(process.stdout.readline())
         with Client.connect(served["uri"]) as client:
             assert client.pread(0, 512) == OLD[:512]
         process.terminate()
         assert process.wait(60) == 0
     assert (served["id"], served["device"], served["size"], served["against"]) == (stored.old.id, "disk", SIZE, None)
+
+
+@pytest.mark.tool("openssl")
+def test_tcp_with_certificates(serve: Serve, stored: Stored, tmp_path: Path) -> None:
+    server, client, stranger = make_certificates(tmp_path)
+    with serve(stored.new.id, "--tcp", "127.0.0.1:0", "--tls-certificates", server) as [uri]:
+        assert uri.startswith("nbds://127.0.0.1:")
+        with Client.connect(uri, tls=TlsConfig(client)) as known:
+            assert known.pread(5 * CHUNK, 10) == b"0123456789"
+        with pytest.raises(OSError), Client.connect(uri, tls=TlsConfig(stranger)) as unknown:
+            unknown.pread(0, 1)
+
+
+def test_backup_of_nothing_can_be_served(serve: Serve, stored: Stored) -> None:
+    with stored.opened() as repository:
+        empty = backup_of(repository, b"", device="empty")
+    for more in ([], ["--overlay"]):
+        with serve(empty.id, *more) as [uri], Client.connect(uri) as client:
+            assert client.size == 0
 
 
 def test_what_is_written_to_the_overlay_ends_with_the_server(serve: Serve, stored: Stored, tmp_path: Path) -> None:

@@ -5,3 +5,7 @@ Two processes stay behind a mounted backup. The server reads the repository. The
 mounts it, and takes both apart when the directory is unmounted, when it is told to end, or when the server dies. If
 the guardian dies, the server takes its part. docs/design/backup-mount.md has the cases.
 """
+
+from stasis.backup.mount.command import Mounted, mount, umount
+
+__all__ = ["Mounted", "mount", "umount"]

@@ -92,7 +92,7 @@ def _open(directory: str, size: int) -> int:
 
 def _states(count: int) -> mmap.mmap:
     # Pages are taken when they are first written to: a byte for each 4 KiB written, at worst a page for each 16 MiB.
-    return mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    return mmap.mmap(-1, max(1, count), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
 
 
 class OverlayExport(Export):

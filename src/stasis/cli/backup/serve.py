@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import json
 import logging
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,25 +163,23 @@ def _print(backups: ServedBackups, address: Any, as_json: bool) -> None:
         for one in backups.served
     ]
     if as_json:
-        output.print_json(served)
+        output.print_json_line(served)  # a program that reads a line has it all, while the command goes on
     else:
-        print("\n".join(str(one["uri"]) for one in served))
-    sys.stdout.flush()
+        print("\n".join(str(one["uri"]) for one in served), flush=True)
 
 
 def diff(arguments: argparse.Namespace) -> None:
     """stasis backup diff"""
-    from stasis.backup.serve import diff as differences
-    from stasis.backup.serve.opening import open_cache, open_index, open_lease
+    from stasis.backup import serve as reading
 
     with open_repository(arguments, read_only=True) as repository, contextlib.ExitStack() as stack:
-        stack.enter_context(open_lease(repository, "diff"))
+        stack.enter_context(reading.open_lease(repository, "diff"))
         base, target = (
-            open_index(repository, repository.resolve(name, host=arguments.host, device=arguments.device))
+            reading.open_index(repository, repository.resolve(name, host=arguments.host, device=arguments.device))
             for name in (arguments.base, arguments.target)
         )
-        contents = stack.enter_context(open_cache(repository)) if arguments.exact else None
-        found = differences.diff(base, target, offset=arguments.offset, limit=arguments.limit, contents=contents)
+        contents = stack.enter_context(reading.open_cache(repository)) if arguments.exact else None
+        found = reading.diff(base, target, offset=arguments.offset, limit=arguments.limit, contents=contents)
         if arguments.json:
             _print_array(found)
         else:
