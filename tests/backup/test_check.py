@@ -224,5 +224,8 @@ def test_a_check_in_many_passes_finds_the_same(copied: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _cheap_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of repositories are checked here, none of which has to survive a power cut."""
     monkeypatch.setattr(keys, "SCRYPT_N", 16)
+    for call in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, call, lambda fd: None)

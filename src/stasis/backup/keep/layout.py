@@ -11,7 +11,7 @@ from stasis.backup.repo import Repository
 from stasis.backup.repo.objects import Kind
 from stasis.backup.repo.store import ObjectInfo, Store
 
-__all__ = ["FOLDERS", "content_name", "leftovers", "objects", "unknown"]
+__all__ = ["FOLDERS", "content_name", "is_ours", "leftovers", "objects", "unknown"]
 
 FOLDERS = {Kind.CHUNK: "chunks", Kind.SEGMENT: "segments"}
 _CONTENT = re.compile(r"(?:chunks|segments)/([0-9a-f]{2})/(\1[0-9a-f]{62})")
@@ -40,8 +40,11 @@ def leftovers(repository: Repository) -> Iterator[ObjectInfo]:
     yield from repository.store.list("clock")
 
 
+def is_ours(info: ObjectInfo) -> bool:
+    """Whether an object has a name that this version gives."""
+    return content_name(info.name) is not None or _KNOWN.fullmatch(info.name) is not None
+
+
 def unknown(store: Store) -> Iterator[ObjectInfo]:
     """Objects that are none of ours."""
-    for info in store.list(""):
-        if not _KNOWN.fullmatch(info.name) and content_name(info.name) is None:
-            yield info
+    return (info for info in store.list("") if not is_ours(info))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from stasis.backup.keep import layout
 from stasis.backup.repo import Repository, keys
 from stasis.backup.repo.objects import Codec, Keys, Kind
 from stasis.errors import DamagedError, NotFoundError
@@ -23,7 +24,7 @@ def damaged(repository: Repository) -> Iterator[Damage]:
     yield from _damaged_slots(repository)
     yield from _damaged_backups(repository)
     for folder, kind in (("tags", Kind.TAGS), ("locks", Kind.LOCK)):
-        for info in repository.store.list(folder):
+        for info in filter(layout.is_ours, repository.store.list(folder)):
             if reason := _reason(_unseal, repository.codec(), repository, kind, info.name):
                 yield info.name, reason, info.name.split("/")[1] if kind is Kind.TAGS else None
 
@@ -39,7 +40,7 @@ def _damaged_backups(repository: Repository) -> Iterator[Damage]:
 def _damaged_slots(repository: Repository) -> Iterator[Damage]:
     """Slots are sealed without a key, so that a key can be got out of them."""
     codec = Codec(Keys(None), compress=False, where=repository.url)
-    for info in repository.store.list("keys"):
+    for info in filter(layout.is_ours, repository.store.list("keys")):
         if reason := _reason(_describe_slot, codec, repository, info.name):
             yield info.name, reason, None
 
