@@ -84,6 +84,15 @@ def test_what_has_arrived_once_is_not_stored_again(here: Repository, there: Repo
     assert len(there.backups()) == 1
 
 
+def test_an_increment_that_is_here_needs_its_base_no_more(here: Repository, there: Repository) -> None:
+    first, second = backup_of(here, bytes(image(4))), backup_of(here, bytes(image(4, seed=2)))
+    base = received(there, sent(here, first))
+    increment = received(there, sent(here, second, first))
+    there.remove_backup(base.id)
+    again = received(there, sent(here, second, first))
+    assert (again.known, again.id) == (True, increment.id)
+
+
 def test_an_increment_without_its_base_says_which_one_is_missing(here: Repository, there: Repository) -> None:
     first, second = backup_of(here, bytes(image(4))), backup_of(here, bytes(image(4, seed=2)))
     with pytest.raises(NotFoundError, match=f"builds on backup {first.id[:12]} of disk on host at {first.time}"):

@@ -67,9 +67,9 @@ def receive(repository: Repository, stream: StreamReader, progress: Progress | N
     with repository.lock_shared("receive"):
         backups = repository.backups()
         backup = known = describe.find(backups, describe.Identity.of(about.backup))
-        base = _base(repository, backups, about, stream.head)
         counted, stored = Counted(stream, progress or Progress()), 0
         if backup is None:
+            base = _base(repository, backups, about, stream.head)
             assembler = Assembler(repository, stream.head.size, base)
             segments = assembler.run(counted.pieces())
             stored = assembler.bytes_stored
