@@ -227,6 +227,13 @@ def test_the_profile_of_the_aws_tools_holds(tmp_path: Path) -> None:
     assert awsprofile.endpoint({}, {"endpoint": "http://b"}) == "http://b"
 
 
+def test_azure_s_account_is_taken_from_the_environment_as_az_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "account")
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+    objects: Any = cloud._connect("az://container/prefix")
+    assert (objects.prefix, objects.config["account_name"]) == ("prefix", "account")
+
+
 @pytest.mark.parametrize("url", ["ftp://host/x", "http://host/x", "s3://", "az://container/x"])
 def test_urls_that_name_no_store(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT"):

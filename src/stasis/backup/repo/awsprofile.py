@@ -9,10 +9,6 @@ from __future__ import annotations
 import configparser
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
-
-if TYPE_CHECKING:
-    from obstore.store import S3Config
 
 __all__ = ["endpoint", "settings"]
 
@@ -21,7 +17,7 @@ _CREDENTIALS = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "
 _CONFIG = {"region": "region", "endpoint_url": "endpoint"}
 
 
-def settings(environment: Mapping[str, str]) -> S3Config:
+def settings(environment: Mapping[str, str]) -> dict[str, str]:
     """What the profile says and the environment does not, by obstore's names."""
     profile = environment.get("AWS_PROFILE", "default")
     home = Path(environment.get("HOME", "/"))
@@ -36,10 +32,10 @@ def settings(environment: Mapping[str, str]) -> S3Config:
         known.pop("region", None)
     if "AWS_ENDPOINT_URL" in environment or "AWS_ENDPOINT_URL_S3" in environment:
         known.pop("endpoint", None)
-    return cast("S3Config", found | known)
+    return found | known
 
 
-def endpoint(environment: Mapping[str, str], config: S3Config) -> str:
+def endpoint(environment: Mapping[str, str], config: Mapping[str, str]) -> str:
     """The server that is not Amazon's, "" where none is named."""
     named = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
     return named or config.get("endpoint", "")

@@ -23,7 +23,7 @@ from stasis.backup.repo.store import Buffer, ObjectInfo, refuse_size
 from stasis.errors import NotFoundError, PermissionDeniedError, RepositoryError, UsageError
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Config
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 __all__ = ["CloudStore"]
 
@@ -35,6 +35,10 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 15.0
 # The library tries again by itself what it knows to be harmless; the rest, and what lasts longer, is tried here.
 RETRIES: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 REQUEST_SECONDS = 300  # a chunk of 16 MiB on a slow line, among fifteen others
+
+# What the az command takes and obstore does not; the names that obstore takes are in docs/guide/repo.md.
+AZURE_NAMES = {"AZURE_STORAGE_ACCOUNT": "account_name", "AZURE_STORAGE_KEY": "account_key",
+               "AZURE_STORAGE_SAS_TOKEN": "sas_key"}
 
 logger = logging.getLogger(__name__)
 
@@ -168,13 +172,16 @@ def _connect(url: str) -> ObjectStore:
     if url.startswith("memory://"):
         return _memory.setdefault(url, MemoryStore())
     client: ClientConfig = {"timeout": timedelta(seconds=REQUEST_SECONDS)}
-    config: S3Config = {}
+    config: dict[str, Any] = {}
+    if url.startswith("az"):
+        config = {ours: os.environ[name] for name, ours in AZURE_NAMES.items() if name in os.environ}
     if url.startswith("s3"):
         config = awsprofile.settings(os.environ)
         if awsprofile.endpoint(os.environ, config).startswith("http://"):
             client["allow_http"] = True  # who writes http:// there means it
     try:
-        return from_url(url, config=config, client_options=client, retry_config=RETRIES)
+        connect: Callable[..., ObjectStore] = from_url  # its type has an overload per store, and ours is of any
+        return connect(url, config=config, client_options=client, retry_config=RETRIES)
     except (obstore.exceptions.BaseError, ValueError) as error:
         raise UsageError(f"{url!r} cannot be used: {_first_line(error)}",
                          hint="write s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX, and set the "
