@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -322,3 +323,25 @@ def test_an_object_of_absurd_size_takes_no_memory(tmp_path: Path, folder: str) -
     os.truncate(path, 1 << 40)
     with pytest.raises(DamagedError, match=path.name), Repository.open(str(tmp_path), Secrets.of(SECRET)) as repository:
         read_all(repository)
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_what_cannot_be_written_to_can_be_read(tmp_path: Path, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Repository.init(str(tmp_path), secret=None, chunk_size=CHUNK) as repository:
+        made = store(repository, [1])
+    real_open = os.open
+
+    def refuse(path: str, flags: int, *rest: int) -> int:
+        if flags & os.O_RDWR:
+            raise OSError(error, os.strerror(error), path)
+        return real_open(path, flags, *rest)
+
+    with Repository.open(str(tmp_path), Secrets.none(), read_only=True) as repository:
+        monkeypatch.setattr(os, "open", refuse)
+        with repository.lock_shared("restore") as lease:
+            assert lease.valid()
+            assert lease.confirm()
+            assert read(repository, made) == content(1)
+    writer = Repository.open(str(tmp_path), Secrets.none())
+    with writer, pytest.raises(StasisError, match="locks"), writer.lock_shared("create"):
+        pytest.fail("a writer went on without a lock")

@@ -20,7 +20,7 @@ from stasis.backup.repo.manifest import Manifest
 from stasis.backup.repo.objects import Codec, Keys, Kind, object_name
 from stasis.backup.repo.presence import Presence
 from stasis.backup.repo.store import Store, is_hexadecimal, open_store
-from stasis.errors import LockedError, NotFoundError, PermissionDeniedError, RepositoryError, UsageError
+from stasis.errors import LockedError, NotFoundError, PermissionDeniedError, RepositoryError, StorageError, UsageError
 
 __all__ = ["Repository"]
 
@@ -321,10 +321,10 @@ class Repository:
     def _acquire(self, kind: str, purpose: str, wait: float) -> Lease:
         try:
             return lease.acquire(self.store, self.codec(), kind, purpose, wait)
-        except PermissionDeniedError:
+        except (PermissionDeniedError, StorageError):
             if not self.read_only or kind != locks.SHARED:
                 raise
-            return Lease(None)  # who may only read, from a disk that is mounted so, reads without
+            return Lease(None)  # who only reads, from a disk that is full or mounted read-only, reads without
 
     def _confirm_leases(self) -> None:
         for held in self._leases:
