@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import signal
 import struct
 import subprocess
@@ -167,6 +168,24 @@ def test_nothing_of_the_caller_is_held_by_a_mount(stasis: Stasis, repository: st
         assert pipe.read() == b""
     for name in ("guardian", "server"):
         assert os.readlink(f"/proc/{record(stasis)[name]['pid']}/cwd") == "/"
+    stasis("backup", "umount", target)
+
+
+def test_passphrase_is_asked_for_on_the_terminal(
+    stasis: Stasis, images: dict[str, bytes], target: Path, tmp_path: Path
+) -> None:
+    with Repository.init(str(tmp_path / "r"), secret=Secret(b"right")) as opened:
+        backup = backup_of(opened, images["ext4"])
+    terminal, ours = pty.openpty()
+    arguments = ["backup", "mount", backup.id, target, "--repo", tmp_path / "r"]
+    # In a session of its own it does not find the terminal that the tests were started from.
+    own = {"stdin": ours, "stderr": ours, "start_new_session": True}
+    with stasis.popen(*arguments, **own) as process, open(terminal, "wb+", buffering=0) as keyboard:
+        os.close(ours)
+        assert b"Passphrase" in keyboard.read(100)
+        keyboard.write(b"right\n")
+        assert process.wait(60) == 0
+    assert (target / "first").read_bytes() == FILES["first"]
     stasis("backup", "umount", target)
 
 

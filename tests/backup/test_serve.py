@@ -20,6 +20,7 @@ from stasis.cli.main import main
 from stasis.errors import ExitCode, LockedError
 from stasis.nbd.client import Client
 from stasis.nbd.tls import TlsConfig
+from tests.backup.s3 import S3Server
 from tests.backup.stored import CHUNK, backup_of
 from tests.nbd.certificates import make_certificates
 from tests.runner import Stasis
@@ -211,6 +212,21 @@ def test_altered_chunk_is_an_error_of_its_reads_and_named(serve: Serve, stored: 
         with pytest.raises(OSError, match="error"):
             client.pread(3 * CHUNK + 5, 1)
         assert client.pread(2 * CHUNK, CHUNK) == NEW[2 * CHUNK : 3 * CHUNK]
+
+
+def test_object_store_that_fails_for_a_while_only_takes_longer(
+    stasis: Stasis, s3_server: S3Server, s3_url: str
+) -> None:
+    with Repository.init(s3_url, secret=None, chunk_size=CHUNK) as repository:
+        backup = backup_of(repository, NEW)
+    stasis.environment.update(s3_server.environment)
+    with stasis.popen("backup", "serve", backup.id, "--repo", s3_url) as process:
+        assert process.stdout is not None
+        with Client.connect(process.stdout.readline().rstrip("\n")) as client:
+            s3_server.misbehave("fail", 3)
+            assert client.pread(0, SIZE) == NEW
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
