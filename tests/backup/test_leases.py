@@ -185,6 +185,8 @@ def test_a_late_listing_shows_a_lock_that_is_being_refreshed(clock: Schedule) ->
 
     store.before = before
     assert writer.refresh()
+    clock.now += store.listing_lag
+    writer.drop_older()
     assert conflicts
     assert set(conflicts) == {1}
 

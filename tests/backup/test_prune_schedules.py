@@ -66,8 +66,7 @@ class World:
 
 def refresh(held: Lease) -> None:
     """What the thread of a lease does every five minutes."""
-    with held._mutex:
-        held._refresh()
+    held._refresh()
 
 
 def serial(call, items, threads):  # type: ignore[no-untyped-def]
@@ -82,6 +81,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
         for module in (lease, repository, tags, prune_module):
             monkeypatch.setattr(module, "time", schedule)
         monkeypatch.setattr(lease, "random", schedule.source)
+        monkeypatch.setattr(Lease, "_pause", lambda self, seconds: schedule.sleep(seconds))
         # A tenth of the real times, so that who waits asks less often.
         monkeypatch.setattr(lease, "LAPSE_SECONDS", 120)
         monkeypatch.setattr(locks, "STALE_SECONDS", 180)

@@ -65,9 +65,7 @@ def forget_by_policy(repository: Repository, policy: KeepPolicy, selection: Sele
     groups = [ForgetGroup(dict(zip(by, key, strict=True)), decide(members, policy, newest, datetime.now(UTC), zone))
               for key, members in group_backups(chosen, by).items()]
     if not dry_run:
-        for group in groups:
-            for id_ in group.forgotten:
-                repository.remove_backup(id_)
+        repository.remove_backups([id_ for group in groups for id_ in group.forgotten])
     return groups
 
 
@@ -76,8 +74,7 @@ def forget_ids(repository: Repository, ids: Sequence[str], *, dry_run: bool = Fa
     known = {*repository.backup_ids(), *repository.lost_backups()}
     chosen = [_full_id(repository, text, known) for text in ids]
     if not dry_run:
-        for id_ in chosen:
-            repository.remove_backup(id_)
+        repository.remove_backups(chosen)
     return chosen
 
 

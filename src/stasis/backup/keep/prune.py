@@ -65,7 +65,13 @@ def prune(repository: Repository, *, dry_run: bool = False, wait: float = 0, pro
     return _Prune(repository, dry_run, wait, progress or Progress(), marks_in_memory).run()
 
 
-Mark = Callable[[Repository, Marks, list[str], OnDamage], None]
+@dataclass(frozen=True)
+class _Part:
+    """What a pass does with one kind of object."""
+
+    kind: Kind
+    mark: Callable[[Repository, Marks, list[str], OnDamage], None]
+    marks: Marks
 
 
 class _Prune:
@@ -79,36 +85,46 @@ class _Prune:
     def run(self) -> PruneResult:
         started = time.monotonic()
         self._refuse_when_lost()
-        self._sweep_in_passes(Kind.SEGMENT, mark_segments)
-        self._sweep_in_passes(Kind.CHUNK, mark_chunks)
-        self._remove_leftovers()
+        segments, chunks = Passes(self.limit), Passes(self.limit)
+        while parts := [_Part(kind, mark, marks) for kind, mark, marks in (
+                (Kind.SEGMENT, mark_segments, next(segments, None)),
+                (Kind.CHUNK, mark_chunks, next(chunks, None))) if marks is not None]:
+            self.result.passes += 1
+            self._one_pass(parts)
         self.result.seconds = round(time.monotonic() - started, 3)
         return self.result
 
-    def _sweep_in_passes(self, kind: Kind, mark: Mark) -> None:
-        for marks in Passes(self.limit):
-            self.result.passes += kind is Kind.CHUNK
-            self._one_pass(kind, mark, marks)
-
-    def _one_pass(self, kind: Kind, mark: Mark, marks: Marks) -> None:
+    def _one_pass(self, parts: list[_Part]) -> None:
         self.progress.phase("reading indexes")
         ids = self.repository.backup_ids()
         self.result.backups = len(ids)
-        mark(self.repository, marks, ids, self._refuse)
+        self._mark(parts, ids)
         if self.result.dry_run:
-            marks.settle()
-            self.progress.phase("looking at objects")
-            for unused in self._unused(kind, marks):
-                self._count_removed(kind, unused)
+            self._count(parts)
             return
         with self.repository.lock_exclusive("prune", wait=self.wait) as lease:
             time.sleep(self.repository.store.listing_lag)  # what was published before the lock was ours is listed now
             known = set(ids)
-            mark(self.repository, marks, [id_ for id_ in self.repository.backup_ids() if id_ not in known],
-                 self._refuse)
-            marks.settle()
+            self._mark(parts, [id_ for id_ in self.repository.backup_ids() if id_ not in known])
             self.progress.phase("deleting")
-            self._sweep(kind, marks, lease)
+            for part in parts:
+                part.marks.settle()
+                self._sweep(part.kind, part.marks, lease)
+            if self.result.passes == 1:
+                self._remove_leftovers(lease)
+
+    def _mark(self, parts: list[_Part], ids: list[str]) -> None:
+        for part in parts:
+            part.mark(self.repository, part.marks, ids, self._refuse)
+
+    def _count(self, parts: list[_Part]) -> None:
+        self.progress.phase("looking at objects")
+        for part in parts:
+            part.marks.settle()
+            for unused in self._unused(part.kind, part.marks):
+                self._count_removed(part.kind, unused)
+        if self.result.passes == 1:
+            self.result.leftovers_removed = sum(1 for _ in layout.leftovers(self.repository))
 
     def _sweep(self, kind: Kind, marks: Marks, lease: Lease) -> None:
         batch: list[ObjectInfo] = []
@@ -160,20 +176,16 @@ class _Prune:
         else:
             self.result.segments_removed += 1
 
-    def _remove_leftovers(self) -> None:
+    def _remove_leftovers(self, lease: Lease) -> None:
         """Probes of the clock, files without a name: what killed commands left."""
-        if self.result.dry_run:
-            self.result.leftovers_removed = sum(1 for _ in layout.leftovers(self.repository))
-            return
-        with self.repository.lock_exclusive("prune", wait=self.wait) as lease:
-            oldest = store_time(self.repository.store, self.repository.codec()) - LEFTOVER_SECONDS
-            batch = [info for info in layout.leftovers(self.repository) if info.modified <= oldest]
-            if not lease.confirm():
-                raise self._lock_lost()
-            for info in batch:
-                self.repository.store.delete(info.name)
-                self.result.bytes_removed += info.size
-            self.result.leftovers_removed = len(batch) + self.repository.store.clean()
+        oldest = store_time(self.repository.store, self.repository.codec()) - LEFTOVER_SECONDS
+        batch = [info for info in layout.leftovers(self.repository) if info.modified <= oldest]
+        if not lease.confirm():
+            raise self._lock_lost()
+        for info in batch:
+            self.repository.store.delete(info.name)
+            self.result.bytes_removed += info.size
+        self.result.leftovers_removed = len(batch) + self.repository.store.clean()
 
     def _refuse_when_lost(self) -> None:
         """Chunks of a backup whose manifest got lost are no garbage as long as nobody said so."""

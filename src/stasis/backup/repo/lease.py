@@ -97,20 +97,22 @@ class Claim:
         return marks
 
     def refresh(self) -> bool:
-        """Put the next object in the place of the one before; False when the lock was taken away meanwhile.
+        """Put the next object; False when the lock was taken away meanwhile. `drop_older` is to follow.
 
         The old object is looked for after the new one is there: whoever deleted the old one before that looks again,
         and deletes the new one too.
         """
-        old = self.name
+        self.drop_older()
+        self._older = self.name
         self.number += 1
         self.announce()
-        self._older = old
-        held = self.store.exists(old)
-        time.sleep(self.store.listing_lag)  # until then a listing may show the old one and not the new one
-        self.store.delete(old)
+        return self.store.exists(self._older)
+
+    def drop_older(self) -> None:
+        """Delete the object that was refreshed; not before a listing is sure to show the new one."""
+        if self._older is not None:
+            self.store.delete(self._older)
         self._older = None
-        return held
 
     def exists(self) -> bool:
         """Whether nobody took the lock away, or is about to."""
@@ -120,9 +122,8 @@ class Claim:
 
     def withdraw(self) -> None:
         """Give the lock back, or up."""
-        for name in (self.name, self._older):
-            if name is not None:
-                self.store.delete(name)
+        self.drop_older()
+        self.store.delete(self.name)
         if self.kind == EXCLUSIVE:
             self.store.delete(broken_name(self.id))
 
@@ -200,19 +201,27 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._ended.wait(REFRESH_SECONDS):
-            with self._mutex:
-                try:
-                    self._refresh()
-                except StasisError as error:  # a store that is away for a while; valid() tells when it is too long
-                    logger.warning("the lock of %s could not be refreshed: %s", self._claim and self._claim.name, error)
+            try:
+                self._refresh()
+            except StasisError as error:  # a store that is away for a while; valid() tells when it is too long
+                logger.warning("the lock of %s could not be refreshed: %s", self._claim and self._claim.name, error)
 
     def _refresh(self) -> None:
         if self._claim is None or not self.valid():
             return  # somebody may have taken the lock meanwhile
-        started = _clock()
-        if not self._claim.refresh():
-            self._lapsed = True
-        self._refreshed = started
+        with self._mutex:
+            started = _clock()
+            if not self._claim.refresh():
+                self._lapsed = True
+            self._refreshed = started
+        if self._claim.store.listing_lag:
+            self._pause(self._claim.store.listing_lag)
+        with self._mutex:
+            self._claim.drop_older()
+
+    def _pause(self, seconds: float) -> None:
+        """Not under the mutex: others ask meanwhile whether the lock is held."""
+        self._ended.wait(seconds)
 
 
 def acquire(store: Store, codec: Codec, kind: str, purpose: str, wait: float) -> Lease:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import secrets as random_
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from stasis.backup.repo import config as config_
 from stasis.backup.repo import keys, lease, locks, manifest, tags
@@ -151,7 +152,8 @@ class Repository:
         """All backups, oldest first. Raises DamagedError when a manifest is."""
         shared: dict[str, str] = {}
         changed_tags = tags.newest_tags(self.store)
-        found = [self._backup(id_, shared, changed_tags) for id_ in self.backup_ids()]
+        with ThreadPoolExecutor(self.parallelism) as pool:  # a thousand round trips would take half a minute
+            found = list(pool.map(lambda id_: self._backup(id_, shared, changed_tags), self.backup_ids()))
         return sorted((one for one in found if one is not None), key=lambda one: (one.time, one.id))
 
     def backup_ids(self) -> list[str]:
@@ -210,15 +212,22 @@ class Repository:
 
     def remove_backup(self, id: str) -> None:  # noqa: A002
         """Remove a manifest and its tags, of a backup that lost one of them too. Its chunks stay until prune."""
+        self.remove_backups([id])
+
+    def remove_backups(self, ids: Sequence[str]) -> None:
+        """As `remove_backup`, at one go: a store that lists late takes its time only once."""
         self._refuse_reading_only()
-        tags.remove_tags(self.store, id)
-        self.store.delete(f"backups/{id}")
-        tags.remove_tags(self.store, id)  # those that somebody put while the manifest was still there
+        if not ids:
+            return
+        tags.remove_tags(self.store, ids)
+        for id_ in ids:
+            self.store.delete(f"backups/{id_}")
+        tags.remove_tags(self.store, ids)  # those that somebody put while the manifest was still there
 
     def _drop_tags_of_forgotten(self, id_: str) -> None:
         """To be called when tags were put. Either this sees that the manifest is gone, or who deleted it sees them."""
         if not self.store.exists(f"backups/{id_}"):
-            tags.remove_tags(self.store, id_)
+            tags.remove_tags(self.store, [id_])
 
     def lost_backups(self) -> list[str]:
         """Ids of backups whose manifest is missing, though nobody forgot them."""

@@ -70,11 +70,13 @@ def _is_first(name: str) -> bool:
     return name.rpartition("/")[2].startswith("00000000-")
 
 
-def remove_tags(store: Store, backup: str) -> None:
-    """Forget the tags of a backup that is removed."""
-    time.sleep(store.listing_lag)  # tags that are left would tell that the manifest was lost
-    for name in list(_objects(store, backup)):
-        store.delete(name)
+def remove_tags(store: Store, backups: Iterable[str]) -> None:
+    """Forget the tags of backups that are removed."""
+    if store.listing_lag:
+        time.sleep(store.listing_lag)  # tags that are left would tell that the manifest was lost
+    for backup in backups:
+        for name in list(_objects(store, backup)):
+            store.delete(name)
 
 
 def _objects(store: Store, backup: str) -> Iterator[str]:
