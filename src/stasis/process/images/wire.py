@@ -29,6 +29,7 @@ LENGTH = 2
 FIXED32 = 5
 
 _U64 = (1 << 64) - 1
+_LONGEST = 10  # bytes of a varint
 _SMALL = [bytes([value]) for value in range(0x80)]
 
 
@@ -57,19 +58,17 @@ def varint(value: int) -> bytes:
 def read_varint(buffer: bytes, offset: int, end: int) -> tuple[int, int]:
     """The unsigned 64-bit number at `offset`, and the offset behind it."""
     value = shift = 0
-    at = offset
-    while at < end:
+    for at in range(offset, min(end, offset + _LONGEST)):
         byte = buffer[at]
-        at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            if value > _U64:
-                break
-            return value, at
-        shift += 7
-        if shift > 63:
             break
-    raise WireError("a number is cut off" if at == end and shift <= 63 else "a number has more than 64 bits", offset)
+        shift += 7
+    else:
+        raise WireError("a number is cut off" if end < offset + _LONGEST else "a number has more than 64 bits", offset)
+    if value > _U64:
+        raise WireError("a number has more than 64 bits", offset)
+    return value, at + 1
 
 
 def read_length(buffer: bytes, offset: int, end: int) -> tuple[int, int]:
