@@ -62,7 +62,10 @@ def write(store: Store, repository_key: bytes | None, config: Config) -> bool:
     codec = Codec(Keys(repository_key), compress=False, where=store.url)
     frame = codec.seal(Kind.CONFIG, NAME, json.dumps(fields).encode())
     # A put whose answer was lost is tried again, and then finds what it has put itself.
-    return store.put(NAME, frame) or store.get(NAME) == frame
+    if not store.put(NAME, frame) and store.get(NAME) != frame:
+        return False
+    store.sync()  # the folders above a new one, too
+    return True
 
 
 def load(store: Store) -> tuple[bytes, bool]:

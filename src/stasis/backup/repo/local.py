@@ -196,15 +196,13 @@ class LocalStore:
         return nameless
 
     def _sync_folders(self, folder: str) -> None:
-        """Make the names in a folder of the repository durable, and its own, and that of the repository."""
-        while len(folder) >= len(os.path.dirname(self.path)):
+        """Make the names in a folder of the repository durable, and its own up to the repository's."""
+        while len(folder) >= len(self.path):
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            if folder == "/":
-                break
             folder = os.path.dirname(folder)
 
     def _full(self, name: str) -> str:
