@@ -68,10 +68,9 @@ def test_a_set_is_for_its_owner_alone_whatever_the_umask(tmp_path: Path) -> None
 
 
 def test_a_set_that_is_not_committed_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), ImageSetWriter(tmp_path / "set") as out:
+    with ImageSetWriter(tmp_path / "set") as out:
         out.write("inventory", InventoryEntry(img_version=2))
         assert not (tmp_path / "set").exists()
-        raise RuntimeError
     with ImageSetWriter(tmp_path / "set") as out, pytest.raises(ValueError, match="needs an inventory"):
         out.commit()
     assert list(tmp_path.iterdir()) == []
@@ -204,9 +203,10 @@ def test_pages_and_pagemap_must_agree(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"pages-1\.img has 0 bytes for 1 pages"), PagemapWriter(out, 1) as pagemap:
             pagemap.add(0x1000, 1)
         for number, (start, pages) in enumerate(((0x1000, 1), (0x2001, 1), (0x3000, 0))):
-            with PagemapWriter(out, 2 + number) as pagemap, pytest.raises(ValueError, match="cannot follow"):
+            with PagemapWriter(out, 2 + number) as pagemap:
                 pagemap.add(0x1000, 1, PE_PARENT)
-                pagemap.add(start, pages)
+                with pytest.raises(ValueError, match="cannot follow"):
+                    pagemap.add(start, pages)
     _memory_set(tmp_path / "short", [(1, 2, PE_PRESENT)])
     os.truncate(tmp_path / "short" / "pages-1.img", PAGE_SIZE + 1)
     with pytest.raises(DamagedError, match=r"pages-1\.img is damaged at byte 4097: it ends early: .*needs 2 pages"):
@@ -221,7 +221,7 @@ def test_memory_is_read_through_its_parents(tmp_path: Path) -> None:
     _memory_set(tmp_path / "1", [(0, 2, PE_PARENT), (2, 2, PE_PRESENT), (4, 4, PE_PARENT)], tmp_path / "0", b"1")
     _memory_set(tmp_path / "2", [(1, 4, PE_PARENT), (5, 1, PE_PRESENT), (6, 2, PE_PARENT)], tmp_path / "1", b"2")
     assert os.readlink(tmp_path / "2" / "parent") == "../1"
-    assert _memory(tmp_path / "2", 9) == b"\0" b"0110" b"2" b"00" b"\0"
+    assert _memory(tmp_path / "2", 9) == b"\x000110200\0"
 
 
 def test_parents_that_lack_pages(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_parents_in_a_circle_are_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=15)
 @given(st.lists(st.lists(st.sampled_from([".", "p", "P"]), min_size=12, max_size=12), min_size=1, max_size=6))
-def test_chains_of_any_length_are_as_a_model_has_them(tmp_path_factory: pytest.TempPathFactory, model: Model) -> None:
+def test_chains_of_any_length_are_as_a_model_has_them(tmp_path_factory: pytest.TempPathFactory, model: list[list[str]]) -> None:
     """Each set says of every page: absent, in the parent, or here; what it wants of its parent may be missing."""
     folder = tmp_path_factory.mktemp("chain")
     expected: list[int | None] = [None] * 12
