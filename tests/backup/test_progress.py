@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -148,19 +149,20 @@ def test_sigusr1_prints_one_status_line_and_the_job_goes_on() -> None:
     assert job.returncode == 0
 
 
-def test_a_terminal_shows_a_bar_with_the_phase() -> None:
+def test_a_terminal_shows_a_bar_that_is_gone_when_the_result_is_printed() -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     try:
-        pipe = subprocess.PIPE
-        with subprocess.Popen([sys.executable, "-c", JOB], stdin=pipe, stdout=pipe, stderr=theirs, text=True) as job:
+        with subprocess.Popen([sys.executable, "-c", JOB], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs) as job:
             os.close(theirs)
-            assert job.stdin is not None
             shown = b""
             while b"reading:  25%" not in shown:
                 assert select.select([ours], [], [], 60)[0], shown
                 shown += os.read(ours, 4096)
-            job.communicate("\n")
+            job.communicate(b"\n")
+        while b"True" not in shown:
+            shown += os.read(ours, 4096)
         assert job.returncode == 0
+        assert re.search(rb"\r +\rdone\r\n", shown), shown
     finally:
         os.close(ours)

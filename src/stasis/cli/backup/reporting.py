@@ -38,6 +38,7 @@ class Reporter:
 
         self._lines = lines
         self._writing = threading.Lock()
+        self.display = contextlib.ExitStack()
         self.progress: Progress = Progress(on_error=self.error)
 
     @property
@@ -52,11 +53,13 @@ class Reporter:
     def error(self, error: StasisError) -> None:
         """Tell of an error at once: a JSON line, or a sentence on standard error."""
         if self._lines is None:
+            _clear_line()
             print_error(error, as_json=False)
         self._write({"message_type": "error", **error.as_dict()})
 
     def finish(self, fields: Mapping[str, Any], text: str = "") -> None:
         """The result: with --json a last status and the summary, otherwise the text for people."""
+        self.display.close()  # a bar that still stands would share the line with the text
         if self._lines is None:
             if text:
                 print(text, flush=True)
@@ -80,7 +83,8 @@ def report(arguments: argparse.Namespace, *, lines: TextIO | None = None) -> Ite
     from stasis.daemon.signals import interrupted_by_sigterm
 
     reporter = Reporter((lines or sys.stdout) if arguments.json else None)
-    with interrupted_by_sigterm(), _answer_signal(reporter.progress), _shown(reporter):
+    with interrupted_by_sigterm(), _answer_signal(reporter.progress), reporter.display:
+        reporter.display.enter_context(_shown(reporter))
         try:
             yield reporter
         except StasisError as error:
@@ -106,6 +110,12 @@ def _answer_signal(progress: Progress) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def _clear_line() -> None:
+    """Take away the bar, which comes back with its next update."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
 
 
 @contextlib.contextmanager
