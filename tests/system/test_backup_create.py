@@ -19,12 +19,12 @@ from stasis.backup.repo import Repository, Secrets
 from stasis.daemon.backups import BackupJob
 from stasis.daemon.backups import back_up as daemon_back_up
 from stasis.daemon.sources import SnapshotStorage
-from stasis.errors import ExitCode, LockedError, NotFoundError, StasisError, StorageError, UsageError
+from stasis.errors import BusyError, ExitCode, LockedError, NotFoundError, StasisError, StorageError, UsageError
 from stasis.nbd.client import Client
 from tests.backup.tracked import restored
 from tests.runner import Stasis
 from tests.system.conftest import MakeDisk
-from tests.system.helpers import MIB, Disk, Load, snapshot, wait_until
+from tests.system.helpers import MIB, Disk, Load, fio_command, snapshot, wait_until
 
 
 @pytest.fixture
@@ -107,6 +107,34 @@ def test_backups_under_load_hold_one_instant_and_lose_nothing(
     assert restored(opened, last) == disk.expected
 
 
+@pytest.mark.tool("fio")
+def test_increments_while_fio_writes_are_the_images_of_their_snapshots(
+    stasis: Stasis, make_disk: MakeDisk, storage: Path, opened: Repository
+) -> None:
+    disk = make_disk("disk.img", 8 * MIB)
+    mixed = ("--time_based", "--runtime=600", "--verify=0", "--rate=2m", "--bssplit=4k/80:64k/20")
+    command = fio_command(disk.uri, *mixed)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as writer:
+        try:
+            kinds = [_one_round(stasis, disk, storage, opened) for _ in range(4)]
+        finally:
+            writer.terminate()
+    assert kinds == ["full", "incremental", "incremental", "incremental"]
+
+
+def _one_round(stasis: Stasis, disk: Disk, storage: Path, repository: Repository) -> str:
+    with api.connect(stasis.run_dir, stasis.state_dir) as client:
+        written = client.map_info(disk.name).change_number
+        wait_until(lambda: bool(client.changed_extents(disk.name, written)), "a write")
+        taken = client.create_snapshot(storage, [disk.name], limit=64 * MIB, take=True)
+        try:
+            (backup,) = back_up(stasis, repository, f"{taken.id}:{disk.name}").backups
+            assert restored(repository, backup) == disk.read(taken.device(disk.name).uri)
+        finally:
+            client.destroy(taken.id)
+    return backup.kind
+
+
 def test_several_disks_and_a_file_are_one_set(
     stasis: Stasis, make_disk: MakeDisk, short_dir: Path, opened: Repository
 ) -> None:
@@ -138,8 +166,28 @@ def test_a_snapshot_that_exists_is_backed_up_and_stays(
         assert second.parent == first.id
         assert restored(opened, second) == disk.read(taken["devices"][0]["uri"])
         assert stasis("snapshot", "collect") == taken["id"]
+        with pytest.raises(BusyError) as caught:
+            back_up(stasis, opened, disk.name)
+        assert "UUID:NAME" in caught.value.hint
     (last,) = back_up(stasis, opened, disk.name).backups
     assert restored(opened, last) == disk.expected
+
+
+def test_a_device_that_grew_is_backed_up_whole_and_then_goes_on(
+    stasis: Stasis, make_disk: MakeDisk, storage: Path, opened: Repository
+) -> None:
+    disk = make_disk("disk.img", MIB)
+    back_up(stasis, opened, disk.name)
+    with snapshot(stasis, storage, disk.name) as taken, api.connect(stasis.run_dir, stasis.state_dir) as client:
+        image = bytes(disk.expected)
+        os.truncate(disk.path, 2 * MIB)
+        wait_until(lambda: client.map_info(disk.name).capacity == 2 * MIB, "the new size")
+        (backup,) = back_up(stasis, opened, f"{taken['id']}:{disk.name}").backups  # its map went with the old size
+        assert (backup.kind, restored(opened, backup)) == ("full", image)
+    (backup,) = back_up(stasis, opened, disk.name).backups
+    assert (backup.kind, restored(opened, backup)) == ("full", image + bytes(MIB))
+    assert "the size changed from 1 MiB to 2 MiB" in backup.note
+    assert back_up(stasis, opened, disk.name).backups[0].kind == "incremental"
 
 
 def test_standard_input_is_backed_up_under_its_name(stasis: Stasis, opened: Repository) -> None:

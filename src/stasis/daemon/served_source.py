@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from stasis.backup.source import Extent, Mark, SourceReader
 from stasis.backup.sources import NbdReader, nbd_zero_extents
 from stasis.backup.sources.raw import identity_of
 from stasis.daemon import client as daemon
-from stasis.errors import GenerationError, StasisError, StorageError
+from stasis.errors import GenerationError, NotFoundError, StasisError, StateError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from stasis.daemon.client import Client
@@ -51,11 +52,12 @@ class ServedSource:
             raise _started_over(self.name, mark, own, self._client.map_info(self._device))
         if mark.number > own.number:
             raise GenerationError(f"change number {mark.number} of {self.name} is ahead of the snapshot's {own.number}")
-        # Fails where the map does not belong to the snapshot, or is broken.
-        self._client.changed_extents(self._device, own.number, held=True, generation=own.generation)
         # A backup of this very snapshot exists: what was written to its image since has the snapshot's own number.
         since = mark.number - 1 if mark.number == own.number else mark.number
-        changed = self._client.read_map(self._device, held=True)
+        with _unknown(self.name):
+            # Fails where the map is broken, or belongs to this snapshot no more since the device changed its size.
+            self._client.changed_extents(self._device, own.number, held=True, generation=own.generation)
+            changed = self._client.read_map(self._device, held=True)
         return bounded_extents(changed, max(since, 0), self.block_size, self.size or 0)
 
     def zero_extents(self) -> list[Extent]:
@@ -88,13 +90,19 @@ class _ImageReader(NbdReader):
     def __init__(self, uri: str, source: ServedSource) -> None:
         super().__init__(uri)
         self._source = source
+        self._aborted = False
 
     def read_into(self, extents: Sequence[Extent], buffer: memoryview) -> None:
         try:
             super().read_into(extents, buffer)
         except OSError:
-            self._source.check()
+            if not self._aborted:
+                self._source.check()
             raise
+
+    def abort(self) -> None:
+        self._aborted = True
+        super().abort()
 
 
 class PlannedSource:
@@ -121,8 +129,10 @@ class PlannedSource:
         info = self._client.map_info(name)
         if mark.generation != info.generation:
             raise _started_over(self.name, mark, own, info)
-        self._client.changed_extents(name, info.change_number, generation=info.generation)
-        return bounded_extents(self._client.read_map(name), mark.number, self.block_size, self.size or 0)
+        with _unknown(self.name):
+            self._client.changed_extents(name, info.change_number, generation=info.generation)
+            changed = self._client.read_map(name)
+        return bounded_extents(changed, mark.number, self.block_size, self.size or 0)
 
     def zero_extents(self) -> list[Extent]:
         """What the device's server says reads as zeroes."""
@@ -138,6 +148,16 @@ class PlannedSource:
 
     def distrust(self, reason: str) -> None:
         """Nothing was compared."""
+
+
+@contextlib.contextmanager
+def _unknown(name: str) -> Iterator[None]:
+    """A map that cannot be read tells nothing, which is no reason to make no backup at all."""
+    try:
+        yield
+    except (UsageError, StateError, NotFoundError) as error:
+        raise GenerationError(f"nothing is known of the changes of {name}: {error.message}",
+                              hint="make a full backup") from error
 
 
 def _started_over(name: str, mark: Mark, own: Mark, info: MapInfo) -> GenerationError:

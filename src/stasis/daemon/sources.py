@@ -29,7 +29,7 @@ from stasis.daemon.paths import resolve
 from stasis.daemon.record import default_name, origin_key, valid_name
 from stasis.daemon.served_source import PlannedSource, ServedSource
 from stasis.daemon.signals import deferred_interrupts
-from stasis.errors import NotFoundError, StasisError, UsageError
+from stasis.errors import BusyError, NotFoundError, StasisError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -196,12 +196,19 @@ class SourceSet:
         client = self._client
         assert client is not None
         with deferred_interrupts():
-            made = client.create_snapshot(self._storage.path, names, limit=self._storage.limit)
+            made = self._create(client, names)
             self._stack.callback(self._forget, made.id)
             self._taken = made.id
             for lock in self._locks.values():
                 lock.write({"snapshot": made.id})
         return client.take(made.id)
+
+    def _create(self, client: daemon.Client, names: Sequence[str]) -> Snapshot:
+        try:
+            return client.create_snapshot(self._storage.path, names, limit=self._storage.limit)
+        except BusyError as error:
+            hint = f"{error.hint}; or back up that snapshot, as UUID:NAME" if error.hint else ""
+            raise BusyError(error.message, hint=hint, errno=error.errno) from error
 
     def release(self) -> None:
         """Nothing is read any more: destroy the snapshot beside what else is done. If that fails, the end does it."""

@@ -26,7 +26,7 @@ from stasis.backup.job.plan import (
 from stasis.backup.job.reading import ReadErrors
 from stasis.backup.job.resume import ResumeFile
 from stasis.backup.job.selfcheck import Sample, SampleOptions, check_sample
-from stasis.backup.job.state import DeviceState, state_path
+from stasis.backup.job.state import DeviceState, make_folder, state_path
 from stasis.backup.source import Extent, PointInTimeSource
 from stasis.block.copy.plan import clip
 from stasis.errors import DamagedError, GenerationError, StasisError
@@ -166,6 +166,8 @@ class DeviceJob:
                                         self.options.sample, seed)
         except OSError as error:
             if self.options.skip_unreadable:
+                self.warnings.append(f"what tracking calls unchanged was not checked: {self.source.path} could not be "
+                                     f"read ({error.strerror or error})")
                 return
             raise StasisError(f"{self.source.path} cannot be read: {error.strerror or error}", errno=error.errno or 0,
                               hint="--on-read-error skip stores zeroes for what cannot be read") from error
@@ -200,7 +202,9 @@ class DeviceJob:
         chunk_size = self._repository.chunk_size
         identity = {"repository": self._repository.id, "size": size, "chunk_size": chunk_size,
                     "device": self.source.identity}
-        self._resume = ResumeFile(state_path(directory, self.source.name, ".done"), identity, -(-size // chunk_size))
+        path = state_path(directory, self.source.name, ".done")
+        make_folder(path)
+        self._resume = ResumeFile(path, identity, -(-size // chunk_size))
         stale: list[ChunkRange] | None = None
         earlier = None if self.distrusted else self._resume.earlier_mark()
         if earlier is not None:

@@ -25,12 +25,17 @@ from urllib.parse import quote
 from stasis.backup.source import Mark
 from stasis.errors import LockedError, PermissionDeniedError, StateError
 
-__all__ = ["DeviceState", "RunLock", "state_path"]
+__all__ = ["DeviceState", "RunLock", "make_folder", "state_path"]
 
 
 def state_path(directory: Path, device: str, suffix: str) -> Path:
-    """The path of a state file of a device. Makes the directory; raises PermissionDeniedError or StateError."""
-    where = directory / "backup"
+    """The path of a state file of a device."""
+    return directory / "backup" / (quote(device, safe="") + suffix)
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of a state file. Raises PermissionDeniedError or StateError."""
+    where = path.parent
     try:
         where.mkdir(mode=0o700, parents=True, exist_ok=True)
     except PermissionError as error:
@@ -39,7 +44,6 @@ def state_path(directory: Path, device: str, suffix: str) -> Path:
     except OSError as error:
         raise StateError(f"{where} cannot be made: {error.strerror}", hint="choose another --state-dir",
                          errno=error.errno) from error
-    return where / (quote(device, safe="") + suffix)
 
 
 class RunLock:
@@ -48,6 +52,7 @@ class RunLock:
     def __init__(self, directory: Path, device: str) -> None:
         """Take it. LockedError if another run holds it."""
         self.path = state_path(directory, device, ".lock")
+        make_folder(self.path)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,6 +135,7 @@ class DeviceState:
 
     def _save(self) -> None:
         value = {"generation": self.generation, "times": self.times, "distrusted": self.distrusted}
+        make_folder(self.path)
         temporary = self.path.with_name(self.path.name + ".new")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(fd, "w") as file:
