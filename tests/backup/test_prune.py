@@ -15,7 +15,7 @@ from stasis.backup.keep import prune as prune_module
 from stasis.backup.keep.check import check
 from stasis.backup.keep.prune import prune
 from stasis.backup.repo import Manifest, Repository, lease
-from stasis.errors import LockedError
+from stasis.errors import LockedError, StorageError
 from tests.backup.dictstore import DictStore, Killed, repository_on
 from tests.backup.stored import CHUNK, backup_of, content_of
 
@@ -69,6 +69,26 @@ def test_prune_of_a_repository_without_backups_empties_it(repository: Repository
 
 def test_prune_waits_for_nobody_unless_told(repository: Repository) -> None:
     with repository.lock_shared("restore"), pytest.raises(LockedError, match="restore on"):
+        prune(repository)
+
+
+def test_prune_makes_room_on_a_disk_that_is_full(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository.remove_backup(backup_of(repository, contents(0, 1)).id)
+    put = repository.store.put
+
+    def put_without_room(name: str, *parts: bytes) -> bool:
+        if any(len(part) for part in parts):
+            raise StorageError("no space left")
+        return put(name, *parts)
+
+    monkeypatch.setattr(repository.store, "put", put_without_room)
+    assert prune(repository).chunks_removed == 2
+    assert names(repository, "") == ["config"]
+
+
+def test_an_empty_lock_counts(repository: Repository) -> None:
+    repository.store.put(f"locks/shared-{'a' * 16}-000000", b"")
+    with pytest.raises(LockedError):
         prune(repository)
 
 

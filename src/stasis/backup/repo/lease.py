@@ -18,7 +18,17 @@ import threading
 import time
 from datetime import UTC, datetime
 
-from stasis.backup.repo.locks import BROKEN, EXCLUSIVE, FOLDER, SHARED, LockInfo, list_locks, lock_names, owner_fields
+from stasis.backup.repo.locks import (
+    BROKEN,
+    EXCLUSIVE,
+    FOLDER,
+    SHARED,
+    LockInfo,
+    list_locks,
+    lock_names,
+    owner_fields,
+    put_small,
+)
 from stasis.backup.repo.objects import Codec, Kind
 from stasis.backup.repo.store import Store
 from stasis.errors import LockedError, StasisError
@@ -59,7 +69,7 @@ class Claim:
     def announce(self) -> None:
         """Step 1: show up. From here on others see this holder."""
         name = self.name
-        self.store.put(name, self.codec.seal(Kind.LOCK, name, self._content))
+        put_small(self.store, name, self.codec.seal(Kind.LOCK, name, self._content))
 
     def conflicts(self) -> list[LockInfo]:
         """Step 2: who is in the way; the lock is ours when there is nobody, and stays so while it is refreshed."""
@@ -91,7 +101,7 @@ class Claim:
         """Mark the locks of exclusive holders that may be alive, and give these time to notice."""
         marks = [broken_name(lock.id) for lock in self._ignored.values() if lock.kind == EXCLUSIVE and not lock.gone]
         for mark in marks:
-            self.store.put(mark, self.codec.seal(Kind.LOCK, mark, b"{}"))
+            put_small(self.store, mark, self.codec.seal(Kind.LOCK, mark, b"{}"))
         if marks:
             time.sleep(BREAK_SECONDS)
         return marks

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stasis.backup.repo.objects import Codec, Kind
-from stasis.backup.repo.store import Store
-from stasis.errors import DamagedError, NotFoundError
+from stasis.backup.repo.store import Buffer, Store
+from stasis.errors import DamagedError, NotFoundError, StorageError
 from stasis.linux import process
 
 __all__ = ["BROKEN", "CLOCK", "EXCLUSIVE", "FOLDER", "SHARED", "STALE_SECONDS", "LockInfo", "list_locks", "lock_names",
-           "owner_fields", "remove_locks", "store_time"]
+           "owner_fields", "put_small", "remove_locks", "store_time"]
 
 FOLDER = "locks"
 SHARED, EXCLUSIVE = "shared", "exclusive"
@@ -86,11 +86,19 @@ def remove_locks(store: Store, locks: Iterable[LockInfo]) -> None:
             store.delete(name)
 
 
+def put_small(store: Store, name: str, content: Buffer) -> None:
+    """Put an object whose name says what matters; empty where there is no room, since prune is what makes room."""
+    try:
+        store.put(name, content)
+    except StorageError:
+        store.put(name, b"")
+
+
 def store_time(store: Store, codec: Codec) -> float:
     """What time it is by the clock of the store, in seconds."""
     for _ in range(TIME_ATTEMPTS):
         name = f"{CLOCK}/{secrets.token_hex(8)}"
-        store.put(name, codec.seal(Kind.LOCK, name, b"{}"))
+        put_small(store, name, codec.seal(Kind.LOCK, name, b"{}"))
         try:
             info = store.stat(name)
         finally:
