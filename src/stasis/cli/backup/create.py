@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -95,9 +94,8 @@ def create(arguments: argparse.Namespace) -> int:
                 reporter.finish({"dry_run": True, "plans": [plan.as_dict() for plan in plans]}, _plan_text(plans))
                 return 0
             result = back_up(job, repository, reporter.progress)
-        if not arguments.json:
-            for warning in result.warnings:
-                print(f"stasis: {warning}", file=sys.stderr)
+        for warning in result.warnings:
+            reporter.warn(warning)
         reporter.finish(_fields(result), "\n".join(_sentence(backup) for backup in result.backups))
         return int(result.exit_code)
 

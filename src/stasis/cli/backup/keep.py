@@ -140,13 +140,12 @@ def copy(arguments: argparse.Namespace) -> None:
     """stasis backup copy"""
     from stasis.backup.keep.copy import copy as copy_backups
 
-    with (open_repository(arguments) as source, _open_target(arguments) as target, report(arguments) as reporter):
+    with report(arguments) as reporter, open_repository(arguments) as source, _open_target(arguments) as target:
         copied = []
         for one in copy_backups(source, _chosen(source, arguments), target, wait=arguments.wait,
                                 progress=reporter.progress):
             copied.append(one)
-            if not reporter.as_json:
-                print(_copied_text(one), flush=True)
+            reporter.say(_copied_text(one))
         reporter.finish({"copied": [one.as_dict() for one in copied]})
 
 

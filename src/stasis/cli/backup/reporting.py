@@ -57,6 +57,18 @@ class Reporter:
             print_error(error, as_json=False)
         self._write({"message_type": "error", **error.as_dict()})
 
+    def say(self, text: str) -> None:
+        """Print a line on the way, for people only."""
+        if self._lines is None:
+            _clear_line()
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning on standard error, for people only; with --json it belongs into the summary."""
+        if self._lines is None:
+            _clear_line()
+            print(f"stasis: {text}", file=sys.stderr)
+
     def finish(self, fields: Mapping[str, Any], text: str = "") -> None:
         """The result: with --json a last status and the summary, otherwise the text for people."""
         self.display.close()  # a bar that still stands would share the line with the text
@@ -115,7 +127,7 @@ def _answer_signal(progress: Progress) -> Iterator[None]:
 def _clear_line() -> None:
     """Take away the bar, which comes back with its next update."""
     if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

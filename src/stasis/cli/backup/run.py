@@ -45,6 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = load(arguments.config).choose(tuple(arguments.sets), arguments.schedule)
         results = run_sets(chosen, reporter.progress, dry_run=arguments.dry_run,
                            run_dir=getattr(arguments, "run_dir", None), state_dir=getattr(arguments, "state_dir", None))
+        for result in results:
+            for warning in result.warnings:
+                reporter.warn(f"{result.name}: {warning}")
         code = worst(results)
         fields = {"dry_run": arguments.dry_run, "sets": [result.as_dict() for result in results], "exit_code": code}
         reporter.finish(fields, "\n".join(_lines(results)))
@@ -64,7 +67,6 @@ def _lines(results: Sequence[SetResult]) -> list[str]:
             lines.append(f"{result.name}: {'forgot' if result.created else 'would forget'} {len(result.forgotten)}")
         if result.bytes_pruned:
             lines.append(f"{result.name}: pruned {format_size(result.bytes_pruned)}")
-        lines += [f"{result.name}: {warning}" for warning in result.warnings]
         if result.error is not None:
             lines.append(f"{result.name}: failed")
     return lines
