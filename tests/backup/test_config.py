@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from stasis.backup.config import BackupSet, Configuration, load
 from stasis.backup.keep.policy import ALL, Duration, KeepPolicy
-from stasis.errors import NotFoundError, UsageError
+from stasis.errors import NotFoundError, PermissionDeniedError, UsageError
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "backup-config.md"
 
@@ -137,6 +138,26 @@ def test_a_file_that_is_missing_or_no_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "backup.toml").write_bytes(b"\xff")
     with pytest.raises(UsageError, match="is no TOML"):
         load(tmp_path / "backup.toml")
+
+
+def test_a_file_that_others_may_write_is_not_obeyed(tmp_path: Path) -> None:
+    loaded(tmp_path, SMALL)
+    (tmp_path / "backup.toml").chmod(0o666)
+    with pytest.raises(PermissionDeniedError, match="can be written by others"):
+        load(tmp_path / "backup.toml")
+
+
+@pytest.mark.root
+def test_a_file_of_another_user_is_not_obeyed_by_root(tmp_path: Path) -> None:
+    loaded(tmp_path, SMALL)
+    os.chown(tmp_path / "backup.toml", 12345, -1)
+    with pytest.raises(PermissionDeniedError, match="can be written by others"):
+        load(tmp_path / "backup.toml")
+
+
+def test_a_file_without_sets_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="describes no set"):
+        loaded(tmp_path, '[repository.r]\nurl = "/r"\n').choose(())
 
 
 def test_every_example_of_the_guide_is_understood_and_every_key_explained(tmp_path: Path) -> None:

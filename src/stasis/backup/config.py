@@ -8,7 +8,9 @@ is an error that names it, and nothing is run then.
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -80,13 +82,15 @@ class Configuration:
     sets: Mapping[str, BackupSet] = field(default_factory=dict)
 
     def choose(self, names: tuple[str, ...], schedule: str | None = None) -> list[BackupSet]:
-        """The sets of these names, or of a schedule, or all. Raises NotFoundError."""
+        """The sets of these names, or of a schedule, or all. Raises NotFoundError, UsageError."""
         if schedule is not None:
             chosen = [one for one in self.sets.values() if one.schedule == schedule]
             if not chosen:
                 raise NotFoundError(f"{self.path}: no set has the schedule {schedule}",
                                     hint=f'give a set the line: schedule = "{schedule}"')
             return chosen
+        if not self.sets:
+            raise UsageError(f"{self.path} describes no set", hint="add a table [set.NAME] with sources and repository")
         for name in names:
             if name not in self.sets:
                 raise NotFoundError(f"{self.path}: there is no set {name}", hint=_hint(name, self.sets))
@@ -97,6 +101,7 @@ def load(path: Path) -> Configuration:
     """Read a file. Raises NotFoundError, PermissionDeniedError, and UsageError that names what is wrong."""
     try:
         with path.open("rb") as file:
+            _refuse_foreign(path, os.fstat(file.fileno()))
             values = tomllib.load(file)
     except FileNotFoundError as error:
         raise NotFoundError(f"there is no configuration {path}",
@@ -107,6 +112,13 @@ def load(path: Path) -> Configuration:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no TOML: {error}", hint="see https://toml.io for the syntax") from error
     return _configuration(path, values)
+
+
+def _refuse_foreign(path: Path, status: os.stat_result) -> None:
+    """The file names commands, so whoever may write it may do all that this user may."""
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+        raise PermissionDeniedError(f"{path} can be written by others, and names commands to run",
+                                    hint=f"chown it to root and chmod o-w {path}")
 
 
 def _configuration(path: Path, values: dict[str, Any]) -> Configuration:
