@@ -247,7 +247,9 @@ def test_parents_in_a_circle_are_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=15)
 @given(st.lists(st.lists(st.sampled_from([".", "p", "P"]), min_size=12, max_size=12), min_size=1, max_size=6))
-def test_chains_of_any_length_are_as_a_model_has_them(tmp_path_factory: pytest.TempPathFactory, model: list[list[str]]) -> None:
+def test_chains_of_any_length_are_as_a_model_has_them(
+    tmp_path_factory: pytest.TempPathFactory, model: list[list[str]]
+) -> None:
     """Each set says of every page: absent, in the parent, or here; what it wants of its parent may be missing."""
     folder = tmp_path_factory.mktemp("chain")
     expected: list[int | None] = [None] * 12

@@ -78,7 +78,8 @@ def bytes_from_text(text: object, where: str) -> bytes:
 
 
 def _quoted(value: bytes) -> str:
-    return "".join(chr(byte) if 33 <= byte <= 126 and byte != ord("=") else f"={byte:02X}" for byte in value)
+    text = "".join(chr(byte) if 32 <= byte <= 126 and byte != ord("=") else f"={byte:02X}" for byte in value)
+    return text[:-1] + "=20" if text.endswith(" ") else text  # at the end of a line it would be lost
 
 
 def from_json(cls: type[M], written: object, where: str) -> M:
