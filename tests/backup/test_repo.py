@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from stasis.backup.repo import ZERO, Manifest, Repository, Secret, Secrets, keys, manifest
-from stasis.errors import DamagedError, NotFoundError, PermissionDeniedError, StasisError, UsageError
+from stasis.errors import DamagedError, NotFoundError, PermissionDeniedError, RepositoryError, StasisError, UsageError
 
 CHUNK = 65536
 SECRET = Secret(b"correct horse")
@@ -345,3 +346,14 @@ def test_what_cannot_be_written_to_can_be_read(tmp_path: Path, error: int, monke
     writer = Repository.open(str(tmp_path), Secrets.none())
     with writer, pytest.raises(StasisError, match="locks"), writer.lock_shared("create"):
         pytest.fail("a writer went on without a lock")
+
+
+def test_a_repository_that_vanished_is_not_made_anew(tmp_path: Path) -> None:
+    """As when its disk is unmounted: what is written then would fill the disk below."""
+    Repository.init(str(tmp_path / "repo"), secret=None, chunk_size=CHUNK).close()
+    with Repository.open(str(tmp_path / "repo"), Secrets.none()) as repository:
+        shutil.move(tmp_path / "repo", tmp_path / "moved")
+        for call in (lambda: repository.chunk_writer().store(memoryview(content(1))), repository.sync):
+            with pytest.raises(RepositoryError, match="is gone"):
+                call()
+        assert not (tmp_path / "repo").exists()

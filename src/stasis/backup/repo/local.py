@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from stasis.backup.repo.store import Buffer, ObjectInfo, refuse_size
-from stasis.errors import NotFoundError, PermissionDeniedError, StasisError, StorageError
+from stasis.errors import NotFoundError, PermissionDeniedError, RepositoryError, StasisError, StorageError
 from stasis.linux import files, mounts
 
 __all__ = ["LocalStore"]
@@ -39,8 +39,10 @@ class LocalStore:
 
     cheap_lookup = True
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, create: bool = True) -> None:
+        """create: make the folder where it is missing."""
         self.path = os.path.abspath(path)
+        self._create = create
         self.url = self.path
         self.parallelism = max(2, min(MOST_THREADS, os.cpu_count() or 2))
         self.listing_lag = SHARED_LAG if _is_shared(self.path) else 0.0
@@ -116,6 +118,7 @@ class LocalStore:
     def sync(self) -> None:
         with self._explained(""):
             self._name_staged()
+            self._refuse_if_gone()
             files.sync_filesystem(self.path)
             self._raise_failure()
 
@@ -185,8 +188,7 @@ class LocalStore:
         try:
             nameless = _Nameless.create(folder, self._full(TEMPORARY))
         except FileNotFoundError:
-            os.makedirs(self.path, mode=0o700, exist_ok=True)
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+            self._make(folder)
             nameless = _Nameless.create(folder, self._full(TEMPORARY))
         try:
             nameless.write(parts)
@@ -194,6 +196,17 @@ class LocalStore:
             nameless.close()
             raise
         return nameless
+
+    def _make(self, folder: str) -> None:
+        if self._create:
+            os.makedirs(self.path, mode=0o700, exist_ok=True)
+        self._refuse_if_gone()
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+
+    def _refuse_if_gone(self) -> None:
+        """Not to fill the disk below a place where another one was mounted a moment ago."""
+        if not os.path.isdir(self.path):
+            raise RepositoryError(f"the repository {self.url} is gone", hint="is its disk still mounted?")
 
     def _sync_folders(self, folder: str) -> None:
         """Make the names in a folder of the repository durable, and its own up to the repository's."""

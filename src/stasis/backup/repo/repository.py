@@ -53,7 +53,7 @@ class Repository:
              ) -> Repository:
         """Make a repository; without a secret nothing in it is encrypted. Raises UsageError, RepositoryError."""
         config_.check(chunk_size, compression)
-        store = open_store(url)
+        store = open_store(url, create=True)
         config_.refuse_if_taken(store)
         config = Config(random_.token_hex(16), chunk_size, compression)
         repository_key = None if secret is None else random_.token_bytes(keys.KEY_BYTES)

@@ -81,13 +81,16 @@ class Store(Protocol):
         """Give back what the store holds."""
 
 
-def open_store(url: str) -> Store:
-    """The store that a URL names: a path, `file://`, `s3://`, `gs://`, `az://`. Raises UsageError, RepositoryError."""
+def open_store(url: str, *, create: bool = False) -> Store:
+    """The store that a URL names: a path, `file://`, `s3://`, `gs://`, `az://`. Raises UsageError.
+
+    create: a folder that is missing may be made; else it has vanished, as a disk that was unmounted.
+    """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
         from stasis.backup.repo.local import LocalStore
 
-        return LocalStore(rest if separator else url)
+        return LocalStore(rest if separator else url, create=create)
     if scheme in CLOUD_SCHEMES:
         from stasis.backup.repo.cloud import CloudStore
 
