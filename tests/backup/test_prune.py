@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def test_prune_makes_room_on_a_disk_that_is_full(repository: Repository, monkeyp
     monkeypatch.setattr(repository.store, "put", put_without_room)
     assert prune(repository).chunks_removed == 2
     assert names(repository, "") == ["config"]
+
+
+def test_files_that_never_got_their_name_go(repository: Repository) -> None:
+    """What a killed writer leaves on a file system without unnamed files."""
+    folder = Path(repository.url) / "tmp"
+    folder.mkdir(exist_ok=True)
+    (folder / ("0" * 32)).write_bytes(b"half")
+    assert prune(repository).leftovers_removed == 1
+    assert list(folder.iterdir()) == []
 
 
 def test_an_empty_lock_counts(repository: Repository) -> None:
@@ -266,7 +276,7 @@ def _chunks(content: bytes) -> list[bytes]:
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=20, stateful_step_count=15)
+TestHistories.settings = settings(max_examples=1000 if os.environ.get("STASIS_LONG") else 20, stateful_step_count=15)
 
 
 def test_the_lock_of_a_process_that_ended_holds_nobody_up(repository: Repository) -> None:

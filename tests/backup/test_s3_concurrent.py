@@ -17,7 +17,7 @@ from stasis.backup.keep.prune import prune
 from stasis.backup.repo import Repository, Secrets, keys
 from tests.backup.crowd import SECRET, digest
 from tests.backup.s3 import S3Server
-from tests.backup.stored import CHUNK, content_of
+from tests.backup.stored import CHUNK, backup_of, content_of
 
 ROOT = Path(__file__).parents[2]
 ROLES = ("write", "write", "write", "forget", "prune")
@@ -111,3 +111,35 @@ def test_a_folder(tmp_path: Path, seed: int) -> None:
 
 def test_an_s3_server_that_fails_now_and_then(s3_server: S3Server, s3_url: str, tmp_path: Path, seed: int) -> None:
     _live_through(s3_url, tmp_path, seed, s3_server)
+
+
+def test_prune_on_a_server_that_lists_late(s3_server: S3Server, s3_url: str) -> None:
+    """What was published a moment ago is in no listing yet, and is pruned by nobody."""
+    source = random.Random(1)
+    shared, fresh = source.randbytes(CHUNK), source.randbytes(CHUNK)
+    with Repository.init(s3_url, secret=SECRET, chunk_size=CHUNK) as writer, \
+            Repository.open(s3_url, Secrets.of(SECRET)) as pruner:
+        writer.remove_backup(backup_of(writer, shared).id)
+        for repository in (writer, pruner):
+            repository.store.listing_lag = 0.5
+        s3_server.misbehave("lag", 300)
+        try:
+            with writer.lock_shared("create"):
+                backup = backup_of(writer, shared + fresh)
+            prune(pruner)
+        finally:
+            s3_server.misbehave("lag", 0)
+        assert content_of(writer, backup) == shared + fresh
+        assert check(writer, read_share=1).problems == []
+
+
+def test_a_server_that_refuses_for_a_while_costs_time_and_nothing_else(s3_server: S3Server, s3_url: str) -> None:
+    content = random.Random(2).randbytes(20 * CHUNK)
+    with Repository.init(s3_url, secret=None, chunk_size=CHUNK) as repository:
+        s3_server.misbehave("fail", 4)
+        with repository.lock_shared("create"):
+            backup = backup_of(repository, content)
+        s3_server.misbehave("cut", 4)
+        assert content_of(repository, backup) == content
+        s3_server.misbehave("fail", 4)
+        assert check(repository, read_share=1).problems == []
