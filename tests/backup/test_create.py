@@ -214,7 +214,7 @@ class Stop(Exception):
     """A failure at a chosen place."""
 
 
-@pytest.mark.parametrize("stage", ["chunk_writer", "index_builder", "sync", "publish", "has_chunk", "index"])
+@pytest.mark.parametrize("stage", ["read", "chunk_writer", "index_builder", "sync", "publish", "index"])
 def test_a_failure_at_any_stage_publishes_nothing_and_the_next_run_has_all_changes(
     stage: str, disk: FakeDisk, repository: Repository, options: CreateOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,25 +224,16 @@ def test_a_failure_at_any_stage_publishes_nothing_and_the_next_run_has_all_chang
     def fail(*_: object, **__: object) -> None:
         raise Stop
 
+    snapshot = disk.snapshot()
     with monkeypatch.context() as patch:
-        patch.setattr(repository, stage, fail)
-        if stage == "has_chunk":
-            _interrupt(disk, repository, options)
-        else:
-            with pytest.raises(Stop):
-                create([disk.snapshot()], repository, options)
+        patch.setattr(*((snapshot, "before_read") if stage == "read" else (repository, stage)), fail)
+        with pytest.raises(Stop):
+            create([snapshot], repository, options)
     assert len(repository.backups()) == 1
     disk.write(5 * CHUNK, b"second change")
     backup = back_up(disk, repository, options)
     assert backup.kind == "incremental"
     assert backup.statistics["bytes_changed"] == 2 * BLOCK
-
-
-def _interrupt(disk: FakeDisk, repository: Repository, options: CreateOptions) -> None:
-    snapshot = disk.snapshot()
-    snapshot.before_read = failing_after(1)
-    with pytest.raises(StorageError):
-        create([snapshot], repository, options)
 
 
 def test_an_interrupted_backup_goes_on_where_it_was(

@@ -210,6 +210,19 @@ def test_a_stream_is_stored_to_its_end(size: int, repository: Repository, option
     assert restored(repository, backup) == data
 
 
+def test_an_object_store_gets_the_same_backups(disk: FakeDisk, options: CreateOptions, tmp_path: Path) -> None:
+    with Repository.init(f"memory:///{tmp_path.name}", secret=None, chunk_size=CHUNK) as repository:
+        cut_off = disk.snapshot()
+        cut_off.before_read = bad_sector(18 * CHUNK)
+        with pytest.raises(StasisError):
+            create([cut_off], repository, options)
+        for kind in ("full", "incremental"):
+            snapshot = disk.snapshot()
+            (backup,) = create([snapshot], repository, options).backups
+            assert (backup.kind, restored(repository, backup)) == (kind, snapshot.data)
+            disk.write(7 * CHUNK - 5, b"changed")
+
+
 # -- what runs beside -------------------------------------------------------------------------------------------------
 
 

@@ -57,8 +57,9 @@ class ServedSource:
         with _unknown(self.name):
             # Fails where the map is broken, or belongs to this snapshot no more since the device changed its size.
             self._client.changed_extents(self._device, own.number, held=True, generation=own.generation)
+            block_size = self._client.map_info(self._device).block_size
             changed = self._client.read_map(self._device, held=True)
-        return bounded_extents(changed, max(since, 0), self.block_size, self.size or 0)
+        return bounded_extents(changed, max(since, 0), block_size, self.size or 0)
 
     def zero_extents(self) -> list[Extent]:
         """What the image's server says reads as zeroes."""
@@ -132,7 +133,7 @@ class PlannedSource:
         with _unknown(self.name):
             self._client.changed_extents(name, info.change_number, generation=info.generation)
             changed = self._client.read_map(name)
-        return bounded_extents(changed, mark.number, self.block_size, self.size or 0)
+        return bounded_extents(changed, mark.number, info.block_size, self.size or 0)
 
     def zero_extents(self) -> list[Extent]:
         """What the device's server says reads as zeroes."""

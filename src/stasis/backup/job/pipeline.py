@@ -169,7 +169,7 @@ class _Lane:
         left: list[ChunkRange] = []
         for first, count in reads:
             for number, name in enumerate(resume.names(first, count), first):
-                if name is not None and self._pipeline.repository.has_chunk(name):
+                if name is not None and self._writer.store_known(name):
                     runs.append((number, [name]))
                 elif left and sum(left[-1]) == number:
                     left[-1] = (left[-1][0], left[-1][1] + 1)
