@@ -133,3 +133,19 @@ def test_a_receiver_that_is_terminated_gives_its_lock_back(stasis: Stasis, short
 def test_an_image_is_received_without_a_repository(stasis: Stasis, short_dir: Path, backup: Manifest) -> None:
     assert piped(stasis, ["latest", "--repo", f"{short_dir}/a"], ["--output", f"{short_dir}/disk.img"])[:2] == (0, 0)
     assert (short_dir / "disk.img").read_bytes() == DATA
+
+
+@pytest.mark.tool("qemu-io")
+def test_a_backup_that_was_carried_over_is_the_base_of_the_next_one(stasis: Stasis, short_dir: Path) -> None:
+    """The first full backup may travel on a disk; what changed since goes into the far repository itself."""
+    for name in ("near", "far"):
+        stasis("repo", "init", f"{short_dir}/{name}", "--no-encryption")
+    (short_dir / "disk.img").write_bytes(os.urandom(4 << 20))
+    uri = stasis.json("device", "attach", short_dir / "disk.img", "--name", "disk")["uri"]
+    stasis("backup", "create", "disk", "--repo", f"{short_dir}/near")
+    assert piped(stasis, ["latest", "--repo", f"{short_dir}/near"], ["--repo", f"{short_dir}/far"])[:2] == (0, 0)
+    subprocess.run(["qemu-io", "-f", "raw", "-c", "write -P 7 1M 64K", uri], check=True, capture_output=True)
+    said = stasis("backup", "create", "disk", "--repo", f"{short_dir}/far")
+    assert "disk: incremental since" in said
+    assert "64 KiB changed of 4 MiB" in said
+    assert "equal" in stasis("backup", "verify", "latest", "--live", "disk", "--repo", f"{short_dir}/far")
