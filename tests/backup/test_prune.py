@@ -120,7 +120,8 @@ def test_little_memory_means_more_passes_and_the_same_result(repository: Reposit
 
 
 def test_a_prune_that_lost_its_lock_stops(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune_module, "BATCH_OBJECTS", 1)
+    monkeypatch.setattr(prune_module, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(Repository, "parallelism", 2)
     repository.remove_backup(backup_of(repository, contents(0, 1, 2, 3)).id)
     delete = repository.store.delete
 
@@ -132,7 +133,7 @@ def test_a_prune_that_lost_its_lock_stops(repository: Repository, monkeypatch: p
     monkeypatch.setattr(repository.store, "delete", delete_and_unlock)
     with pytest.raises(LockedError, match="lost its lock"):
         prune(repository)
-    assert len(names(repository, "chunks")) == 3
+    assert len(names(repository, "chunks")) >= 4 - repository.parallelism  # those that were on their way
 
 
 def killed_at(store: DictStore, request: int) -> None:

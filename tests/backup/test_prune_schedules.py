@@ -84,6 +84,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
         monkeypatch.setattr(Lease, "_pause", lambda self, seconds: schedule.sleep(seconds))
         # A tenth of the real times, so that who waits asks less often.
         monkeypatch.setattr(lease, "LAPSE_SECONDS", 120)
+        monkeypatch.setattr(lease, "BREAK_SECONDS", 60)
         monkeypatch.setattr(locks, "STALE_SECONDS", 180)
         for module in (used, prune_module):
             monkeypatch.setattr(module, "in_threads", serial)

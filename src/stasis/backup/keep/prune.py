@@ -8,6 +8,7 @@ repository is whole wherever this is killed.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,9 +30,9 @@ __all__ = ["PruneResult", "prune"]
 
 BATCH_OBJECTS = 200
 LEFTOVER_SECONDS = 3600
-BATCH_SECONDS = 20.0
-"""A deletion is sent at most this long after the store was asked whether the lock is still ours. Whoever breaks a lock
-waits three times as long before relying on anything."""
+LOOK_SECONDS = 20.0
+"""A deletion begins at most this long after the store was asked whether the lock is still ours. Whoever breaks a lock
+waits for longer than this and the time for which a deletion is repeated when the store does not answer."""
 
 
 @dataclass
@@ -72,6 +73,26 @@ class _Part:
     kind: Kind
     mark: Callable[[Repository, Marks, list[str], OnDamage], None]
     marks: Marks
+
+
+class _Guard:
+    """Lets deletions pass as long as the lock is known to be ours. May be used from any thread."""
+
+    def __init__(self, lease: Lease, lost: Callable[[], LockedError]) -> None:
+        self._lease = lease
+        self._lost = lost
+        self._looked: float | None = None
+        self._mutex = threading.Lock()
+
+    def look(self) -> None:
+        """Ask the store, unless that was a moment ago. Raises LockedError."""
+        with self._mutex:
+            now = time.clock_gettime(time.CLOCK_BOOTTIME)
+            if self._looked is not None and now - self._looked < LOOK_SECONDS:
+                return
+            if not self._lease.confirm():
+                raise self._lost()
+            self._looked = now
 
 
 class _Prune:
@@ -153,15 +174,10 @@ class _Prune:
                 self.result.bytes_kept += info.size
 
     def _delete(self, kind: Kind, batch: list[ObjectInfo], lease: Lease) -> None:
-        if not batch:
-            return
-        checked = time.clock_gettime(time.CLOCK_BOOTTIME)
-        if not lease.confirm():
-            raise self._lock_lost()
+        guard = _Guard(lease, self._lock_lost)
 
         def delete(info: ObjectInfo) -> ObjectInfo:
-            if time.clock_gettime(time.CLOCK_BOOTTIME) - checked > BATCH_SECONDS:
-                raise self._lock_lost()
+            guard.look()
             self.repository.store.delete(info.name)
             return info
 

@@ -47,7 +47,8 @@ def mark_chunks(repository: Repository, marks: Marks, ids: Iterable[str], on_dam
         try:
             return repository.segment(place[1])
         except DamagedError as error:
-            on_damage(error, place[0])
+            if repository.store.exists(f"backups/{place[0].id}"):  # else it was forgotten and pruned meanwhile
+                on_damage(error, place[0])
             return b""
 
     for names in in_threads(load, _segments(repository, ids, on_damage), repository.parallelism):

@@ -37,9 +37,9 @@ __all__ = ["BREAK_SECONDS", "Claim", "Lease", "acquire"]
 
 REFRESH_SECONDS = 300
 LAPSE_SECONDS = 1200  # the holder stops to trust its lease ten minutes before others stop to respect it
-BREAK_SECONDS = 60
-"""From the mark on an exclusive lock to its end: three times as long as its holder acts without asking."""
-
+BREAK_SECONDS = 600
+"""From the mark on an exclusive lock to its end: longer than a request that its holder began in good faith can last,
+with all repetitions that a store which does not answer makes necessary."""
 RENEW_SECONDS = 600  # a prune that took the lock away is given this long to end
 
 logger = logging.getLogger(__name__)
