@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import stasis as api
+from stasis.linux import process
 from stasis.nbd.client import Client as NbdClient
 from tests.daemon.helpers import MIB, alive, await_true, kill, read, write
 from tests.runner import Stasis
@@ -266,7 +267,6 @@ def test_a_stale_socket_is_replaced(stasis: Stasis, client: api.Client) -> None:
         assert other.status().pid == stasis.daemon_pid()
 
 
-@pytest.mark.expects_errors("attach was not finished")
 def test_the_worker_of_an_attach_that_a_daemon_did_not_finish_is_ended(
     stasis: Stasis, client: api.Client, make_image: MakeImage
 ) -> None:
@@ -279,3 +279,39 @@ def test_the_worker_of_an_attach_that_a_daemon_did_not_finish_is_ended(
         assert other.devices() == []
         assert not alive(pid)
         assert other.attach(image).state == "serving"
+
+
+@pytest.mark.expects_errors("died; starting it again")
+def test_a_worker_that_a_daemon_had_no_time_to_note_is_ended(
+    stasis: Stasis, client: api.Client, make_image: MakeImage
+) -> None:
+    image = make_image()
+    device = client.attach(image)
+    runtime = stasis.run_dir / "workers" / f"{device.name}.json"
+    before = runtime.read_text()
+    kill(json.loads(before)["pid"])
+    await_true(lambda: runtime.read_text() != before)
+    pid = json.loads(runtime.read_text())["pid"]
+    _kill_daemon(stasis)
+    runtime.write_text(before)
+    with _again(stasis) as other:
+        assert not alive(pid)
+        assert other.device(device.name).state == "serving"
+        assert read(device.uri, 0, 4096) == image.read_bytes()[:4096]
+
+
+def test_what_is_left_of_a_take_that_was_not_noted_is_removed(
+    stasis: Stasis, client: api.Client, make_image: MakeImage
+) -> None:
+    device = client.attach(make_image())
+    snapshot = client.create_snapshot("memory", [device.name], limit=64 * MIB, take=True)
+    server = _image_pid(stasis, snapshot)
+    left = [server, *process.children(server)]
+    _kill_daemon(stasis)
+    (stasis.run_dir / "snapshots" / snapshot.id / "snapshot.json").unlink()
+    with _again(stasis) as other:
+        assert other.collect() == []
+        assert [pid for pid in left if alive(pid)] == []
+        assert list((stasis.run_dir / "snapshots").iterdir()) == []
+        assert [path.name for path in (stasis.run_dir / "nbd").iterdir()] == [f"{device.name}.sock"]
+        assert other.create_snapshot("memory", [device.name], limit=64 * MIB, take=True).state == "taken"

@@ -21,10 +21,14 @@ import stasis
 from stasis.errors import DaemonError
 from stasis.linux import process
 
-__all__ = ["NICE_IN_PATH", "Child", "environment", "last_line", "set_priority", "spawn"]
+__all__ = ["NICE_IN_PATH", "Child", "environment", "last_line", "set_priority", "spawn", "spawned"]
 
 NICE_IN_PATH = -5
 """For what stands in the path of I/O: workers, and the daemon while it holds them. Only root can have it."""
+
+
+LOG_VARIABLE = "STASIS_LOG"
+"""In the environment of what `spawn` starts: so it is found by a daemon that was not told of it."""
 
 
 class Child:
@@ -103,13 +107,19 @@ def spawn(module: str, configuration: dict[str, Any], descriptors: Sequence[int]
             popen = subprocess.Popen(
                 [sys.executable, "-m", module, "--config-fd", str(config_fd)], stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, pass_fds=[config_fd, *descriptors], start_new_session=True,
-                env=environment())
+                env=environment() | {LOG_VARIABLE: str(log)})
     except OSError as error:
         raise DaemonError(f"{module} cannot be started: {error.strerror}", errno=error.errno or 0) from error
     finally:
         os.close(config_fd)
     set_priority(popen.pid, nice)
     return Child(popen.pid, popen)
+
+
+def spawned(directory: Path) -> list[int]:
+    """Processes that run and that `spawn` started with a log in `directory`, and what they forked."""
+    logs = ((pid, process.variable(pid, LOG_VARIABLE)) for pid in process.processes())
+    return [pid for pid, log in logs if log and Path(log).parent == directory]
 
 
 def environment() -> dict[str, str]:

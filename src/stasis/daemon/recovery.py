@@ -19,13 +19,14 @@ from typing import Any
 from stasis.block.diffstorage import DiffStorage
 from stasis.block.snapshot import SnapshotState
 from stasis.daemon import sockets, statefile
-from stasis.daemon.child import Child
+from stasis.daemon.child import Child, spawned
 from stasis.daemon.devices import DeviceKeeper
 from stasis.daemon.paths import Directories
 from stasis.daemon.served import STOP_TIMEOUT
-from stasis.daemon.snapshot import Member, Snapshot, image_export
+from stasis.daemon.snapshot import RECORD, Member, Snapshot, image_export
 from stasis.daemon.snapshots import SnapshotKeeper
 from stasis.errors import StasisError
+from stasis.linux import process
 
 __all__ = ["recover"]
 
@@ -68,19 +69,44 @@ def recover(devices: DeviceKeeper, snapshots: SnapshotKeeper) -> None:
     _drop_unknown(devices, snapshots, found)
     for fd in found.storage.values():
         os.close(fd)
+    _remove_stale_sockets(devices, snapshots)
+
+
+def _remove_stale_sockets(devices: DeviceKeeper, snapshots: SnapshotKeeper) -> None:
+    """Of images whose take or end a daemon did not finish."""
+    exports = set(devices.devices)
+    for snapshot in snapshots.snapshots.values():
+        exports.update(image_export(name, snapshot.id) for name in snapshot.members)
+    for path in (devices.directories.run / "nbd").glob("*.sock"):
+        if path.stem not in exports:
+            path.unlink()
 
 
 def _end_strangers(directories: Directories, names: set[str]) -> None:
-    """Workers of an attach that a daemon did not finish: nobody was told of them, and they hold the origin."""
-    for path in (directories.run / "workers").glob("*.json"):
-        with contextlib.suppress(StasisError, FileNotFoundError):
-            runtime = statefile.read(path, "remove it")
-            child = Child.adopt(int(runtime.get("pid", 0)), runtime.get("start_time"))
-            if child is not None and path.stem not in names:
-                log.warning("the worker of %s, whose attach was not finished, is ended", path.stem)
+    """Processes that a daemon started and died before it noted them, or before it finished the attach they are for.
+
+    Nobody was told of them, and they hold the origin.
+    """
+    known = _noted(directories, names)
+    for pid in spawned(directories.run / "workers"):
+        with contextlib.suppress(ProcessLookupError):
+            if pid not in known:
+                child = Child(pid)
+                log.warning("process %d, of which an earlier daemon left no note, is ended", pid)
                 child.stop(STOP_TIMEOUT)
-            if child is not None:
                 child.close()
+
+
+def _noted(directories: Directories, names: set[str]) -> set[int]:
+    """Pids of the workers of these devices and of all image servers as they were noted, and of what they forked."""
+    pids = set()
+    for name in names:
+        with contextlib.suppress(StasisError, FileNotFoundError):
+            pids.add(int(statefile.read(directories.runtime_of(name), "remove it").get("pid", 0)))
+    for directory in directories.snapshots.iterdir():
+        with contextlib.suppress(StasisError, FileNotFoundError):
+            pids.update(member.image_pid or 0 for member in Snapshot.load(directory).members.values())
+    return pids.union(*(process.children(pid) for pid in pids))
 
 
 def _end_images(directories: list[Path], names: set[str]) -> None:
@@ -96,6 +122,10 @@ def _end_images(directories: list[Path], names: set[str]) -> None:
 
 
 def _recover_snapshot(keeper: SnapshotKeeper, directory: Path, found: _Found) -> None:
+    if not (directory / RECORD).exists():
+        log.warning("the snapshot %s, whose creation or end was not finished, is removed", directory.name)
+        shutil.rmtree(directory, ignore_errors=True)
+        return
     try:
         snapshot = Snapshot.load(directory)
         if snapshot.is_taken:

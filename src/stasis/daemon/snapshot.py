@@ -16,7 +16,9 @@ from stasis.daemon import statefile
 from stasis.daemon.image import ImageServer
 from stasis.errors import StateError
 
-__all__ = ["Member", "Snapshot", "image_export"]
+__all__ = ["RECORD", "Member", "Snapshot", "image_export"]
+
+RECORD = "snapshot.json"
 
 EVENTS_KEPT = 100
 """Events that outlive the daemon. A storage that grows to terabytes tells of it many thousand times."""
@@ -92,12 +94,12 @@ class Snapshot:
         value["state"] = self.state.value
         value["members"] = [asdict(member) for member in self.members.values()]
         value["events"] = [event.as_dict() for event in self.events.events()[-EVENTS_KEPT:]]
-        statefile.write(self.directory / "snapshot.json", value)
+        statefile.write(self.directory / RECORD, value)
 
     @classmethod
     def load(cls, directory: Path) -> Snapshot:
         """Read a registry entry; its storage is not opened. FileNotFoundError, StateError if it is damaged."""
-        path = directory / "snapshot.json"
+        path = directory / RECORD
         value = statefile.read(path, f"remove {directory}")
         try:
             return cls._from(value, directory)

@@ -21,6 +21,7 @@ __all__ = [
     "set_parent_death_signal",
     "signal_pidfd",
     "start_time",
+    "variable",
 ]
 
 # include/uapi/linux/prctl.h
@@ -70,6 +71,16 @@ def start_time(pid: int) -> int | None:
     except OSError:
         return None
     return int(status.rpartition(")")[2].split()[STAT_STARTTIME_BEHIND_NAME])
+
+
+def variable(pid: int, name: str) -> str | None:
+    """A variable of the environment that pid was started with; None without it, or if pid is not ours to look at."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    prefix = f"{name}=".encode()
+    return next((os.fsdecode(entry[len(prefix) :]) for entry in entries if entry.startswith(prefix)), None)
 
 
 def open_descriptors(pid: int) -> list[os.stat_result]:
