@@ -49,6 +49,17 @@ def test_a_predump_and_a_set_that_lacks_files_can_be_shown(stasis: Stasis, image
     assert stasis.json("process", "show", images)["tasks"] == []
 
 
+def test_names_that_are_no_text_reach_no_terminal(stasis: Stasis, images: Path) -> None:
+    document = json.loads(stasis("process", "decode", images / "files.img"))
+    document["entries"][0]["reg"]["name"] = "/bin/\x1b[2J\udcff"
+    path = images.parent / "document"
+    path.write_text(json.dumps(document))
+    stasis("process", "encode", path, "--output", images / "files.img")
+    assert b"/bin/\x1b[2J\xff" in (images / "files.img").read_bytes()
+    assert r"/bin/\x1b[2J\xff, read and write at 5" in stasis("process", "show", images, "--files")
+    assert stasis.json("process", "show", images)["tasks"][0]["exe"] == "/bin/\x1b[2J\udcff"
+
+
 def test_decode_and_encode_are_inverse(stasis: Stasis, images: Path, short_dir: Path) -> None:
     printed = stasis("process", "decode", images / "pipes-data.img")
     assert json.loads(printed) == {

@@ -90,6 +90,19 @@ def test_a_directory_that_is_there_gets_the_set_and_keeps_the_rest(tmp_path: Pat
     (tmp_path / "file").touch()
     with pytest.raises(BusyError, match="is no directory"):
         ImageSetWriter(tmp_path / "file")
+    with pytest.raises(NotFoundError, match=r"there is no directory .*/none"):
+        ImageSetWriter(tmp_path / "none" / "set")
+
+
+def test_a_directory_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    with ImageSetWriter(tmp_path / "set") as out:
+        out.write("inventory", InventoryEntry(img_version=2))
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "file").touch()
+        with pytest.raises(BusyError, match="was made by somebody else meanwhile"):
+            out.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["file"]
 
 
 def test_what_is_missing_reads_as_empty(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from stasis.errors import StasisError
 from stasis.units import format_size
 
-__all__ = ["print_error", "print_fields", "print_json", "print_json_line", "print_table", "size_text"]
+__all__ = ["print_error", "print_fields", "print_json", "print_json_line", "print_table", "printable",
+           "size_text"]
 
 
 def print_json(value: Any) -> None:
@@ -46,6 +47,12 @@ def print_fields(fields: Sequence[tuple[str, object]]) -> None:
 def size_text(value: int | None) -> str | None:
     """A size for people."""
     return None if value is None else format_size(value)
+
+
+def printable(text: str) -> str:
+    """Text from strangers as a terminal may see it: what is no character, or would move its cursor, is escaped."""
+    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown)
 
 
 def _text(value: object) -> str:

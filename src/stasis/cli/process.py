@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from stasis.cli import output
+from stasis.cli import checkpoint, output
 from stasis.cli.options import add_command, add_group
 from stasis.errors import NotFoundError, PermissionDeniedError, UsageError
 
@@ -22,6 +22,7 @@ __all__ = ["add"]
 def add(groups: Groups) -> None:
     """Add the group and its commands."""
     group = add_group(groups, "process", "Checkpoint process trees in CRIU's image format, and look at the images.")
+    checkpoint.add(group)
     command = add_command(group, "show", show, "Show the tasks, memory, files and sockets of an image set.", """
 stasis process show images
 stasis process show images --files --memory
@@ -107,7 +108,7 @@ def show(arguments: argparse.Namespace) -> None:
     _print_summary(summary)
     for task in summary.tasks:
         if arguments.files or arguments.memory:
-            print(f"\n{task.pid} {task.command}")
+            print(f"\n{task.pid} {output.printable(task.command)}")
         if arguments.files:
             _print_files(task)
         if arguments.memory:
@@ -130,18 +131,20 @@ def _print_summary(summary: Summary) -> None:
     for task in summary.tasks:
         depth[task.pid] = depth.get(task.ppid, -1) + 1
         rows.append([task.pid, task.ppid, task.state, len(task.threads), task.uid, output.size_text(task.mapped),
-                     output.size_text(task.kept), len(task.descriptors), "  " * depth[task.pid] + task.command])
+                     output.size_text(task.kept), len(task.descriptors), "  " * depth[task.pid] + output.printable(task.command)])
     output.print_table(["PID", "PPID", "STATE", "THREADS", "UID", "MAPPED", "KEPT", "FILES", "COMMAND"], rows)
 
 
 def _print_files(task: Task) -> None:
-    output.print_fields([("exe", task.exe), ("cwd", task.cwd), ("root", task.root)])
-    rows = [[entry.fd, entry.kind, "cloexec" if entry.close_on_exec else "", entry.id, entry.what]
+    places = [("exe", task.exe), ("cwd", task.cwd), ("root", task.root)]
+    output.print_fields([(name, None if path is None else output.printable(path)) for name, path in places])
+    rows = [[entry.fd, entry.kind, "cloexec" if entry.close_on_exec else "", entry.id,
+             output.printable(entry.what)]
             for entry in sorted(task.descriptors, key=lambda entry: entry.fd)]
     output.print_table(["FD", "KIND", "FLAGS", "ID", "WHAT"], rows)
 
 
 def _print_memory(task: Task) -> None:
     rows = [[f"{mapping.start:x}-{mapping.end:x}", mapping.protection, output.size_text(mapping.end - mapping.start),
-             output.size_text(mapping.kept), mapping.what] for mapping in task.mappings]
+             output.size_text(mapping.kept), output.printable(mapping.what)] for mapping in task.mappings]
     output.print_table(["ADDRESSES", "ACCESS", "SIZE", "KEPT", "WHAT"], rows)

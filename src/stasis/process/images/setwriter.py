@@ -9,12 +9,13 @@ it a directory is no image set.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 from typing import Any, BinaryIO, Self
 
-from stasis.errors import BusyError
+from stasis.errors import BusyError, NotFoundError, PermissionDeniedError
 from stasis.process.images.imageset import PARENT
 from stasis.process.images.kinds import KINDS, parse_name
 from stasis.process.images.message import Message
@@ -36,7 +37,7 @@ class ImageSetWriter:
         self._into = os.path.isdir(self.path)
         self._check_target(replace)
         within = self.path if self._into else os.path.dirname(self.path)
-        self.staging = tempfile.mkdtemp(prefix=".stasis-images-", dir=within)  # 0700
+        self.staging = _staging(within)
         self.fd = os.open(self.staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._images: dict[str, ImageWriter] = {}
         self._pages = 0
@@ -93,7 +94,7 @@ class ImageSetWriter:
         if self._into:
             self._move_in(names)
         else:
-            os.rename(self.staging, self.path)
+            self._move_whole()
         self._done = True
         if durable:
             _sync(self.path)
@@ -113,6 +114,14 @@ class ImageSetWriter:
     def _close_images(self) -> None:
         for image in self._images.values():
             image.close()
+
+    def _move_whole(self) -> None:
+        try:
+            os.rename(self.staging, self.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise BusyError(f"{self.path} was made by somebody else meanwhile", hint="name another one") from error
 
     def _move_in(self, names: list[str]) -> None:
         for name in self._images_there():
@@ -139,6 +148,17 @@ class ImageSetWriter:
 
     def __exit__(self, *_: Any) -> None:
         self.discard()
+
+
+def _staging(within: str) -> str:
+    """A new hidden directory, 0700."""
+    hint = "name a place where image sets can be written"
+    try:
+        return tempfile.mkdtemp(prefix=".stasis-images-", dir=within)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFoundError(f"there is no directory {within}", hint=hint) from error
+    except PermissionError as error:
+        raise PermissionDeniedError(f"{within} may not be written", hint=hint) from error
 
 
 def _sync(path: str) -> None:
