@@ -130,8 +130,9 @@ def _print_summary(summary: Summary) -> None:
     rows = []
     for task in summary.tasks:
         depth[task.pid] = depth.get(task.ppid, -1) + 1
+        command = "  " * depth[task.pid] + output.printable(task.command)
         rows.append([task.pid, task.ppid, task.state, len(task.threads), task.uid, output.size_text(task.mapped),
-                     output.size_text(task.kept), len(task.descriptors), "  " * depth[task.pid] + output.printable(task.command)])
+                     output.size_text(task.kept), len(task.descriptors), command])
     output.print_table(["PID", "PPID", "STATE", "THREADS", "UID", "MAPPED", "KEPT", "FILES", "COMMAND"], rows)
 
 

@@ -17,7 +17,7 @@ import os
 import struct
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from stasis.errors import StasisError
 from stasis.linux import ptrace
@@ -27,10 +27,12 @@ from stasis.linux.syscalls import NUMBERS
 from stasis.linux.taskmem import TaskMemory
 from stasis.process.journal import Journal
 
-__all__ = ["Remote", "RemoteThread", "find_hole"]
+__all__ = ["CODE_BYTES", "PAGE", "SCRATCH_BYTES", "Range", "Remote", "RemoteThread", "find_hole"]
 
 PAGE = 4096
 SCRATCH_BYTES = 64 << 10
+CODE_BYTES = PAGE
+"""Our code page, right before the scratch pages."""
 CODE = b"\x0f\x05\xeb\xfe"
 SYSCALL = b"\x0f\x05"
 ALL_BLOCKED = (1 << 64) - 1
@@ -41,6 +43,16 @@ HIGHEST_ERRNO = 4095
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 2, 0x20, 0x100000
+
+
+class Range(Protocol):
+    """Addresses from `start` to `end`."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
 
 
 class RemoteThread:
@@ -131,14 +143,18 @@ class Remote:
     `scratch` is the address of `SCRATCH_BYTES` bytes for arguments and results, `fd`-less and readable by the task.
     """
 
-    def __init__(self, pid: int, mappings: Sequence[Mapping], journal: Journal | None = None) -> None:
-        """`mappings` as /proc tells them, from which free addresses are chosen. The leader must be stopped."""
+    def __init__(
+        self, pid: int, mappings: Sequence[Mapping], journal: Journal | None = None, avoid: Sequence[Range] = ()
+    ) -> None:
+        """`mappings` as /proc tells them, from which free addresses are chosen, and not from `avoid`. The leader must
+        be stopped."""
         self.pid = pid
         self.memory = TaskMemory(pid)
         self.leader = RemoteThread(pid, journal)
         self.code = 0
         self._journal = journal
         self._mappings = mappings
+        self._avoid = avoid
         self._threads: dict[int, RemoteThread] = {pid: self.leader}
 
     @property
@@ -149,7 +165,7 @@ class Remote:
     def __enter__(self) -> Self:
         try:
             self._own_syscall = self._find_syscall()
-            place = find_hole(self._mappings, PAGE + SCRATCH_BYTES)
+            place = find_hole([*self._mappings, *self._avoid], PAGE + SCRATCH_BYTES)
             flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
             self.code = self.leader.call(
                 self._own_syscall, "mmap", place, PAGE + SCRATCH_BYTES, PROT_READ | PROT_WRITE, flags, -1, 0
@@ -196,6 +212,11 @@ class Remote:
                     return start + found
         raise StasisError(f"process {self.pid} has no system call instruction in its memory")
 
+    def moved(self, mappings: Sequence[Mapping]) -> None:
+        """The process has other memory than it had; our pages are where they were."""
+        self._mappings = [mapping for mapping in mappings if mapping.start != self.code]
+        self._own_syscall = self._find_syscall()
+
     # -- calls --------------------------------------------------------------------------------------
 
     def thread(self, tid: int) -> RemoteThread:
@@ -225,13 +246,9 @@ class Remote:
         return struct.unpack(format_, self.get(struct.calcsize(format_), at))
 
 
-def find_hole(mappings: Sequence[Mapping], length: int, *others: Sequence[Mapping]) -> int:
-    """Address of `length` free bytes with a distance to all mappings, so that the kernel joins it with none.
-
-    Also free in the layouts of `others`.
-    """
-    layouts = (mapping for layout in (mappings, *others) for mapping in layout if mapping.start < USER_END)
-    taken = sorted((mapping.start, mapping.end) for mapping in layouts)
+def find_hole(ranges: Sequence[Range], length: int) -> int:
+    """Address of `length` free bytes with a distance to all ranges, so that the kernel joins it with none."""
+    taken = sorted((each.start, each.end) for each in ranges if each.start < USER_END)
     position = LOWEST_ADDRESS
     best: tuple[int, int] = (0, 0)
     for start, end in [*taken, (USER_END, USER_END)]:

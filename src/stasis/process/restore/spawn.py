@@ -34,19 +34,19 @@ class Ready:
 
     def __init__(self, report: dict[str, Any]) -> None:
         self.pid = int(report["pid"])
-        self.pages_fd = {int(number): int(fd) for number, fd in report["pages"].items()}
+        self.report_fd = int(report["report"])
         self.file_fd = {(int(number), int(flags)): int(fd) for number, flags, fd in report["files"]}
 
     @property
     def fds(self) -> list[int]:
         """All of them, to be closed in the end."""
-        return sorted({*self.pages_fd.values(), *self.file_fd.values()})
+        return [*self.file_fd.values(), self.report_fd]
 
 
-def spawn(root: TaskPlan, files: FileSet, pages: list[int]) -> tuple[dict[int, Ready], int]:
-    """Make all processes, the root as a child of ours. (what each told, pid of the root); zombies end at once.
+def spawn(root: TaskPlan, files: FileSet) -> dict[int, Ready]:
+    """Make all processes, the root as a child of ours; what each told, by pid. Zombies end at once.
 
-    `pages`: numbers of the pages files that memory is read from. Raises StasisError; then none of them is left.
+    Raises StasisError; then none of them is left.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for sock in (ours, theirs):
@@ -54,11 +54,11 @@ def spawn(root: TaskPlan, files: FileSet, pages: list[int]) -> tuple[dict[int, R
     pid = _fork(root.pid)
     if pid == 0:
         ours.close()
-        _live(root, files, pages, theirs, is_root=True)
+        _live(root, files, theirs, frozenset(plan.pid for plan in root.walk()), is_root=True)
     theirs.close()
     with ours:
         try:
-            return _collect(ours, sum(not plan.is_zombie for plan in root.walk())), pid
+            return _collect(ours, sum(not plan.is_zombie for plan in root.walk()))
         except BaseException:
             os.kill(pid, signal.SIGKILL)  # its children die with it, see _live
             os.waitpid(pid, 0)
@@ -92,7 +92,9 @@ def _fork(pid: int) -> int:
         raise UnsupportedError(f"the pid {pid} cannot be given: {error.strerror}", errno=error.errno or 0) from error
 
 
-def _live(plan: TaskPlan, files: FileSet, pages: list[int], report: socket.socket, *, is_root: bool) -> NoReturn:
+def _live(
+    plan: TaskPlan, files: FileSet, report: socket.socket, pids: frozenset[int], *, is_root: bool
+) -> NoReturn:
     """A process of the tree, until it is seized. Never returns."""
     try:
         process.set_parent_death_signal(signal.SIGKILL)  # taken back when it is restored
@@ -103,10 +105,10 @@ def _live(plan: TaskPlan, files: FileSet, pages: list[int], report: socket.socke
         report = socket.socket(fileno=files.move(report.detach()))
         for child in plan.children:
             if _fork(child.pid) == 0:
-                _live(child, files, pages, report, is_root=False)
+                _live(child, files, report, pids, is_root=False)
         if plan.is_zombie:
             _end_as(plan)
-        told = _prepare(plan, files, pages, report.fileno())
+        told = _prepare(plan, files, report.fileno(), pids)
         report.send(json.dumps(told).encode())
         while True:
             signal.pause()
@@ -132,19 +134,18 @@ def _end_as(plan: TaskPlan) -> NoReturn:
     os._exit(status >> 8 & 0xFF)
 
 
-def _prepare(plan: TaskPlan, files: FileSet, pages: list[int], report: int) -> dict[str, Any]:
+def _prepare(plan: TaskPlan, files: FileSet, report: int, pids: frozenset[int]) -> dict[str, Any]:
     assert plan.fs is not None
     assert plan.ids is not None
     assert plan.mm is not None
-    if plan.entry.pgid != os.getpgid(0):
+    if plan.entry.pgid != os.getpgid(0) and plan.entry.pgid in pids:
         os.setpgid(0, plan.entry.pgid)
     os.umask(plan.fs.umask or 0)
     os.chdir(files.map_path(files.file_name(plan.fs.cwd_id)))
-    pages_fd = {number: files.move(files.images.open_pages(number)) for number in pages}
     mapped = _open_mapped(plan, files)
     files.set_owners(plan.ids.files_id)
-    files.place(plan.ids.files_id, [report, *pages_fd.values(), *(fd for _, _, fd in mapped)])
-    return {"pid": os.getpid(), "pages": pages_fd, "files": mapped}
+    files.place(plan.ids.files_id, [report, *(fd for _, _, fd in mapped)])
+    return {"pid": os.getpid(), "report": report, "files": mapped}
 
 
 def _open_mapped(plan: TaskPlan, files: FileSet) -> list[tuple[int, int, int]]:

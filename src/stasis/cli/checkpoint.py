@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stasis process check`, `dump` and `restore`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stasis.cli import output
+from stasis.cli.options import add_command
+from stasis.errors import ExitCode, UsageError
+from stasis.units import format_size
+
+if TYPE_CHECKING:
+    from stasis.cli.options import Groups
+
+__all__ = ["add"]
+
+PAGE = 4096
+
+
+def add(group: Groups) -> None:
+    """Add the commands to `stasis process`."""
+    command = add_command(group, "check", check, "Tell what of a process tree a dump could not keep.",
+                          "stasis process check 4711")  # fmt: skip
+    _add_target(command)
+    command = add_command(group, "dump", dump, "Write a process and its descendants to an image set, and end them.", """
+stasis process dump 4711 --images /var/tmp/images
+stasis process dump 4711 --images /var/tmp/images --leave-running
+""")
+    _add_target(command)
+    command.add_argument("--images", metavar="DIR", required=True, help="the directory to make; mode 0700")
+    after = command.add_mutually_exclusive_group()
+    after.add_argument("--leave-running", action="store_true", help="let the processes run on")
+    after.add_argument("--leave-stopped", action="store_true", help="leave the processes stopped, as SIGSTOP does")
+    command = add_command(group, "restore", restore, "Bring the processes of an image set back.", """
+stasis process restore --images /var/tmp/images
+stasis process restore --images /var/tmp/images --attach
+stasis process restore --images /var/tmp/images --map-path /srv/app.log=/tmp/app.log
+""")
+    command.add_argument("--images", metavar="DIR", required=True, help="the image set's directory")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--attach", action="store_true", help="wait for the first process, and end with its exit status")
+    where.add_argument("--pidfile", metavar="FILE", help="write the pid of the first process to this file")
+    command.add_argument("--map-path", metavar="OLD=NEW", action="append", default=[],
+                         help="use NEW for files and directories whose path is OLD or below it; may be repeated")
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument("pid", metavar="PID", type=_pid, help="the first process of the tree")
+    command.add_argument("--timeout", metavar="SECONDS", type=float, default=10.0,
+                         help="give up when the tree does not stop in time (10)")
+
+
+def _pid(text: str) -> int:
+    try:
+        pid = int(text)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no pid", hint="give the number of a process") from error
+    if pid <= 0:
+        raise UsageError(f"{text!r} is no pid", hint="give the number of a process")
+    return pid
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """stasis process check"""
+    from stasis.process.dump.job import check as check_tree
+
+    found = check_tree(arguments.pid, timeout=arguments.timeout)
+    if arguments.json:
+        output.print_json(found)
+    elif found:
+        for finding in found:
+            print(finding)
+    else:
+        print(f"process {arguments.pid} and its descendants can be dumped")
+    return ExitCode.UNSUPPORTED if found else ExitCode.OK
+
+
+def dump(arguments: argparse.Namespace) -> None:
+    """stasis process dump"""
+    from stasis.process.dump.job import DumpOptions
+    from stasis.process.dump.job import dump as dump_tree
+
+    options = DumpOptions(leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped,
+                          timeout=arguments.timeout)  # fmt: skip
+    result = dump_tree(arguments.pid, arguments.images, options)
+    if arguments.json:
+        output.print_json(result)
+    else:
+        print(f"dumped {len(result.pids)} processes with {result.threads} threads and "
+              f"{format_size(result.pages * PAGE)} of memory to {result.images}; they stood still for "
+              f"{result.frozen_seconds * 1000:.0f} ms")  # fmt: skip
+
+
+def restore(arguments: argparse.Namespace) -> int:
+    """stasis process restore"""
+    from stasis.process.restore.job import RestoreOptions
+    from stasis.process.restore.job import restore as restore_tree
+
+    result = restore_tree(arguments.images, RestoreOptions(map_paths=dict(map(_mapping, arguments.map_path))))
+    if arguments.pidfile:
+        Path(arguments.pidfile).write_text(f"{result.pid}\n")
+    if arguments.json:
+        output.print_json(result)
+    elif not arguments.attach:
+        print(result.pid)
+    if not arguments.attach:
+        return ExitCode.OK
+    status = os.waitstatus_to_exitcode(os.waitpid(result.pid, 0)[1])
+    return status if status >= 0 else 128 - status
+
+
+def _mapping(text: str) -> tuple[str, str]:
+    old, separator, new = text.partition("=")
+    if not separator or not old.startswith("/"):
+        raise UsageError(f"{text!r} is no mapping of paths", hint="write OLD=NEW, as in /srv/app.log=/tmp/app.log")
+    return old, os.path.abspath(new)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dump of a process tree: stop, look for what cannot be kept, write, and let go or end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stasis.linux import procfs, ptrace
+from stasis.linux.procfs import Mapping
+from stasis.process.dump import mm
+from stasis.process.dump.ids import FIRST_ID, NAMESPACES, ObjectIds, namespace_ids
+from stasis.process.dump.pages import dump_private_pages
+from stasis.process.dump.tasks import ns_pid, task_core, zombie_core
+from stasis.process.dump.threads import thread_core, thread_info
+from stasis.process.files.table import FileTable, check_descriptors
+from stasis.process.findings import Finding, Findings
+from stasis.process.fpu import lost_components
+from stasis.process.guardian import Guardian
+from stasis.process.images.schema.inventory import InventoryEntry
+from stasis.process.images.schema.tasks import CoreEntry, FsEntry, March, PstreeEntry, TaskKobjIdsEntry
+from stasis.process.images.setwriter import ImageSetWriter
+from stasis.process.journal import Journal
+from stasis.process.remote import Remote
+from stasis.process.tree import Task, Tree
+
+__all__ = ["DumpOptions", "DumpResult", "check", "dump"]
+
+IMAGE_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class DumpOptions:
+    """How to dump. `timeout`: seconds to stop the tree in. Without `leave_running` or `leave_stopped` it is ended."""
+
+    leave_running: bool = False
+    leave_stopped: bool = False
+    timeout: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class DumpResult:
+    """What was dumped. Seconds, pages of 4 KiB."""
+
+    images: str
+    pids: list[int]
+    threads: int
+    pages: int
+    freezing_seconds: float
+    frozen_seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def check(pid: int, *, timeout: float = 10.0) -> list[Finding]:
+    """What of a process tree a dump could not keep; it is stopped for a moment. Raises what `Tree.freeze` raises."""
+    with Tree(pid, timeout=timeout) as tree:
+        tree.freeze()
+        return list(_look(tree, {}))
+
+
+def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None = None) -> DumpResult:
+    """Dump a process and its descendants to the directory `images`, which is complete afterwards or not there.
+
+    To be called in a process with one thread. Raises UnsupportedError with all that cannot be kept, before anything is
+    touched; whatever fails, the tree goes on as it was.
+    """
+    chosen = options or DumpOptions()
+    journal = Journal()
+    with ImageSetWriter(images) as out, Guardian(journal), Tree(pid, timeout=chosen.timeout) as tree:
+        started = time.monotonic()
+        tree.freeze()
+        frozen = time.monotonic()
+        layouts: dict[int, list[Mapping]] = {}
+        _look(tree, layouts).refuse()
+        writing = _Dump(out, journal, layouts)
+        for task in tree.tasks:
+            writing.add(task)
+        writing.finish(tree)
+        out.commit()
+        ended = time.monotonic()
+        result = DumpResult(
+            os.fspath(images), [task.pid for task in tree.tasks], sum(len(task.threads) for task in tree.tasks),
+            writing.pages, frozen - started, ended - frozen, writing.warnings,
+        )  # fmt: skip
+        _let_go(tree, chosen)
+        return result
+
+
+def _let_go(tree: Tree, options: DumpOptions) -> None:
+    if options.leave_running:
+        return
+    if options.leave_stopped:
+        for task in tree.tasks:
+            if not task.is_zombie:
+                os.kill(task.pid, signal.SIGSTOP)
+        return
+    for task in reversed(tree.tasks):
+        if not task.is_zombie:
+            os.kill(task.pid, signal.SIGKILL)
+    for task in tree.tasks:
+        for thread in reversed(task.threads):  # the first one's end is told when all others' were asked for
+            _wait_for_end(thread.tid)
+        task.threads.clear()
+
+
+def _wait_for_end(tid: int) -> None:
+    try:
+        while ptrace.wait_for_stop(tid).exited is None:
+            ptrace.cont(tid)
+    except (ChildProcessError, ProcessLookupError):
+        return  # it was waited for by its parent, or as a thread with its process
+
+
+def _look(tree: Tree, layouts: dict[int, list[Mapping]]) -> Findings:
+    """Everything that cannot be kept; fills in the layouts of the address spaces on the way."""
+    findings = Findings()
+    ours = namespace_ids(os.getpid())
+    for task in tree.tasks:
+        if task.is_zombie:
+            continue
+        layouts[task.pid] = procfs.mappings(task.pid)
+        mm.check_mappings(task.pid, layouts[task.pid], findings)
+        _check_task(task, ours, findings)
+    check_descriptors([task.pid for task in tree.tasks if not task.is_zombie], findings)
+    return findings
+
+
+def _check_task(task: Task, ours: dict[str, int], findings: Findings) -> None:
+    theirs = namespace_ids(task.pid)
+    for name, field_ in NAMESPACES.items():
+        if theirs.get(field_) != ours.get(field_):
+            findings.add(task.pid, f"{name} namespace", "a namespace of its own is not supported yet")
+    fields = procfs.status(task.pid)
+    if fields.get("Seccomp", "0") != "0":
+        findings.add(task.pid, "seccomp", "system call filters are not supported yet")
+    if os.readlink(f"/proc/{task.pid}/root") != "/":
+        findings.add(task.pid, "root directory", "another root directory than ours is not supported yet")
+    for thread in task.threads:
+        for lost in lost_components(ptrace.fpu_state(thread.tid)):
+            findings.add(task.pid, f"thread {thread.tid}", f"images have no place for {lost}")
+    _check_leaders(task, fields, findings)
+
+
+def _check_leaders(task: Task, fields: dict[str, str], findings: Findings) -> None:
+    if task.stat.session == 0 or task.stat.pgrp == 0:
+        findings.add(task.pid, "session", "its session or process group is of another pid namespace")
+    if int(fields["Pid"]) != ns_pid(fields):
+        findings.add(task.pid, "pid", "it is in a pid namespace below ours")
+
+
+class _Dump:
+    """The set that is being written."""
+
+    def __init__(self, out: ImageSetWriter, journal: Journal, layouts: dict[int, list[Mapping]]) -> None:
+        self.pages = 0
+        self.warnings: list[str] = []
+        self._out, self._journal, self._layouts = out, journal, layouts
+        self._ids = ObjectIds()
+        self._files = FileTable(out)
+
+    def add(self, task: Task) -> None:
+        """Write everything of a task."""
+        if task.is_zombie:
+            self._out.write("core", CoreEntry(mtype=March.X86_64, tc=zombie_core(task)), number=task.pid)
+            return
+        ids = self._ids.of(task.pid)
+        self._out.write("ids", ids, number=task.pid)
+        self._files.dump_descriptors(task.pid, ids.files_id)
+        with self._remote(task) as remote:
+            self._memory(remote, task)
+            self._cores(remote, task, ids)
+        umask = int(procfs.status(task.pid)["Umask"], 8)
+        cwd, root = (self._files.path_file(task.pid, link, os.O_RDONLY) for link in ("cwd", "root"))
+        self._out.write("fs", FsEntry(cwd_id=cwd, root_id=root, umask=umask), number=task.pid)
+
+    @contextmanager
+    def _remote(self, task: Task) -> Iterator[Remote]:
+        with Remote(task.pid, self._layouts[task.pid], self._journal) as remote:
+            yield remote
+
+    def _memory(self, remote: Remote, task: Task) -> None:
+        found = mm.vmas(task.pid, self._layouts[task.pid], self._files)
+        exe = self._files.path_file(task.pid, "exe", os.O_RDONLY)
+        self._out.write("mm", mm.mm_entry(remote, task, found, exe), number=task.pid)
+        self.pages += dump_private_pages(remote, found, self._out)
+
+    def _cores(self, remote: Remote, task: Task, ids: TaskKobjIdsEntry) -> None:
+        for thread in task.threads:
+            core = CoreEntry(
+                mtype=March.X86_64, thread_info=thread_info(remote, thread.tid),
+                thread_core=thread_core(remote, thread.tid),
+            )  # fmt: skip
+            if thread.tid == task.pid:
+                core.tc, core.ids = task_core(remote, task), ids
+            self._out.write("core", core, number=thread.tid)
+
+    def finish(self, tree: Tree) -> None:
+        """Write what concerns the tree as a whole."""
+        parents = {child.pid: task.pid for task in tree.tasks for child in task.children}
+        for task in tree.tasks:
+            self._out.write("pstree", PstreeEntry(
+                pid=task.pid, ppid=parents.get(task.pid, 0), pgid=task.stat.pgrp, sid=task.stat.session,
+                threads=[thread.tid for thread in task.threads] or [task.pid],
+            ))  # fmt: skip
+        self._files.finish()
+        self._out.image("seccomp").begin()
+        ours = FIRST_ID - 1
+        root_ids = TaskKobjIdsEntry(vm_id=ours, files_id=ours, fs_id=ours, sighand_id=ours)
+        for name, number in namespace_ids(os.getpid()).items():
+            setattr(root_ids, name, number)
+        uptime = int(float(Path("/proc/uptime").read_text().split()[0]) * 1_000_000)
+        self._out.write("inventory", InventoryEntry(
+            img_version=IMAGE_VERSION, fdinfo_per_id=True, ns_per_id=True, root_ids=root_ids, dump_uptime=uptime,
+        ))  # fmt: skip
+

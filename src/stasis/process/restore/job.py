@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The restore of a process tree: read and check, make the processes, make them what they were, let them run. All of
+them, or none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stasis.errors import StasisError
+from stasis.linux import procfs, ptrace
+from stasis.process.files.opening import FileSet
+from stasis.process.images.imageset import ImageSet
+from stasis.process.remote import Remote
+from stasis.process.restore.memory import replace_memory
+from stasis.process.restore.plan import TaskPlan, read_tree
+from stasis.process.restore.spawn import Ready, spawn
+from stasis.process.restore.tasks import arm_timers, give_process_state
+from stasis.process.restore.threads import give_state, make_threads
+
+__all__ = ["RestoreOptions", "RestoreResult", "restore"]
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """How to restore. `map_paths`: beginnings of paths in the images, and what stands for them here."""
+
+    map_paths: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreResult:
+    """What was restored: the first process, and all."""
+
+    pid: int
+    pids: list[int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def restore(images: str | os.PathLike[str], options: RestoreOptions | None = None) -> RestoreResult:
+    """Restore the process tree of an image set; its first process becomes a child of this one.
+
+    To be called in a process with one thread. Raises StasisError and OSError; no process is left then.
+    """
+    chosen = options or RestoreOptions()
+    with ImageSet.open(images) as opened:
+        root = read_tree(opened)
+        files = FileSet(opened, _mapper(chosen.map_paths))
+        for plan in root.walk():
+            if plan.ids is not None:
+                files.check(plan.ids.files_id)
+        chain = opened.chain()
+        try:
+            _restore(root, files, chain)
+        finally:
+            for parent in chain[1:]:
+                parent.close()
+    return RestoreResult(root.pid, [plan.pid for plan in root.walk()])
+
+
+def _mapper(map_paths: dict[str, str]) -> Callable[[str], str]:
+    def mapped(path: str) -> str:
+        fitting = [old for old in map_paths if path == old or path.startswith(old.rstrip("/") + "/")]
+        if not fitting:
+            return path
+        longest = max(fitting, key=len)
+        return map_paths[longest] + path[len(longest) :]
+
+    return mapped
+
+
+def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> None:
+    ready = spawn(root, files)
+    living = [plan for plan in root.walk() if not plan.is_zombie]
+    try:
+        for plan in living:
+            _seize(plan.pid)
+        for plan in living:
+            _become(plan, ready[plan.pid], chain)
+        for plan in living:
+            _let_go(plan)
+    except BaseException as error:
+        _end(living)
+        if isinstance(error, OSError):
+            raise StasisError(f"the restore failed: {error.strerror or error}", errno=error.errno or 0) from error
+        raise
+
+
+def _seize(pid: int) -> None:
+    ptrace.seize(pid)
+    ptrace.interrupt(pid)
+    stop = ptrace.wait_for_stop(pid)
+    if stop.exited is not None:
+        raise StasisError(f"process {pid} ended before it was restored")
+
+
+def _become(plan: TaskPlan, ready: Ready, chain: list[ImageSet]) -> None:
+    """Make a process what the image says."""
+    assert plan.mm is not None
+    task = plan.core.tc
+    assert task is not None
+    with Remote(plan.pid, procfs.mappings(plan.pid, flags=False), avoid=plan.mm.vmas) as remote:
+        replace_memory(remote, plan.mm, ready, chain)
+        give_process_state(remote, task, plan.mm)
+        make_threads(remote, [tid for tid in plan.entry.threads if tid != plan.pid])
+        for tid, core in plan.cores.items():
+            give_state(remote, tid, core)
+        remote.leader.signal_mask = task.blk_sigset
+        arm_timers(remote, task)
+
+
+def _let_go(plan: TaskPlan) -> None:
+    task = plan.core.tc
+    if task is not None and task.stop_signo:
+        os.kill(plan.pid, signal.SIGSTOP)
+    for tid in plan.cores:
+        ptrace.detach(tid)
+
+
+def _end(living: list[TaskPlan]) -> None:
+    for plan in reversed(living):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(plan.pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while ptrace.wait_for_stop(living[0].pid).exited is None:
+            pass

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a restored process has as a whole: signal handlers, timers, limits."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import struct
+from pathlib import Path
+
+from stasis.errors import PermissionDeniedError, UnsupportedError
+from stasis.linux import procfs
+from stasis.process.dump.tasks import ACTION, ITIMER, ITIMERSPEC, SIGEV_THREAD_ID, SIGNALS
+from stasis.process.images.schema.memory import MmEntry
+from stasis.process.images.schema.tasks import ItimerEntry, PosixTimerEntry, TaskCoreEntry
+from stasis.process.remote import Remote
+
+__all__ = ["arm_timers", "give_process_state"]
+
+# include/uapi/linux/prctl.h
+PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_TIMER_CREATE_RESTORE_IDS = 4, 36, 77
+SIGEVENT = struct.Struct("<QiiI44x")  # struct sigevent: value, signal, notify, thread id
+MOST_TIMER_IDS = 4096
+
+
+def give_process_state(remote: Remote, task: TaskCoreEntry, mm: MmEntry) -> None:
+    """All but running timers."""
+    for number, wanted in zip(SIGNALS, task.sigactions, strict=False):
+        action = ACTION.pack(wanted.sigaction, wanted.flags, wanted.restorer, wanted.mask)
+        remote.call("rt_sigaction", number, remote.put(action), 0, 8)
+    for siginfo in task.signals_s.signals if task.signals_s else ():
+        number = struct.unpack_from("<i", siginfo.siginfo)[0]
+        remote.call("rt_sigqueueinfo", remote.pid, number, remote.put(siginfo.siginfo))
+    if task.timers is not None:
+        for timer in task.timers.posix:
+            _make_timer(remote, timer)
+    if task.child_subreaper:
+        remote.call("prctl", PR_SET_CHILD_SUBREAPER, 1)
+    if mm.dumpable in (0, 1):
+        remote.call("prctl", PR_SET_DUMPABLE, mm.dumpable)
+    if task.personality != int(procfs.read(remote.pid, "personality"), 16):
+        remote.call("personality", task.personality)
+    _limit(remote.pid, task)
+
+
+def _limit(pid: int, task: TaskCoreEntry) -> None:
+    wanted = task.rlimits.rlimits if task.rlimits else []
+    for number, (limit, now) in enumerate(zip(wanted, procfs.limits(pid), strict=False)):
+        if (limit.cur, limit.max) != now:
+            try:
+                resource.prlimit(pid, number, (_signed(limit.cur), _signed(limit.max)))
+            except (PermissionError, ValueError) as error:
+                raise PermissionDeniedError(
+                    f"process {pid} had a higher limit (number {number}) than this user may give it", hint="run as root"
+                ) from error
+    if task.oom_score_adj is not None:
+        path = Path(f"/proc/{pid}/oom_score_adj")
+        if int(path.read_text()) != task.oom_score_adj:
+            path.write_text(str(task.oom_score_adj))
+
+
+def _signed(value: int) -> int:
+    """Infinity as Python has it."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _make_timer(remote: Remote, timer: PosixTimerEntry) -> None:
+    """With its id: asked for where the kernel can (6.16), else by making timers until it comes."""
+    clock = struct.unpack("<i", struct.pack("<I", timer.clock_id))[0]
+    notify = timer.it_sigev_notify
+    target = timer.notify_thread_id or 0 if notify & SIGEV_THREAD_ID else 0
+    event = remote.put(SIGEVENT.pack(timer.sival_ptr, timer.si_signo, notify, target), 8)
+    exact = _can_choose_ids(remote)
+    for _ in range(MOST_TIMER_IDS):
+        place = remote.put(struct.pack("<i", timer.it_id))
+        remote.call("timer_create", clock, event, place)
+        (made,) = remote.get_words("<i")
+        if made == timer.it_id:
+            break
+        remote.call("timer_delete", made)
+    else:
+        raise UnsupportedError(f"the timer {timer.it_id} of process {remote.pid} cannot be made with its number")
+    if exact:
+        remote.call("prctl", PR_TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0)
+
+
+def _can_choose_ids(remote: Remote) -> bool:
+    try:
+        remote.call("prctl", PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
+
+
+def arm_timers(remote: Remote, task: TaskCoreEntry) -> None:
+    """Let the timers run; last, so that none comes before the task can take it."""
+    if task.timers is None:
+        return
+    for which, timer in enumerate((task.timers.real, task.timers.virt, task.timers.prof)):
+        if timer.vsec or timer.vusec:
+            remote.call("setitimer", which, remote.put(_packed(timer)), 0)
+    for posix in task.timers.posix:
+        if posix.vsec or posix.vnsec:
+            value = ITIMERSPEC.pack(posix.isec, posix.insec, posix.vsec, posix.vnsec)
+            remote.call("timer_settime", posix.it_id, 0, remote.put(value), 0)
+
+
+def _packed(timer: ItimerEntry) -> bytes:
+    return ITIMER.pack(timer.isec, timer.iusec, timer.vsec, timer.vusec)
+
