@@ -98,8 +98,8 @@ class _Copy:
         self.progress.phase(f"copying {self.backup.id[:8]}", self.backup.size)
         read = stored = 0
         units = range(0, self.backup.size, self.unit)
-        for offset, (nread, nstored) in zip(units, in_threads(self._copy_unit, units, self.source.parallelism),
-                                            strict=True):
+        threads = min(self.source.parallelism, self.target.parallelism)  # each has buffers of the larger chunk size
+        for offset, (nread, nstored) in zip(units, in_threads(self._copy_unit, units, threads), strict=True):
             read += nread
             stored += nstored
             self.builder.settled(offset // self.target.chunk_size)

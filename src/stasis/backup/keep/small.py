@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from stasis.backup.keep import layout
+from stasis.backup.keep.threads import in_threads
 from stasis.backup.repo import Repository, keys
 from stasis.backup.repo.objects import Codec, Keys, Kind
 from stasis.errors import DamagedError, NotFoundError
@@ -30,8 +31,10 @@ def damaged(repository: Repository) -> Iterator[Damage]:
 
 
 def _damaged_backups(repository: Repository) -> Iterator[Damage]:
-    for id_ in repository.backup_ids():
-        if reason := _reason(repository.manifest, id_):
+    ids = repository.backup_ids()
+    reasons = in_threads(lambda id_: _reason(repository.manifest, id_), ids, repository.parallelism)
+    for id_, reason in zip(ids, reasons, strict=True):
+        if reason:
             yield f"backups/{id_}", reason, id_
     for id_ in repository.lost_backups():
         yield f"backups/{id_}", f"backups/{id_} is missing in the repository {repository.url}", id_
