@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import random
@@ -15,9 +16,21 @@ import pytest
 
 from stasis.backup.repo import Manifest, Repository
 from stasis.backup.streams import qemu
+from stasis.backup.streams.image import receive_image
 from stasis.backup.streams.qcow_export import export_chain, export_whole
 from stasis.backup.streams.qcow_import import ImportOptions, backing_chain, import_images
-from stasis.errors import BusyError, DamagedError, ExitCode, NotFoundError, StasisError, UnsupportedError, UsageError
+from stasis.backup.streams.receive import open_stream, receive
+from stasis.backup.streams.send import send
+from stasis.errors import (
+    BusyError,
+    DamagedError,
+    ExitCode,
+    NotFoundError,
+    StasisError,
+    StorageError,
+    UnsupportedError,
+    UsageError,
+)
 from tests.backup.stored import CHUNK, backup_of, content_of
 from tests.runner import Stasis
 
@@ -123,6 +136,32 @@ def test_two_exports_to_one_file_are_one_too_many_and_leftovers_are_none(
     export_whole(repository, backup, tmp_path / "disk.qcow2")
     assert as_qemu_reads(tmp_path / "disk.qcow2") == content
     assert not (tmp_path / ".disk.qcow2.part").exists()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "stasis-test", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.root
+def test_a_full_disk_leaves_no_file_and_no_backup(repository: Repository, history: list[tuple[Manifest, bytes]],
+                                                  small: Path) -> None:
+    backup, _ = history[0]
+    with pytest.raises(StorageError, match="No space left on device"):
+        export_whole(repository, backup, small / "disk.qcow2")
+    send(repository, backup, None, stream := io.BytesIO())
+    with pytest.raises(StorageError, match=r"disk.img cannot be written: No space left on device"):
+        receive_image(open_stream(io.BufferedReader(io.BytesIO(stream.getvalue()))), small / "disk.img")
+    assert list(small.iterdir()) == []
+    with Repository.init(str(small / "r"), secret=None) as target:
+        with pytest.raises(StorageError, match="No space left on device"):
+            receive(target, open_stream(io.BufferedReader(io.BytesIO(stream.getvalue()))))
+        assert target.backups() == []
 
 
 def test_a_chain_of_qemu_becomes_increments(repository: Repository, tmp_path: Path) -> None:

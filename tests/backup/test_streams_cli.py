@@ -94,7 +94,7 @@ def test_a_full_disk_is_an_error_of_the_sender(stasis: Stasis, short_dir: Path, 
     command = [*stasis.command, "backup", "send", "latest", "--repo", f"{short_dir}/a"]
     with open("/dev/full", "wb") as full:
         result = subprocess.run(command, env=stasis.environment, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert result.returncode == ExitCode.FAILURE
+    assert result.returncode == ExitCode.STORAGE
     assert "the stream cannot be written: No space left on device" in result.stderr
     assert "Traceback" not in result.stderr
 

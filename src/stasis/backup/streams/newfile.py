@@ -7,21 +7,32 @@ It is written as `.NAME.part` beside it. What a killed command left there is wri
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from stasis.errors import BusyError, StasisError
+from stasis.errors import BusyError, StasisError, StorageError
 
-__all__ = ["new_file"]
+__all__ = ["failure", "new_file"]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def failure(message: str, error: OSError | None) -> StasisError:
+    """What to tell of an error: one of its own kind for a disk that is full."""
+    code = (error.errno if error else None) or 0
+    if code in FULL:
+        return StorageError(message, hint="make room there, or choose another place", errno=code)
+    return StasisError(message, errno=code)
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[tuple[int, Path]]:
     """A descriptor and the path of an empty file that becomes `path` when the block ends well.
 
-    Raises BusyError when `path` exists or somebody else writes it, StasisError when it cannot be made.
+    Raises BusyError when `path` exists or somebody else writes it, StorageError when the disk is full, else StasisError.
     """
     if path.exists():
         raise BusyError(f"{path} exists", hint="name a file that does not exist yet")
@@ -38,7 +49,7 @@ def new_file(path: Path) -> Iterator[tuple[int, Path]]:
             os.link(part, path)  # unlike rename, this replaces nothing
             _sync_folder(path.parent)
     except OSError as error:
-        raise StasisError(f"{path} cannot be written: {error.strerror}", errno=error.errno or 0) from error
+        raise failure(f"{path} cannot be written: {error.strerror}", error) from error
 
 
 def _lock(fd: int, part: Path, path: Path) -> None:

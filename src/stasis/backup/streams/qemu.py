@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from stasis.backup.streams.newfile import failure
 from stasis.errors import NotFoundError, StasisError, UnsupportedError
 from stasis.nbd.client import Client
 from stasis.nbd.listeners import unix_listener
@@ -108,4 +109,4 @@ def _ended(process: subprocess.Popen[str], path: Path) -> Iterator[None]:
             _, said = process.communicate()
     if broken is not None or process.returncode:
         reason = _last_line(said) if said.strip() or broken is None else os.strerror(broken.errno or 0)
-        raise StasisError(f"{path}: {reason}", errno=broken.errno or 0 if broken else 0) from broken
+        raise failure(f"{path}: {reason}", broken) from broken

@@ -49,6 +49,7 @@ def send(arguments: argparse.Namespace) -> None:
         raise UsageError("a backup stream is nothing for a terminal", hint="write it to a file or to a pipe, as in "
                          "`stasis backup send ID > FILE`")
     with report(arguments, lines=sys.stderr) as reporter, open_repository(arguments, read_only=True) as repository:
+        from stasis.backup.streams.newfile import failure
         from stasis.backup.streams.send import send as send_backup
 
         backup = repository.resolve(arguments.id)
@@ -60,7 +61,7 @@ def send(arguments: argparse.Namespace) -> None:
             raise StasisError("whoever read the stream ended before it was complete",
                               hint="see what the receiver says", errno=error.errno or 0) from error
         except OSError as error:
-            raise StasisError(f"the stream cannot be written: {error.strerror}", errno=error.errno or 0) from error
+            raise failure(f"the stream cannot be written: {error.strerror}", error) from error
         reporter.finish(result.as_dict())
 
 
