@@ -19,7 +19,7 @@ from stasis.units import format_size
 
 if TYPE_CHECKING:
     from stasis.backup.job import CreateResult, Plan
-    from stasis.backup.repo import Manifest
+    from stasis.backup.repo import Manifest, Repository
     from stasis.cli.options import Groups
     from stasis.daemon.backups import BackupJob
 
@@ -81,11 +81,7 @@ def create(arguments: argparse.Namespace) -> int:
 
     _check(arguments)
     with report(arguments) as reporter:
-        # Opening the repository is one long computation, during which the rest can be loaded.
-        loading = threading.Thread(target=importlib.import_module, args=("stasis.daemon.backups",), daemon=True)
-        loading.start()
-        with open_repository(arguments, read_only=arguments.dry_run) as repository:
-            loading.join()
+        with _open(arguments) as repository:
             from stasis.daemon.backups import back_up, plan_backup
 
             job = _job(arguments)
@@ -106,6 +102,16 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--limit-rate 0 would never end", hint="leave it out to read as fast as possible")
     if arguments.base is not None and arguments.kind != "differential":
         raise UsageError("--base is for differential backups", hint="add --kind differential")
+
+
+def _open(arguments: argparse.Namespace) -> Repository:
+    """The repository. Opening it is one long computation, during which the rest of the program is loaded."""
+    loading = threading.Thread(target=importlib.import_module, args=("stasis.daemon.backups",))
+    loading.start()
+    try:
+        return open_repository(arguments, read_only=arguments.dry_run)
+    finally:
+        loading.join()
 
 
 def _job(arguments: argparse.Namespace) -> BackupJob:
