@@ -32,7 +32,7 @@ def failure(message: str, error: OSError | None) -> StasisError:
 def new_file(path: Path) -> Iterator[tuple[int, Path]]:
     """A descriptor and the path of an empty file that becomes `path` when the block ends well.
 
-    Raises BusyError when `path` exists or somebody else writes it, StorageError when the disk is full, else StasisError.
+    Raises BusyError when `path` exists or somebody else writes it, StorageError on a full disk, else StasisError.
     """
     if path.exists():
         raise BusyError(f"{path} exists", hint="name a file that does not exist yet")
