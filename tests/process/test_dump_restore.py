@@ -50,8 +50,8 @@ step = 0
 while True:
     step += 1
     assert hashlib.sha256(data).hexdigest() == digest
-    assert os.getpid() == int(sys.argv[2]) if len(sys.argv) > 2 else True
-    log.write(f"{step} {min(counts)} {len(handled)} {os.getcwd()} {signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 4000}\\n")
+    armed = signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 4000
+    log.write(f"{step} {min(counts)} {len(handled)} {os.getcwd()} {armed}\\n")
     if os.path.exists("finish"):
         assert os.read(reader, 100) == b"in the pipe"
         os.write(same, b"again")
