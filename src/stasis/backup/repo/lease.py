@@ -279,8 +279,8 @@ def broken_name(id_: str) -> str:
 
 def _locked(claim: Claim, conflicts: list[LockInfo]) -> LockedError:
     return LockedError(f"the repository {claim.store.url} is locked: {conflicts[0].sentence()}",
-                       hint="wait for it to end; if it is dead, its lock counts for nothing after 30 minutes, and stasis repo "
-                            "unlock --all removes it at once")
+                       hint="wait for it to end; if it is dead, its lock counts for nothing after 30 minutes, and "
+                            "stasis repo unlock --all removes it at once")
 
 
 def _clock() -> float:
