@@ -23,6 +23,7 @@ from stasis.process.images import (
     MemoryReader,
     Pagemap,
     PagemapWriter,
+    encode,
 )
 from stasis.process.images.schema import InventoryEntry, PagemapEntry, PagemapHead, PstreeEntry
 from stasis.process.images.wire import varint
@@ -165,6 +166,17 @@ def test_both_counts_are_written_and_neighbours_joined(tmp_path: Path) -> None:
         assert head == PagemapHead(pages_id=1)
         assert entries[0] == PagemapEntry(vaddr=0x1000, compat_nr_pages=3, flags=PE_PRESENT, nr_pages=3)
         assert len(entries) == 3
+        with images.image("pagemap", 1) as image:
+            written = (tmp_path / "set" / "pagemap-1.img").read_bytes()
+            assert written[8:] == b"".join(len(encode(record.message)).to_bytes(4, "little") + encode(record.message)
+                                           for record in image)
+
+
+def test_a_count_that_does_not_fit_the_old_field_is_in_the_new_one(tmp_path: Path) -> None:
+    _memory_set(tmp_path / "set", [(0, 1 << 32, PE_PARENT)])
+    with ImageSet.open(tmp_path / "set") as images:
+        entry = images.messages("pagemap", 1)[1]
+        assert entry == PagemapEntry(vaddr=0, compat_nr_pages=0, flags=PE_PARENT, nr_pages=1 << 32)
 
 
 @pytest.mark.parametrize(("fields", "size"), [

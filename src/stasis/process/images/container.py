@@ -18,7 +18,7 @@ from stasis.process.images.damage import damaged
 from stasis.process.images.kinds import Kind, kind_of_magic, schema_class
 from stasis.process.images.magics import COMMON, NAMES, SERVICE
 from stasis.process.images.message import Message
-from stasis.process.images.payloads import Frames, Part, Size, frames, sizes
+from stasis.process.images.payloads import WITH_PAYLOAD, Frames, Part, Size, frames, sizes
 from stasis.process.images.wire import WireError
 
 __all__ = ["MAX_RECORD", "MAX_RECORDS", "ImageReader", "Record"]
@@ -30,6 +30,7 @@ MAX_RECORDS: Final = 1 << 22
 """In one file, so that an endless hole is no endless row of empty messages."""
 
 _WORD = struct.Struct("<I")
+_WINDOW: Final = 1 << 16  # what is read at once: most images whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class ImageReader:
         self.file = file
         self.path = path
         self.size = os.fstat(file.fileno()).st_size
+        self._window = b""
+        self._window_offset = 0
         self.kind, self.begin = self._header(kind)
 
     @classmethod
@@ -93,24 +96,25 @@ class ImageReader:
         return expected, behind
 
     def _word(self, offset: int, what: str) -> int:
-        self.file.seek(offset)
-        read = self.file.read(_WORD.size)
-        if len(read) < _WORD.size:
+        if self.size - offset < _WORD.size:
             raise damaged(self.path, offset, f"the file ends within {what}")
-        word: int = _WORD.unpack(read)[0]
+        word: int = _WORD.unpack(self._bytes(offset, _WORD.size))[0]
         return word
 
     def __iter__(self) -> Iterator[Record]:
         """The records from the first on."""
         offset = self.begin
         count = 0
+        with_payload = self.kind.name in WITH_PAYLOAD
         while offset < self.size:
             if count == MAX_RECORDS:
                 raise damaged(self.path, offset, f"more than {MAX_RECORDS} records")
             message, behind = self._message(self._class(not count), offset)
-            parts, behind_all = self._parts(message, behind)
-            yield Record(message, offset, tuple(parts))
-            offset, count = behind_all, count + 1
+            parts: list[Part] = []
+            begin, offset, count = offset, behind, count + 1
+            if with_payload:
+                parts, offset = self._parts(message, behind)
+            yield Record(message, begin, tuple(parts))
 
     def _class(self, first: bool) -> type[Message]:
         if first and self.kind.magic_name == "PAGEMAP":
@@ -166,8 +170,18 @@ class ImageReader:
         return self.file.fileno()
 
     def _bytes(self, offset: int, size: int) -> bytes:
-        self.file.seek(offset)
-        read = self.file.read(size)
-        if len(read) < size:
-            raise damaged(self.path, offset + len(read), "the file ends within a record")
-        return read
+        begin = offset - self._window_offset
+        if begin < 0 or begin + size > len(self._window):
+            self._window = _read_at(self.file.fileno(), offset, max(size, _WINDOW))
+            self._window_offset, begin = offset, 0
+            if len(self._window) < size:
+                raise damaged(self.path, offset + len(self._window), "the file ends within a record")
+        return self._window[begin : begin + size]
+
+
+def _read_at(fd: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes at `offset`; fewer at the end of the file only."""
+    read = os.pread(fd, size, offset)
+    while 0 < len(read) < size and (more := os.pread(fd, size - len(read), offset + len(read))):
+        read += more
+    return read

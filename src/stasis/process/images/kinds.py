@@ -7,6 +7,7 @@ when a message of theirs is needed first, so a small restore does not load what 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from typing import Final
@@ -50,6 +51,7 @@ class Kind:
         return f"{self.name}{digits}{self.suffix}"
 
 
+@functools.cache
 def schema_class(path: str) -> type[Message]:
     """The message class at `path`, as in "tasks.CoreEntry"."""
     module, _, name = path.partition(".")

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from stasis.process.images.kinds import Kind
 
-__all__ = ["Frames", "Part", "Size", "frames", "round_up", "sizes"]
+__all__ = ["WITH_PAYLOAD", "Frames", "Part", "Size", "frames", "round_up", "sizes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,10 @@ def frames(kind: Kind, record: Any) -> Frames | None:
     if kind.name == "ghost-file" and getattr(record, "chunks", None):
         return Frames("files.GhostChunkEntry", None, lambda chunk: Size("", chunk.len, chunk.len))
     return None
+
+
+WITH_PAYLOAD: Final = {*_LAYOUTS, "ipcns-msg", "ghost-file"}
+"""The kinds that have raw bytes behind their records."""
 
 
 def sizes(kind: Kind, record: Any, rest: int) -> list[Size]:

@@ -70,6 +70,11 @@ class ImageWriter:
         self.begin().write(_framed(message))
         self.records += 1
 
+    def append_encoded(self, encoded: bytes) -> None:
+        """Write a record that is a message's bytes already."""
+        self.begin().write(_WORD.pack(len(encoded)) + encoded)
+        self.records += 1
+
     def append_part(self, message: Message, content: Buffer) -> None:
         """Write one more part behind the last record: a ghost file's chunk with its bytes."""
         size = Size("", message.len, message.len)  # type: ignore[attr-defined]  # GhostChunkEntry
