@@ -21,6 +21,7 @@ from tests.backup.tracked import BLOCK, FakeDisk, FakeSnapshot, restored
 
 CHUNK = 65536
 SIZE = 8 * CHUNK + 3 * BLOCK + 512
+EXAMPLES = 150 if settings.default.max_examples > 100 else 8
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_a_full_backup_that_is_asked_for_reads_everything_and_stores_nothing_twi
     assert again.statistics["chunks_new"] == 0
 
 
-@settings(max_examples=8)
+@settings(max_examples=EXAMPLES)
 @given(history=st.lists(st.one_of(
     st.tuples(st.just("write"), st.integers(0, SIZE - 1), st.integers(1, 2 * CHUNK)),
     st.sampled_from([(what, 0, 0) for what in ("auto", "full", "differential", "fail", "generation", "forget")]),

@@ -19,7 +19,7 @@ from stasis.backup.job.pipeline import MEMORY_BUDGET, RateLimit, lanes_and_windo
 from stasis.backup.progress import Progress
 from stasis.backup.repo import Manifest, Repository
 from stasis.backup.sources import RawSource, StreamSource
-from stasis.errors import ExitCode, LockedError, NotFoundError, StasisError, UsageError
+from stasis.errors import DaemonError, ExitCode, LockedError, NotFoundError, StasisError, UsageError
 from tests.backup.tracked import BLOCK, FakeDisk, bad_sector, restored
 
 CHUNK = 65536
@@ -69,6 +69,23 @@ def test_a_write_that_tracking_missed_makes_the_backup_full_and_tracking_distrus
     assert (again.backups[0].kind, again.exit_code) == ("full", ExitCode.OK)
     assert "found to be wrong" in again.backups[0].note
     assert create([disk.snapshot()], repository, options).backups[0].kind == "incremental"
+
+
+def test_tracking_is_distrusted_even_if_its_daemon_is_gone(
+    disk: FakeDisk, repository: Repository, options: CreateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create([disk.snapshot()], repository, options)
+    disk.write(CHUNK, b"unseen", seen=False)
+    snapshot = disk.snapshot()
+
+    def gone(reason: str) -> None:
+        raise DaemonError("no daemon runs")
+
+    monkeypatch.setattr(snapshot, "distrust", gone)
+    result = create([snapshot], repository, options)
+    assert result.exit_code is ExitCode.TRACKING
+    assert "no daemon runs" in result.warnings[0]
+    assert create([disk.snapshot()], repository, options).backups[0].kind == "full"
 
 
 def test_a_sample_is_a_share_of_the_chunks_and_can_be_left_out(

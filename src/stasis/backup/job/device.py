@@ -190,7 +190,10 @@ class DeviceJob:
                            f"{self._sample.seed})")
         if self._state is not None:
             self._state.forget(self.distrusted)
-        self.source.distrust(self.distrusted)
+        try:
+            self.source.distrust(self.distrusted)
+        except StasisError as error:  # no backup of this host goes on from an older mark, with or without it
+            self.warnings.append(f"the change map of {self.source.name} could not be told: {error.message}")
         self.warnings.append(f"change tracking is wrong, so a full backup is made: {self.distrusted}")
         self._become_full(f"change tracking was found to be wrong: {self.distrusted}")
 
