@@ -94,6 +94,15 @@ def test_a_chain_is_a_file_per_increment_and_each_shows_its_backup(
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{backup.id}.qcow2" for backup, _ in history)
 
 
+def test_a_disk_that_shrank_shows_nothing_of_what_was_behind_its_end(repository: Repository, tmp_path: Path) -> None:
+    """Its size is no multiple of 512, so the image is a little longer than the backup."""
+    (folder := tmp_path / "images").mkdir()
+    backups = [backup_of(repository, b"x" * size) for size in (3 * CHUNK, CHUNK + 201, 2 * CHUNK)]
+    export_chain(repository, backups, folder)
+    assert as_qemu_reads(folder / f"{backups[1].id}.qcow2") == b"x" * (CHUNK + 201) + bytes(311)
+    assert as_qemu_reads(folder / f"{backups[2].id}.qcow2") == b"x" * 2 * CHUNK
+
+
 def test_a_chain_over_another_folder_is_not_mixed_up(repository: Repository, history: list[tuple[Manifest, bytes]],
                                                      tmp_path: Path) -> None:
     (folder := tmp_path / "images").mkdir()

@@ -97,8 +97,16 @@ def _export(repository: Repository, backup: Manifest, base: Manifest | None, pat
         qemu.create(part, backup.size, backing)
         with qemu.serve(part, "qcow2", writable=True) as client:
             _write(client, extents, progress)
+            _clear_tail(client, backup.size)
     return ExportedFile(backup.id, str(path), str(backing) if backing else None, False, backup.size,
                         extents.bytes_data, round(time.monotonic() - started, 3))
+
+
+def _clear_tail(client: Client, size: int) -> None:
+    """qcow2 counts in 512 bytes: what it adds behind the end must not show what the file below has there."""
+    if client.size > size:
+        client.pwrite(size, bytes(client.size - size))
+        client.flush()
 
 
 def _write(client: Client, extents: Extents, progress: Progress) -> None:
