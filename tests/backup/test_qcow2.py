@@ -197,6 +197,30 @@ def test_a_chain_of_qemu_becomes_increments(repository: Repository, tmp_path: Pa
     assert (two.parent, two.device, two.tags) == (one.id, "disk", ("moved",))
 
 
+def a_history(draw: random.Random) -> Iterator[bytes]:
+    """A disk that grows, shrinks, gets data and zeroes anywhere; never empty."""
+    data = bytearray(draw.randbytes(draw.randrange(1, 12 * CHUNK)))
+    for _ in range(4):
+        yield bytes(data)
+        size = draw.choice([len(data), draw.randrange(1, 14 * CHUNK)])
+        data = data[:size].ljust(size, b"\0")
+        for _ in range(draw.randrange(4)):
+            start = draw.randrange(size)
+            length = min(draw.choice([1, 4096, CHUNK, 3 * CHUNK]), size - start)
+            data[start : start + length] = draw.choice([bytes(length), draw.randbytes(length)])
+
+
+def test_any_history_goes_into_a_chain_and_comes_back(repository: Repository, tmp_path: Path, seed: int) -> None:
+    (folder := tmp_path / "images").mkdir()
+    contents = list(a_history(random.Random(seed)))
+    files = export_chain(repository, [backup_of(repository, content) for content in contents], folder)
+    padded = [content + bytes(-len(content) % 512) for content in contents]
+    assert [as_qemu_reads(Path(file.path)) for file in files] == padded
+    chain = backing_chain(Path(files[-1].path), "qcow2", follow=True)
+    imported = import_images(repository, chain, ImportOptions("copy"))
+    assert [content_of(repository, repository.backup(one.id)) for one in imported] == padded
+
+
 def test_other_files_are_read_only_on_request(tmp_path: Path) -> None:
     secret, image = tmp_path / "secret", tmp_path / "image.qcow2"
     secret.write_bytes(b"x" * 4096)
