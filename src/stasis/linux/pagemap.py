@@ -29,11 +29,11 @@ Run = tuple[int, int]
 
 
 class PageScanner:
-    """An open /proc/PID/pagemap; a context manager."""
+    """An open /proc/PID/pagemap; a context manager. `has_scan`: PAGEMAP_SCAN has not failed so far."""
 
     def __init__(self, pid: int) -> None:
         self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        self._has_scan = True
+        self.has_scan = True
 
     def __enter__(self) -> "PageScanner":
         return self
@@ -46,14 +46,14 @@ class PageScanner:
 
         `shared`: of memory that is shared and no file's, where the kernel counts all pages as a file's.
         """
-        if self._has_scan:
+        if self.has_scan:
             try:
                 yield from self._scan(start, end, 0 if shared else PAGE_IS_FILE)
                 return
             except OSError as error:
                 if error.errno not in (errno.ENOTTY, errno.EINVAL):
                     raise
-                self._has_scan = False
+                self.has_scan = False
         yield from self._read(start, end, 0 if shared else PM_FILE_OR_SHARED)
 
     def _scan(self, start: int, end: int, left_out: int) -> Iterator[Run]:

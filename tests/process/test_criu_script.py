@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scripts written for criu get from stasis-criu what they expect."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stasis.cli import criu
+from stasis.process import features
+
+pytestmark = pytest.mark.root
+COUNTING = """
+import os, time
+while True:
+    os.truncate("count", os.stat("count").st_size + 1)
+    time.sleep(0.005)
+"""
+QUIET = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def _run(*words: str | Path, directory: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import sys; from stasis.cli.criu import main; sys.exit(main())", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=directory, stdin=subprocess.DEVNULL)
+
+
+def _wait_for_more(path: Path) -> None:
+    before, deadline = path.stat().st_size, time.monotonic() + 30
+    while path.stat().st_size < before + 3:
+        assert time.monotonic() < deadline, "the process does not go on"
+        time.sleep(0.01)
+
+
+def test_dump_and_restore_with_a_scripts_switches(tmp_path: Path) -> None:
+    count, images = tmp_path / "count", tmp_path / "images"
+    count.touch()
+    images.mkdir()
+    command = [sys.executable, "-c", COUNTING]
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **QUIET) as process:
+        _wait_for_more(count)
+        done = _run("dump", "-t", process.pid, "-D", images, "-o", "dump.log", "-v4", directory=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert process.wait() is not None
+    done = _run("restore", "-D", images, "-d", "--pidfile", "pid", "-vvv", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pid = int((images / "pid").read_text())
+    assert pid == process.pid
+    _wait_for_more(count)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_failures_go_to_the_log_and_end_with_1(tmp_path: Path) -> None:
+    done = _run("restore", "-D", tmp_path, "-o", "restore.log", directory=tmp_path)
+    assert done.returncode == 1
+    assert "holds no image set" in (tmp_path / "restore.log").read_text()
+
+
+@pytest.mark.parametrize("switch", ["--tcp-established", "--link-remap", "--action-script=x", "--shell-job"])
+def test_a_switch_that_is_not_implemented_is_named(switch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert criu.main(["dump", "-t", "1", switch]) == 1
+    assert f"{switch.partition('=')[0]} is not implemented" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("feature", sorted(features.PROBES))
+def test_features_are_probed(feature: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status = criu.main(["check", "--feature", feature])
+    assert capsys.readouterr().out == f"{feature} is {'supported' if status == 0 else 'not supported'}\n"
+
+
+def test_an_unknown_feature_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert criu.main(["check", "--feature", "time_travel"]) == 1
+    assert "known:" in capsys.readouterr().err
+
+
+def test_a_kernel_with_everything_looks_good(capsys: pytest.CaptureFixture[str]) -> None:
+    missing = [name for name in features.REQUIRED if not features.has(name)]
+    assert criu.main(["check"]) == (1 if missing else 0)
+    assert capsys.readouterr().out == (f"Missing: {', '.join(missing)}\n" if missing else "Looks good.\n")
