@@ -46,9 +46,10 @@ class Host:
         self.tell("published", backup.id, digest(content))
 
     def forget(self) -> None:
+        """Not a backup that is being published: docs/design/prune.md tells what becomes of that."""
         ids = self.repository.backup_ids()
-        if len(ids) > 5:
-            chosen = self.source.choice(ids)
+        chosen = self.source.choice(ids) if len(ids) > 5 else ""
+        if chosen and any(True for _ in self.repository.store.list(f"tags/{chosen}")):
             self.tell("forget", chosen)
             self.repository.remove_backup(chosen)
         time.sleep(0.05)

@@ -35,6 +35,7 @@ class Crowd:
 
     def kill_one(self) -> None:
         number = self.source.randrange(len(ROLES))
+        self.assert_alive()
         self.processes[number].kill()
         self._end(number)
         self.processes[number] = self._start(number)
@@ -42,8 +43,15 @@ class Crowd:
     def stop(self) -> None:
         for process in self.processes:
             process.kill()
-        for number in range(len(ROLES)):
-            self._end(number)
+            process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
+
+    def assert_alive(self) -> None:
+        """A process that ended by itself has failed."""
+        for number, process in enumerate(self.processes):
+            if process.poll() is not None:
+                self._end(number)
 
     def told(self, word: str) -> list[list[str]]:
         """What the hosts said they have done."""
@@ -57,7 +65,6 @@ class Crowd:
                                  str(log)], cwd=ROOT, stderr=subprocess.PIPE)
 
     def _end(self, number: int) -> None:
-        """A process that ended by itself has failed."""
         _, errors = self.processes[number].communicate()
         assert self.processes[number].returncode == -9, errors.decode()
 
@@ -78,6 +85,7 @@ def _live_through(url: str, directory: Path, seed: int, server: S3Server | None 
                 server.misbehave(crowd.source.choice(["fail", "cut"]), 3)
             time.sleep(crowd.source.uniform(0, 0.1))  # so that the kill does not always come at the same place
             crowd.kill_one()
+        crowd.assert_alive()
     finally:
         crowd.stop()
     _assert_whole(url, crowd)
@@ -86,6 +94,7 @@ def _live_through(url: str, directory: Path, seed: int, server: S3Server | None 
 def _wait_until_more(crowd: Crowd, published: int) -> None:
     deadline = time.monotonic() + 120
     while len(crowd.told("published")) < published:
+        crowd.assert_alive()
         assert time.monotonic() < deadline, crowd.told("note")
         time.sleep(0.02)
 
