@@ -20,7 +20,7 @@ from stasis.process.images.schema.registers import ThreadInfoX86, UserX86FpregsE
 __all__ = ["CLASSES", "messages", "minimal", "write_set"]
 
 CLASSES = sorted(
-    (value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, Message)),
+    (value for value in (getattr(schema, name) for name in schema.__all__) if issubclass(value, Message)),
     key=lambda cls: cls.__name__,
 )
 

@@ -1,165 +1,174 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The messages of an image set: one class per message, one module per area."""
+"""The messages of an image set: one class per message, one module per area.
 
-from stasis.process.images.schema.common import (
-    FownEntry,
-    SysctlEntry,
-    SysctlType,
-    Timespec,
-    Timeval,
-)
-from stasis.process.images.schema.events import (
-    BpfmapDataEntry,
-    BpfmapFileEntry,
-    EventfdFileEntry,
-    EventpollFileEntry,
-    EventpollTfdEntry,
-    FanotifyFileEntry,
-    FanotifyInodeMarkEntry,
-    FanotifyMarkEntry,
-    FanotifyMountMarkEntry,
-    FhEntry,
-    InotifyFileEntry,
-    InotifyWdEntry,
-    IrmapCacheEntry,
-    MarkType,
-    PidfdEntry,
-    SignalfdEntry,
-    TimerfdEntry,
-)
-from stasis.process.images.schema.files import (
-    ExtFileEntry,
-    FdinfoEntry,
-    FdTypes,
-    FifoEntry,
-    FileEntry,
-    FileLockEntry,
-    GhostChunkEntry,
-    GhostFileEntry,
-    NsFileEntry,
-    PipeDataEntry,
-    PipeEntry,
-    RegFileEntry,
-    RemapFilePathEntry,
-    RemapType,
-    TunfileEntry,
-)
-from stasis.process.images.schema.inventory import (
-    AaNamespace,
-    AaPolicy,
-    ApparmorEntry,
-    CgControllerEntry,
-    CgMemberEntry,
-    CgroupDirEntry,
-    CgroupEntry,
-    CgroupPerms,
-    CgroupPropEntry,
-    CgSetEntry,
-    DumpStatsEntry,
-    InventoryEntry,
-    LsmType,
-    PluginsEntry,
-    RestoreStatsEntry,
-    StatsEntry,
-)
-from stasis.process.images.schema.ipc import (
-    IpcDescEntry,
-    IpcMsg,
-    IpcMsgEntry,
-    IpcSemEntry,
-    IpcShmEntry,
-    IpcVarEntry,
-)
-from stasis.process.images.schema.memory import (
-    AioRingEntry,
-    MemfdFileEntry,
-    MemfdInodeEntry,
-    MmEntry,
-    PagemapEntry,
-    PagemapHead,
-    VmaEntry,
-)
-from stasis.process.images.schema.namespaces import (
-    AutofsEntry,
-    BinfmtMiscEntry,
-    FsType,
-    MntEntry,
-    PidnsEntry,
-    TimensEntry,
-    UidGidExtent,
-    UsernsEntry,
-    UtsnsEntry,
-)
-from stasis.process.images.schema.network import (
-    MacvlanLinkEntry,
-    NdType,
-    NetDeviceEntry,
-    NetnsEntry,
-    NetnsId,
-    SitEntry,
-    TunLinkEntry,
-)
-from stasis.process.images.schema.registers import (
-    CpuinfoEntry,
-    CpuinfoX86Entry,
-    CpuVendor,
-    ThreadInfoX86,
-    UserDescT,
-    UserX86CetEntry,
-    UserX86FpregsEntry,
-    UserX86RegsEntry,
-    UserX86RegsMode,
-    UserX86XsaveEntry,
-)
-from stasis.process.images.schema.sockets import (
-    FilePermsEntry,
-    InetSkEntry,
-    IpOptsEntry,
-    IpOptsRawEntry,
-    NetlinkSkEntry,
-    PacketMclist,
-    PacketRing,
-    PacketSockEntry,
-    ScmEntry,
-    SkOptsEntry,
-    SkPacketEntry,
-    SkShutdown,
-    TcpOptsEntry,
-    TcpStreamEntry,
-    UnixSkEntry,
-)
-from stasis.process.images.schema.tasks import (
-    CoreEntry,
-    CredsEntry,
-    FsEntry,
-    ItimerEntry,
-    March,
-    PosixTimerEntry,
-    PstreeEntry,
-    RlimitEntry,
-    RseqEntry,
-    SaEntry,
-    SeccompEntry,
-    SeccompFilter,
-    SeccompMode,
-    SiginfoEntry,
-    SignalQueueEntry,
-    TaskCoreEntry,
-    TaskKobjIdsEntry,
-    TaskRlimitsEntry,
-    TaskTimersEntry,
-    ThreadCoreEntry,
-    ThreadSasEntry,
-)
-from stasis.process.images.schema.terminals import (
-    TermiosEntry,
-    TtyDataEntry,
-    TtyFileEntry,
-    TtyInfoEntry,
-    TtyPtyEntry,
-    TtyType,
-    WinsizeEntry,
-)
+An area is imported when a name of it is asked for: a small process is restored with half of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stasis.process.images.schema.common import (
+        FownEntry,
+        SysctlEntry,
+        SysctlType,
+        Timespec,
+        Timeval,
+    )
+    from stasis.process.images.schema.events import (
+        BpfmapDataEntry,
+        BpfmapFileEntry,
+        EventfdFileEntry,
+        EventpollFileEntry,
+        EventpollTfdEntry,
+        FanotifyFileEntry,
+        FanotifyInodeMarkEntry,
+        FanotifyMarkEntry,
+        FanotifyMountMarkEntry,
+        FhEntry,
+        InotifyFileEntry,
+        InotifyWdEntry,
+        IrmapCacheEntry,
+        MarkType,
+        PidfdEntry,
+        SignalfdEntry,
+        TimerfdEntry,
+    )
+    from stasis.process.images.schema.files import (
+        ExtFileEntry,
+        FdinfoEntry,
+        FdTypes,
+        FifoEntry,
+        FileEntry,
+        FileLockEntry,
+        GhostChunkEntry,
+        GhostFileEntry,
+        NsFileEntry,
+        PipeDataEntry,
+        PipeEntry,
+        RegFileEntry,
+        RemapFilePathEntry,
+        RemapType,
+        TunfileEntry,
+    )
+    from stasis.process.images.schema.inventory import (
+        AaNamespace,
+        AaPolicy,
+        ApparmorEntry,
+        CgControllerEntry,
+        CgMemberEntry,
+        CgroupDirEntry,
+        CgroupEntry,
+        CgroupPerms,
+        CgroupPropEntry,
+        CgSetEntry,
+        DumpStatsEntry,
+        InventoryEntry,
+        LsmType,
+        PluginsEntry,
+        RestoreStatsEntry,
+        StatsEntry,
+    )
+    from stasis.process.images.schema.ipc import (
+        IpcDescEntry,
+        IpcMsg,
+        IpcMsgEntry,
+        IpcSemEntry,
+        IpcShmEntry,
+        IpcVarEntry,
+    )
+    from stasis.process.images.schema.memory import (
+        AioRingEntry,
+        MemfdFileEntry,
+        MemfdInodeEntry,
+        MmEntry,
+        PagemapEntry,
+        PagemapHead,
+        VmaEntry,
+    )
+    from stasis.process.images.schema.namespaces import (
+        AutofsEntry,
+        BinfmtMiscEntry,
+        FsType,
+        MntEntry,
+        PidnsEntry,
+        TimensEntry,
+        UidGidExtent,
+        UsernsEntry,
+        UtsnsEntry,
+    )
+    from stasis.process.images.schema.network import (
+        MacvlanLinkEntry,
+        NdType,
+        NetDeviceEntry,
+        NetnsEntry,
+        NetnsId,
+        SitEntry,
+        TunLinkEntry,
+    )
+    from stasis.process.images.schema.registers import (
+        CpuinfoEntry,
+        CpuinfoX86Entry,
+        CpuVendor,
+        ThreadInfoX86,
+        UserDescT,
+        UserX86CetEntry,
+        UserX86FpregsEntry,
+        UserX86RegsEntry,
+        UserX86RegsMode,
+        UserX86XsaveEntry,
+    )
+    from stasis.process.images.schema.sockets import (
+        FilePermsEntry,
+        InetSkEntry,
+        IpOptsEntry,
+        IpOptsRawEntry,
+        NetlinkSkEntry,
+        PacketMclist,
+        PacketRing,
+        PacketSockEntry,
+        ScmEntry,
+        SkOptsEntry,
+        SkPacketEntry,
+        SkShutdown,
+        TcpOptsEntry,
+        TcpStreamEntry,
+        UnixSkEntry,
+    )
+    from stasis.process.images.schema.tasks import (
+        CoreEntry,
+        CredsEntry,
+        FsEntry,
+        ItimerEntry,
+        March,
+        PosixTimerEntry,
+        PstreeEntry,
+        RlimitEntry,
+        RseqEntry,
+        SaEntry,
+        SeccompEntry,
+        SeccompFilter,
+        SeccompMode,
+        SiginfoEntry,
+        SignalQueueEntry,
+        TaskCoreEntry,
+        TaskKobjIdsEntry,
+        TaskRlimitsEntry,
+        TaskTimersEntry,
+        ThreadCoreEntry,
+        ThreadSasEntry,
+    )
+    from stasis.process.images.schema.terminals import (
+        TermiosEntry,
+        TtyDataEntry,
+        TtyFileEntry,
+        TtyInfoEntry,
+        TtyPtyEntry,
+        TtyType,
+        WinsizeEntry,
+    )
 
 __all__ = [
     "AaNamespace",
@@ -298,3 +307,27 @@ __all__ = [
     "VmaEntry",
     "WinsizeEntry",
 ]
+
+_AREAS = (
+    "common",
+    "events",
+    "files",
+    "inventory",
+    "ipc",
+    "memory",
+    "namespaces",
+    "network",
+    "registers",
+    "sockets",
+    "tasks",
+    "terminals",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for area in _AREAS:
+            module = importlib.import_module(f"{__name__}.{area}")
+            if name in module.__all__:
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
