@@ -46,7 +46,8 @@ class DumpOptions:
 
 @dataclass(frozen=True, slots=True)
 class DumpResult:
-    """What was dumped. Seconds, pages of 4 KiB."""
+    """What was dumped. Seconds, pages of 4 KiB. `frozen_seconds`: from standstill to the last byte written, of which
+    `pages_seconds` for memory; what waits for the disk comes behind."""
 
     images: str
     pids: list[int]
@@ -54,6 +55,7 @@ class DumpResult:
     pages: int
     freezing_seconds: float
     frozen_seconds: float
+    pages_seconds: float
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,12 +88,14 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
         for task in tree.tasks:
             writing.add(task)
         writing.finish(tree)
-        out.commit()
-        ended = time.monotonic()
+        written = time.monotonic()
         result = DumpResult(
             os.fspath(images), [task.pid for task in tree.tasks], sum(len(task.threads) for task in tree.tasks),
-            writing.pages, frozen - started, ended - frozen, writing.warnings,
+            writing.pages, frozen - started, written - frozen, writing.pages_seconds, writing.warnings,
         )  # fmt: skip
+        if chosen.leave_running:
+            tree.thaw()  # nothing is to be ended for the images' sake: the disk may take its time
+        out.commit()
         _let_go(tree, chosen)
         return result
 
@@ -163,6 +167,7 @@ class _Dump:
 
     def __init__(self, out: ImageSetWriter, journal: Journal, layouts: dict[int, list[Mapping]]) -> None:
         self.pages = 0
+        self.pages_seconds = 0.0
         self.warnings: list[str] = []
         self._out, self._journal, self._layouts = out, journal, layouts
         self._ids = ObjectIds()
@@ -192,7 +197,9 @@ class _Dump:
         found = mm.vmas(task.pid, self._layouts[task.pid], self._files)
         exe = self._files.path_file(task.pid, "exe", os.O_RDONLY)
         self._out.write("mm", mm.mm_entry(remote, task, found, exe), number=task.pid)
+        started = time.monotonic()
         self.pages += dump_private_pages(remote, found, self._out)
+        self.pages_seconds += time.monotonic() - started
 
     def _cores(self, remote: Remote, task: Task, ids: TaskKobjIdsEntry) -> None:
         for thread in task.threads:
