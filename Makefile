@@ -16,10 +16,10 @@ BENCH_PACKAGES := restic borgbackup
 VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod xz-utils dmsetup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-backup figures man lint vmtest deps print-packages clean
+.PHONY: help demo test bench bench-backup bench-process figures man lint vmtest deps print-packages clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP) ## Snapshot and copy two disks under load, in about a minute, without root
 	@$(RUN) tools/demo.py $(DEMO_OPTIONS)
@@ -32,6 +32,9 @@ bench: $(STAMP) ## Measure against nbdkit and qemu-storage-daemon; writes bench/
 
 bench-backup: $(STAMP) ## Measure backups against restic, borg, qemu-img and cp
 	@$(RUN) bench/run.py --suite backup $(BENCH_OPTIONS)
+
+bench-process: $(STAMP) ## Measure checkpoints of processes, as root
+	@$(RUN) bench/run.py --suite process $(BENCH_OPTIONS)
 
 figures: $(STAMP) ## Write results of the bench into README.md and docs/figures.md (RESULTS=FILE...)
 	@$(RUN) tools/figures.py $(or $(RESULTS),$(lastword $(sort $(wildcard bench/results/*.json))))

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["MIB", "Lab", "LabError", "missing_tools", "open_lab", "stop", "wait_for"]
+__all__ = ["MIB", "Lab", "LabError", "missing_tools", "open_lab", "peak_memory", "stop", "wait_for"]
 
 MIB = 1 << 20
 START_SECONDS = 20.0
@@ -100,6 +100,16 @@ class Lab:
         device = Path(self.run(["losetup", "--find", "--show", backing]).strip())
         self.on_exit(lambda: self.run(["losetup", "--detach", device]))
         return device
+
+
+def peak_memory(command: Sequence[str]) -> int:
+    """Run a command; its largest resident set in bytes."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise LabError(f"{' '.join(command[:4])} … returned {process.returncode}")
+    return usage.ru_maxrss << 10
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

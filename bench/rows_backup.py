@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from pathlib import Path
 
 from archivers import Archiver, Borg, Restic, StasisArchiver
 from groups import Bench, alternate, group
-from lab import MIB, Lab, LabError
+from lab import MIB, Lab, peak_memory
 from ours import Stasis
 from report import Row, ratio_row, value_row
 
@@ -241,18 +239,7 @@ def memory(bench: Bench) -> list[Row]:
             "check": ("backup", "check", "--read-data"),
             "verify": ("backup", "verify", "latest"),
         }
-        peaks = {name: _peak(ours.command(*words)) for name, words in jobs.items()}
+        peaks = {name: peak_memory(ours.command(*words)) for name, words in jobs.items()}
     note = ", ".join(f"{name} {peak // MIB} MiB" for name, peak in peaks.items())
     highest = max(peaks.values()) / MEMORY_LIMIT
     return [value_row("backup-memory", "peak memory of any job / 250 MiB", [highest], 1.0, "x", note=note)]
-
-
-def _peak(command: Sequence[str]) -> int:
-    """Largest resident set of a command in bytes."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise LabError(f"{command[-2]} returned {process.returncode}")
-    peak: resource.struct_rusage = usage
-    return peak.ru_maxrss << 10

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import report
 import rows_backup
+import rows_checkpoint
 import rows_disk
 import rows_image
 import rows_plain
@@ -32,7 +33,7 @@ from stasis.errors import StasisError
 
 HERE = Path(__file__).resolve().parent
 # Importing these registers their groups; this is the order of the table.
-ROOMS = (rows_plain, rows_snapshot, rows_disk, rows_tracking, rows_image, rows_process, rows_backup)
+ROOMS = (rows_plain, rows_snapshot, rows_disk, rows_tracking, rows_image, rows_process, rows_backup, rows_checkpoint)
 
 
 def main() -> int:
@@ -73,7 +74,7 @@ def _replace(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--suite", choices=["block", "backup"], default="block", help="what to measure (block)")
+    parser.add_argument("--suite", choices=["block", "backup", "process"], default="block", help="what to measure (block)")
     parser.add_argument("--only", action="append", metavar="NAME", help="groups or rows with NAME in their name")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 2 s on a small image: does it run at all?")
     parser.add_argument("--rounds", type=int, help="alternating rounds (default 5)")
