@@ -55,7 +55,7 @@ print(time.monotonic() - started)
 
 @contextmanager
 def _victim(lab: Lab, size: int) -> Iterator[tuple[int, Path, Path]]:
-    """A process with so much memory: its pid, the file that it writes it to on SIGUSR1, the file that tells how long."""
+    """A process with so much memory: its pid, the file that it writes to on SIGUSR1, the file that tells how long."""
     plain, told = lab.path("plain.bin"), lab.path("told")
     told.unlink(missing_ok=True)
     nothing = subprocess.DEVNULL

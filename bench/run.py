@@ -74,7 +74,8 @@ def _replace(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--suite", choices=["block", "backup", "process"], default="block", help="what to measure (block)")
+    suites = ["block", "backup", "process"]
+    parser.add_argument("--suite", choices=suites, default="block", help="what to measure (block)")
     parser.add_argument("--only", action="append", metavar="NAME", help="groups or rows with NAME in their name")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 2 s on a small image: does it run at all?")
     parser.add_argument("--rounds", type=int, help="alternating rounds (default 5)")
