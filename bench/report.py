@@ -140,8 +140,9 @@ def _machine() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    commands = {"fio": "fio", "nbdkit": "nbdkit", "nbdcopy": "nbdcopy", "qemu": "qemu-storage-daemon"}
-    return {name: _first_line([program, "--version"]) for name, program in commands.items()}
+    programs = {"fio": "fio", "nbdkit": "nbdkit", "nbdcopy": "nbdcopy", "qemu": "qemu-storage-daemon", "borg": "borg"}
+    found = {name: _first_line([program, "--version"]) for name, program in programs.items()}
+    return found | {"restic": _first_line(["restic", "version"])}
 
 
 def _first_line(command: list[str]) -> str:

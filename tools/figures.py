@@ -24,6 +24,10 @@ README_ROWS = (
     "cow-sequential-qemu",
     "image-randread-qemu",
     "hold-8-devices",
+    "backup-full",
+    "backup-incremental",
+    "backup-restore",
+    "backup-verify",
 )
 
 Row = dict[str, Any]
@@ -91,7 +95,7 @@ def page(results: Sequence[Result]) -> str:
     """docs/figures.md."""
     return (
         "# Figures\n\nRatios of stasis to another program, or to itself under other circumstances, and values.\n"
-        "`make bench` measures them again. A ratio of rates above 1 is in favour of stasis.\n\n"
+        "`make bench`, `make bench-backup` and `make bench-process` measure them again. A ratio of rates above 1 is in favour of stasis.\n\n"
         f"{conditions(results[-1])}\n\n{table(list(rows(results).values()))}\n"
     )
 
