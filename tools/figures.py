@@ -95,8 +95,8 @@ def page(results: Sequence[Result]) -> str:
     """docs/figures.md."""
     return (
         "# Figures\n\nRatios of stasis to another program, or to itself under other circumstances, and values.\n"
-        "`make bench`, `make bench-backup` and `make bench-process` measure them again. A ratio of rates above 1 is in\n"
-        "favour of stasis.\n\n"
+        "`make bench`, `make bench-backup` and `make bench-process` measure them again. A ratio of rates above 1 is\n"
+        "in favour of stasis.\n\n"
         f"{conditions(results[-1])}\n\n{table(list(rows(results).values()))}\n"
     )
 
