@@ -13,9 +13,10 @@ from stasis.linux import procfs
 from stasis.linux.pidfd import Pidfd
 from stasis.process.images.schema.common import FownEntry
 
-__all__ = ["Descriptor", "descriptors", "duplicate", "owner", "set_owner"]
+__all__ = ["Descriptor", "descriptors", "duplicate", "owner", "set_flags", "set_owner"]
 
 O_CLOEXEC = os.O_CLOEXEC
+CHANGEABLE = os.O_NONBLOCK | os.O_APPEND | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 # include/uapi/asm-generic/fcntl.h
 F_GETOWN_EX, F_SETOWN_EX, F_GETSIG, F_SETSIG = 16, 15, 11, 10
 OWNER = struct.Struct("<ii")
@@ -44,6 +45,14 @@ class Descriptor:
     def kind(self) -> int:
         """S_IFREG and so on; 0 for what has no file type, as eventfds."""
         return stat.S_IFMT(self.status.st_mode)
+
+    def field(self, name: str) -> str:
+        """The value of a line of its fdinfo; "" where this kernel has none of that name."""
+        for line in self.info.splitlines():
+            key, _, value = line.partition(":")
+            if key == name:
+                return value.strip()
+        return ""
 
     @property
     def where(self) -> str:
@@ -78,6 +87,11 @@ def set_owner(fd: int, entry: FownEntry) -> None:
         fcntl.fcntl(fd, F_SETOWN_EX, OWNER.pack(entry.pid_type, entry.pid))
     if entry.signum:
         fcntl.fcntl(fd, F_SETSIG, entry.signum)
+
+
+def set_flags(fd: int, flags: int) -> None:
+    """Give a restored description those of the flags that can be changed."""
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & CHANGEABLE)
 
 
 def duplicate(descriptor: Descriptor) -> int:

@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+from stasis.process.files.epoll import Epolls
+from stasis.process.files.eventfd import Eventfds
 from stasis.process.files.kind import FileKind
+from stasis.process.files.options import FileOptions
 from stasis.process.files.pipes import Pipes
 from stasis.process.files.regular import RegularFiles
+from stasis.process.files.signalfd import Signalfds
+from stasis.process.files.timerfd import Timerfds
 
 __all__ = ["all_kinds"]
 
+KINDS: tuple[type[FileKind], ...] = (RegularFiles, Pipes, Eventfds, Timerfds, Signalfds, Epolls)
 
-def all_kinds() -> list[FileKind]:
-    """New instances, for one dump or one restore."""
-    return [RegularFiles(), Pipes()]
+
+def all_kinds(options: FileOptions) -> list[FileKind]:
+    """New instances, for one check, one dump or one restore."""
+    return [kind(options) for kind in KINDS]

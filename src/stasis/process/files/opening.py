@@ -8,13 +8,17 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from stasis.errors import UnsupportedError
 from stasis.process.files.descriptor import set_owner
+from stasis.process.files.ghosts import Ghosts
 from stasis.process.files.kind import FileKind
 from stasis.process.files.kinds import all_kinds
+from stasis.process.files.options import FileOptions
+from stasis.process.files.regular import open_by_entry
 from stasis.process.files.table import FD_CLOEXEC
 from stasis.process.images.damage import damaged
 from stasis.process.images.imageset import ImageSet
-from stasis.process.images.schema.files import FdTypes, FileEntry, RegFileEntry
+from stasis.process.images.schema.files import FdinfoEntry, FdTypes, FileEntry, RegFileEntry
 
 __all__ = ["FileSet"]
 
@@ -26,11 +30,16 @@ ROOM = 64
 class FileSet:
     """The files of an image set."""
 
-    def __init__(self, images: ImageSet, map_path: Callable[[str], str]) -> None:
+    def __init__(
+        self, images: ImageSet, map_path: Callable[[str], str], options: FileOptions | None = None
+    ) -> None:
         self.images = images
         self.map_path = map_path
         self.state: dict[type[FileKind], dict[int, Any]] = {}
-        self._kinds = {kind.type: kind for kind in all_kinds()}
+        self.tables: dict[int, list[FdinfoEntry]] = {}
+        self._options = options or FileOptions()
+        self._kinds = {kind.type: kind for kind in all_kinds(self._options)}
+        self._ghosts = Ghosts(images, self.move)
         self._made: dict[int, int] = {}
         self.base = ROOM
         self._entries: dict[int, FileEntry] = {entry.id: entry for entry in images.messages("files")}
@@ -59,10 +68,7 @@ class FileSet:
         for entry in self.images.messages("fdinfo", files_id):
             if self.entry(entry.id).type != entry.type:
                 raise damaged(path, 0, f"descriptor {entry.fd} is of another kind than its file")
-            if entry.type not in self._kinds:
-                raise damaged(path, 0, f"descriptor {entry.fd} is of the kind {FdTypes(entry.type).name}, "
-                                       "which is not supported yet")  # fmt: skip
-            self._kinds[entry.type].message_of(self.entry(entry.id))
+            self._kind(self.entry(entry.id)).message_of(self.entry(entry.id))
             if entry.fd in numbers or entry.fd > HIGHEST_FD:
                 raise damaged(path, 0, f"there cannot be a descriptor {entry.fd}")
             numbers.add(entry.fd)
@@ -72,13 +78,40 @@ class FileSet:
 
         In the first process of the tree, before it makes the others: what they share they then inherit.
         """
-        entries = [entry for files_id in tables for entry in self.images.messages("fdinfo", files_id)]
+        self.tables = {files_id: self.images.messages("fdinfo", files_id) for files_id in tables}
+        entries = [entry for table in self.tables.values() for entry in table]
         self.base = max([entry.fd for entry in entries], default=-1) + 1 + ROOM
         for entry in entries:
-            if entry.id not in self._made:
-                self._made[entry.id] = self.move(self._kinds[entry.type].restore(self.entry(entry.id), self))
+            self.open(entry.id)
+        for kind in self._kinds.values():
+            kind.connect(self)
         for kind in self._kinds.values():
             kind.done(self)
+
+    def open(self, number: int) -> int:
+        """Our descriptor for the description of this id, which is made if it is not there yet."""
+        if number not in self._made:
+            entry = self.entry(number)
+            kind = self._kind(entry)
+            inherited = self._options.inherited.get(kind.resource(entry), -1)
+            self._made[number] = self.move(os.dup(inherited) if inherited >= 0 else kind.restore(entry, self))
+        return self._made[number]
+
+    def numbers(self, kind: FdTypes) -> list[int]:
+        """The ids of all files of a kind that were made."""
+        return [number for number in self._made if self.entry(number).type == kind]
+
+    def _kind(self, entry: FileEntry) -> FileKind:
+        if entry.type not in self._kinds:
+            raise UnsupportedError(f"file {entry.id} of the images is of the kind {FdTypes(entry.type).name}, "
+                                   "which is not supported yet")  # fmt: skip
+        return self._kinds[entry.type]
+
+    def open_path(self, number: int, flags: int | None = None) -> int:
+        """A new description of a file that is known by its path, by default as the entry says."""
+        entry = self.regular(number)
+        path = self.map_path(entry.name)
+        return open_by_entry(entry, self._ghosts.path(entry, path) or path, flags)
 
     def move(self, fd: int) -> int:
         """The same description behind all numbers that tables use; `fd` is closed."""
@@ -89,18 +122,20 @@ class FileSet:
     def place(self, files_id: int, kept: Sequence[int]) -> None:
         """Give this process the table, and close all but it and the `kept` descriptors, which were moved."""
         wanted = self.images.messages("fdinfo", files_id)
-        _close_all_but({*kept, *self._made.values(), self.images.fd})
+        self.images.close()  # its number may be one that the table has
+        _close_all_but({*kept, *self._made.values()})
         for entry in wanted:
             os.dup2(self._made[entry.id], entry.fd, inheritable=not entry.flags & FD_CLOEXEC)
         for fd in self._made.values():
             os.close(fd)
-        self.images.close()
 
     def set_owners(self, files_id: int) -> None:
         """Say who gets signals of the descriptions. All processes must be there."""
-        for entry in self.images.messages("fdinfo", files_id):
-            kind = self._kinds[entry.type]
-            set_owner(self._made[entry.id], kind.message_of(self.entry(entry.id)).fown)
+        for number in {entry.id for entry in self.images.messages("fdinfo", files_id)}:
+            entry = self.entry(number)
+            wanted = self._kind(entry).owner(entry, self)
+            if wanted is not None:
+                set_owner(self._made[number], wanted)
 
 
 def _close_all_but(kept: set[int]) -> None:

@@ -8,8 +8,9 @@ import os
 import stat
 
 from stasis.linux.splice import tee
-from stasis.process.files.descriptor import Descriptor, owner
+from stasis.process.files.descriptor import Descriptor, owner, set_flags
 from stasis.process.files.kind import FileKind, Opened, Saving
+from stasis.process.files.options import FileOptions
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry, PipeDataEntry, PipeEntry
 
@@ -18,7 +19,6 @@ __all__ = ["Pipes"]
 # include/uapi/linux/fcntl.h
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
 SPLICE_F_NONBLOCK = 2
-CHANGEABLE = os.O_NONBLOCK | os.O_APPEND | os.O_ASYNC | os.O_DIRECT
 
 
 class Pipes(FileKind):
@@ -27,7 +27,8 @@ class Pipes(FileKind):
     type = FdTypes.PIPE
     field = "pipe"
 
-    def __init__(self) -> None:
+    def __init__(self, options: FileOptions) -> None:
+        super().__init__(options)
         self._dumped: set[int] = set()
 
     def claims(self, descriptor: Descriptor) -> bool:
@@ -51,8 +52,13 @@ class Pipes(FileKind):
         reader, writer = pipes[found.pipe_id]
         is_writer = found.flags & os.O_ACCMODE == os.O_WRONLY
         # A description of its own for each entry: the same pipe opened anew.
-        flags = found.flags & (os.O_ACCMODE | CHANGEABLE)
-        return os.open(f"/proc/self/fd/{writer if is_writer else reader}", flags | os.O_CLOEXEC)
+        flags = found.flags & (os.O_ACCMODE | os.O_DIRECT | os.O_NONBLOCK)
+        fd = os.open(f"/proc/self/fd/{writer if is_writer else reader}", flags | os.O_CLOEXEC)
+        set_flags(fd, found.flags)
+        return fd
+
+    def resource(self, entry: FileEntry) -> str:
+        return f"pipe:[{self.message_of(entry).pipe_id}]"
 
     def done(self, opened: Opened) -> None:
         for pair in opened.state.pop(Pipes, {}).values():

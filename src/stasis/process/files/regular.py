@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import stat
 
+from stasis import units
 from stasis.errors import StateError, UnsupportedError
 from stasis.linux import procfs
 from stasis.process.files.descriptor import Descriptor, owner
-from stasis.process.files.kind import FileKind, Opened, Saving
-from stasis.process.findings import Findings
+from stasis.process.files.ghosts import DELETED, allocated
+from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.images.schema.common import FownEntry
 from stasis.process.images.schema.files import FdTypes, FileEntry, RegFileEntry
 
@@ -40,20 +41,25 @@ class RegularFiles(FileKind):
         device = os.major(descriptor.status.st_rdev), os.minor(descriptor.status.st_rdev)
         return descriptor.kind == stat.S_IFCHR and device in STATELESS_DEVICES
 
-    def check(self, descriptor: Descriptor, findings: Findings) -> None:
-        if descriptor.is_deleted:
-            findings.add(descriptor.pid, descriptor.where, "the file was deleted; deleted files are not supported yet")
-        elif not _is_at(descriptor.pid, descriptor.link, descriptor.status):
-            findings.add(descriptor.pid, descriptor.where, "another file has its name now")
+    def check(self, descriptor: Descriptor, looking: Looking) -> None:
+        reason, option = why_lost(descriptor.pid, descriptor.link, descriptor.status, self.options.ghost_limit)
+        if reason:
+            looking.findings.add(descriptor.pid, descriptor.where, reason, option)
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
-        entry = path_entry(number, descriptor.link, descriptor.status, descriptor.flags)
+        name = current_name(descriptor.pid, descriptor.link, descriptor.status)
+        if descriptor.is_deleted:
+            saving.ghosts.keep(number, f"/proc/{descriptor.pid}/fd/{descriptor.fd}", descriptor.status)
+        entry = path_entry(number, name, descriptor.status, descriptor.flags)
         entry.pos, entry.fown = descriptor.position, owner(fd)
         return FileEntry(type=FdTypes.REG, id=number, reg=entry)
 
+    def resource(self, entry: FileEntry) -> str:
+        return str(self.message_of(entry).name).lstrip("/")
+
     def restore(self, entry: FileEntry, opened: Opened) -> int:
         found = self.message_of(entry)
-        fd = open_by_entry(found, opened.map_path(found.name))
+        fd = opened.open_path(entry.id)
         if found.pos and not stat.S_ISCHR(os.fstat(fd).st_mode):
             os.lseek(fd, found.pos, os.SEEK_SET)
         return fd
@@ -65,6 +71,37 @@ def _is_at(pid: int, link: str, status: os.stat_result) -> bool:
         return os.path.samestat(os.stat(f"/proc/{pid}/root{link}"), status)
     except OSError:
         return False
+
+
+def why_lost(pid: int, link: str, status: os.stat_result, ghost_limit: int) -> tuple[str, str]:
+    """Why a file that is known by its path cannot be found or taken along, and the option for that; "" where it can."""
+    if status.st_nlink == 0:
+        if stat.S_ISREG(status.st_mode) and allocated(status) > ghost_limit:
+            size = units.format_size(allocated(status))
+            option = f"--ghost-limit {allocated(status) // 1024}K"
+            return f"the file was deleted and occupies {size}, more than is taken along", option
+        return "", ""
+    if _is_at(pid, current_name(pid, link, status), status):
+        return "", ""
+    if link.endswith(DELETED):
+        return "the file lost the name it was opened by, and its other names are not in the same directory", ""
+    return "another file has its name now", ""
+
+
+def current_name(pid: int, link: str, status: os.stat_result) -> str:
+    """The path by which a file can be reached; for a deleted one the path it had."""
+    name = link.removesuffix(DELETED) if link.endswith(DELETED) and not _is_at(pid, link, status) else link
+    if status.st_nlink == 0 or name == link:
+        return name
+    directory = os.path.dirname(name)
+    try:
+        with os.scandir(f"/proc/{pid}/root{directory}") as entries:
+            for entry in entries:
+                if entry.inode() == status.st_ino and _is_at(pid, os.path.join(directory, entry.name), status):
+                    return os.path.join(directory, entry.name)
+    except OSError:
+        return name  # the directory is gone, too
+    return name
 
 
 def path_entry(number: int, name: str, status: os.stat_result, flags: int) -> RegFileEntry:

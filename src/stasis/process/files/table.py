@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 from stasis.linux.kcmp import same_file
 from stasis.process.files.descriptor import Descriptor, descriptors, duplicate
+from stasis.process.files.ghosts import GhostWriter
 from stasis.process.files.kind import FileKind
 from stasis.process.files.kinds import all_kinds
-from stasis.process.files.regular import file_of, path_entry
+from stasis.process.files.options import FileOptions
+from stasis.process.files.regular import current_name, file_of, path_entry
 from stasis.process.findings import Findings
 from stasis.process.images.schema.files import FdinfoEntry, FdTypes, FileEntry
 from stasis.process.images.setwriter import ImageSetWriter
@@ -20,15 +22,34 @@ __all__ = ["FD_CLOEXEC", "FileTable", "check_descriptors"]
 FD_CLOEXEC = 1
 
 
-def check_descriptors(pid: int, findings: Findings) -> None:
-    """Note which descriptors of a process cannot be kept."""
-    kinds = all_kinds()
-    for descriptor in descriptors(pid):
-        kind = _kind_of(descriptor, kinds)
+def check_descriptors(pids: Sequence[int], findings: Findings, options: FileOptions | None = None) -> None:
+    """Note which descriptors of the processes of a tree cannot be kept."""
+    _Check(findings, options or FileOptions()).run(pids)
+
+
+class _Check:
+    """One look at all descriptors of a tree."""
+
+    def __init__(self, findings: Findings, options: FileOptions) -> None:
+        self.findings = findings
+        self.descriptors: list[Descriptor] = []
+        self._kinds = all_kinds(options)
+
+    def run(self, pids: Sequence[int]) -> None:
+        for pid in pids:
+            for descriptor in descriptors(pid):
+                self.look_at(descriptor)
+        for kind in self._kinds:
+            kind.check_all(self)
+
+    def look_at(self, descriptor: Descriptor) -> None:
+        """Have the kind that it is of check it."""
+        self.descriptors.append(descriptor)
+        kind = _kind_of(descriptor, self._kinds)
         if kind is None:
-            findings.add(pid, descriptor.where, "this kind of file is not supported yet")
+            self.findings.add(descriptor.pid, descriptor.where, "this kind of file is not supported yet")
         else:
-            kind.check(descriptor, findings)
+            kind.check(descriptor, self)
 
 
 def _kind_of(descriptor: Descriptor, kinds: Sequence[FileKind]) -> FileKind | None:
@@ -38,15 +59,18 @@ def _kind_of(descriptor: Descriptor, kinds: Sequence[FileKind]) -> FileKind | No
 class FileTable:
     """All files of a dump. Ids are counted over all kinds, from 1 on."""
 
-    def __init__(self, out: ImageSetWriter) -> None:
+    def __init__(self, out: ImageSetWriter, options: FileOptions | None = None) -> None:
         self.out = out
-        self._kinds = all_kinds()
+        self.ghosts = GhostWriter(out)
+        self.descriptors: dict[int, list[Descriptor]] = {}
+        self._kinds = all_kinds(options or FileOptions())
         self._last_id = 0
         self._by_path: dict[tuple[int, int, int, str], int] = {}
         self._descriptions: dict[tuple[int, int, str], list[tuple[Descriptor, int, FdTypes]]] = {}
         self._tables: set[int] = set()
 
-    def _new_id(self) -> int:
+    def new_id(self) -> int:
+        """The next id."""
         self._last_id += 1
         return self._last_id
 
@@ -55,20 +79,28 @@ class FileTable:
         name, status = file_of(pid, link)
         key = status.st_dev, status.st_ino, flags, name
         if key not in self._by_path:
-            number = self._by_path[key] = self._new_id()
-            self.out.write("files", FileEntry(type=FdTypes.REG, id=number, reg=path_entry(number, name, status, flags)))
+            number = self._by_path[key] = self.new_id()
+            if status.st_nlink == 0:
+                self.ghosts.keep(number, f"/proc/{pid}/{link}", status)
+            entry = path_entry(number, current_name(pid, name, status), status, flags)
+            self.out.write("files", FileEntry(type=FdTypes.REG, id=number, reg=entry))
         return self._by_path[key]
 
     def dump_descriptors(self, pid: int, files_id: int) -> None:
         """Write the descriptor table `files_id` of a process, unless another process shares it and was here before."""
+        self.descriptors[pid] = descriptors(pid)
         if files_id in self._tables:
             return
         self._tables.add(files_id)
         self.out.image("fdinfo", files_id).begin()
-        for descriptor in descriptors(pid):
+        for descriptor in self.descriptors[pid]:
             number, kind = self._description(descriptor)
             flags = FD_CLOEXEC if descriptor.close_on_exec else 0
             self.out.write("fdinfo", FdinfoEntry(id=number, flags=flags, type=kind, fd=descriptor.fd), number=files_id)
+
+    def number_of(self, descriptor: Descriptor) -> int:
+        """Id of the open file description behind a descriptor, dumped if it is new."""
+        return self._description(descriptor)[0]
 
     def _description(self, descriptor: Descriptor) -> tuple[int, FdTypes]:
         """Id and kind of the open file description behind a descriptor, dumped if it is new."""
@@ -79,12 +111,14 @@ class FileTable:
                 return number, type_
         kind = _kind_of(descriptor, self._kinds)
         assert kind is not None, "check_descriptors found it"
-        number = self._new_id()
+        number = self.new_id()
         fd = duplicate(descriptor)
         try:
-            self.out.write("files", kind.dump(descriptor, fd, number, self))
+            entry = kind.dump(descriptor, fd, number, self)
         finally:
             os.close(fd)
+        if entry is not None:
+            self.out.write("files", entry)
         known.append((descriptor, number, kind.type))
         return number, kind.type
 
