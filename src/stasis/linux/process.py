@@ -13,12 +13,14 @@ __all__ = [
     "boot_id",
     "children",
     "has_open",
+    "is_subreaper",
     "name",
     "open_descriptors",
     "pidfd_open",
     "processes",
     "set_io_flusher",
     "set_parent_death_signal",
+    "set_subreaper",
     "signal_pidfd",
     "start_time",
     "variable",
@@ -26,6 +28,7 @@ __all__ = [
 
 # include/uapi/linux/prctl.h
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 PR_SET_IO_FLUSHER = 57
 
 # proc_pid_stat(5): place among the fields behind the command name, which may hold spaces and parentheses.
@@ -140,3 +143,15 @@ def set_io_flusher() -> None:
     For every process in the path of a kernel block device (since Linux 5.6). EPERM without CAP_SYS_RESOURCE.
     """
     libc.check(_prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0), "prctl(PR_SET_IO_FLUSHER)")
+
+
+def set_subreaper(on: bool) -> None:
+    """Become the parent of descendants that lose theirs, as init is, or stop being it."""
+    libc.check(_prctl(PR_SET_CHILD_SUBREAPER, on, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def is_subreaper() -> bool:
+    """Whether this process is one."""
+    found = ctypes.c_int()
+    libc.check(_prctl(PR_GET_CHILD_SUBREAPER, ctypes.addressof(found), 0, 0, 0), "prctl(PR_GET_CHILD_SUBREAPER)")
+    return bool(found.value)

@@ -15,13 +15,13 @@ from typing import Any
 from stasis.linux import procfs, ptrace
 from stasis.linux.procfs import Mapping
 from stasis.process.dump import mm
-from stasis.process.dump.ids import FIRST_ID, NAMESPACES, ObjectIds, namespace_ids
-from stasis.process.dump.pages import dump_private_pages
-from stasis.process.dump.tasks import ns_pid, task_core, zombie_core
+from stasis.process.dump.checks import check_tree
+from stasis.process.dump.ids import FIRST_ID, ObjectIds, namespace_ids
+from stasis.process.dump.pages import dump_private_pages, dump_shared_pages
+from stasis.process.dump.tasks import task_core, zombie_core
 from stasis.process.dump.threads import thread_core, thread_info
 from stasis.process.files.table import FileTable, check_descriptors
 from stasis.process.findings import Finding, Findings
-from stasis.process.fpu import lost_components
 from stasis.process.guardian import Guardian
 from stasis.process.images.schema.inventory import InventoryEntry
 from stasis.process.images.schema.tasks import CoreEntry, FsEntry, March, PstreeEntry, TaskKobjIdsEntry
@@ -113,53 +113,21 @@ def _let_go(tree: Tree, options: DumpOptions) -> None:
             os.kill(task.pid, signal.SIGKILL)
     for task in tree.tasks:
         for thread in reversed(task.threads):  # the first one's end is told when all others' were asked for
-            _wait_for_end(thread.tid)
+            ptrace.wait_for_end(thread.tid)
         task.threads.clear()
-
-
-def _wait_for_end(tid: int) -> None:
-    try:
-        while ptrace.wait_for_stop(tid).exited is None:
-            ptrace.cont(tid)
-    except (ChildProcessError, ProcessLookupError):
-        return  # it was waited for by its parent, or as a thread with its process
 
 
 def _look(tree: Tree, layouts: dict[int, list[Mapping]]) -> Findings:
     """Everything that cannot be kept; fills in the layouts of the address spaces on the way."""
     findings = Findings()
-    ours = namespace_ids(os.getpid())
+    check_tree(tree, findings)
     for task in tree.tasks:
         if task.is_zombie:
             continue
         layouts[task.pid] = procfs.mappings(task.pid)
         mm.check_mappings(task.pid, layouts[task.pid], findings)
-        _check_task(task, ours, findings)
     check_descriptors([task.pid for task in tree.tasks if not task.is_zombie], findings)
     return findings
-
-
-def _check_task(task: Task, ours: dict[str, int], findings: Findings) -> None:
-    theirs = namespace_ids(task.pid)
-    for name, field_ in NAMESPACES.items():
-        if theirs.get(field_) != ours.get(field_):
-            findings.add(task.pid, f"{name} namespace", "a namespace of its own is not supported yet")
-    fields = procfs.status(task.pid)
-    if fields.get("Seccomp", "0") != "0":
-        findings.add(task.pid, "seccomp", "system call filters are not supported yet")
-    if os.readlink(f"/proc/{task.pid}/root") != "/":
-        findings.add(task.pid, "root directory", "another root directory than ours is not supported yet")
-    for thread in task.threads:
-        for lost in lost_components(ptrace.fpu_state(thread.tid)):
-            findings.add(task.pid, f"thread {thread.tid}", f"images have no place for {lost}")
-    _check_leaders(task, fields, findings)
-
-
-def _check_leaders(task: Task, fields: dict[str, str], findings: Findings) -> None:
-    if task.stat.session == 0 or task.stat.pgrp == 0:
-        findings.add(task.pid, "session", "its session or process group is of another pid namespace")
-    if int(fields["Pid"]) != ns_pid(fields):
-        findings.add(task.pid, "pid", "it is in a pid namespace below ours")
 
 
 class _Dump:
@@ -171,6 +139,7 @@ class _Dump:
         self.warnings: list[str] = []
         self._out, self._journal, self._layouts = out, journal, layouts
         self._ids = ObjectIds()
+        self._shared: set[int] = set()
         self._files = FileTable(out)
 
     def add(self, task: Task) -> None:
@@ -199,6 +168,10 @@ class _Dump:
         self._out.write("mm", mm.mm_entry(remote, task, found, exe), number=task.pid)
         started = time.monotonic()
         self.pages += dump_private_pages(remote, found, self._out)
+        for vma in found:
+            if vma.entry.status & mm.VmaStatus.ANON_SHARED and vma.entry.shmid not in self._shared:
+                self._shared.add(vma.entry.shmid)
+                self.pages += dump_shared_pages(task.pid, vma, self._out)
         self.pages_seconds += time.monotonic() - started
 
     def _cores(self, remote: Remote, task: Task, ids: TaskKobjIdsEntry) -> None:

@@ -8,9 +8,11 @@ cannot read, they are read through /proc/PID/mem.
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from stasis.errors import StasisError
 from stasis.linux import procfs
 from stasis.linux.pagemap import PageScanner
 from stasis.process.dump.mm import Vma, VmaStatus
@@ -45,16 +47,44 @@ def dump_private_pages(remote: Remote, found: Sequence[Vma], out: ImageSetWriter
         return to.pages
 
 
-def dump_shared_pages(remote: Remote, vma: Vma, size: int, out: ImageSetWriter) -> int:
-    """Write shared memory that is no file's, once for all tasks; addresses count from its start. Returns pages."""
-    with (
-        PageScanner(remote.pid) as scanner,
-        PagemapWriter(out, vma.entry.shmid, "pagemap-shmem") as pagemap,
-        _Sink(remote, out, pagemap, vma.entry.start - vma.entry.pgoff) as to,
-    ):
-        end = min(vma.entry.end, vma.entry.start + size - vma.entry.pgoff)
-        to.write(scanner.own_pages(vma.entry.start, end, shared=True), readable=bool(vma.entry.prot & PROT_READ))
-        return to.pages
+def dump_shared_pages(pid: int, vma: Vma, out: ImageSetWriter) -> int:
+    """Write shared memory that is no file's, once for all tasks; addresses count from its start. Returns pages.
+
+    From the memory itself, not through a task's page tables: they do not know what only another task has touched.
+    """
+    fd = os.open(f"/proc/{pid}/map_files/{vma.entry.start:x}-{vma.entry.end:x}", os.O_RDONLY | os.O_CLOEXEC)
+    pages = 0
+    try:
+        with PagemapWriter(out, vma.entry.shmid, "pagemap-shmem") as pagemap:
+            for start, end in data_segments(fd):
+                pagemap.add(start, (end - start) // PAGE, PE_PRESENT)
+                pages += (end - start) // PAGE
+                _send(fd, pagemap.fd, start, end)
+    finally:
+        os.close(fd)
+    return pages
+
+
+def data_segments(fd: int) -> Iterator[Run]:
+    """(start, end) of what is not a hole, in whole pages."""
+    position = 0
+    while True:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # no data behind
+        position = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, -(-position // PAGE) * PAGE
+
+
+def _send(source: int, target: int, start: int, end: int) -> None:
+    while start < end:
+        sent = os.sendfile(target, source, start, end - start)
+        if not sent:
+            raise StasisError("shared memory became smaller while it was read")
+        start += sent
 
 
 def _own_runs(scanner: PageScanner, vma: Vma) -> Iterable[Run]:

@@ -14,15 +14,21 @@ from typing import Any
 from stasis.errors import StasisError
 from stasis.linux import procfs, ptrace
 from stasis.process.files.opening import FileSet
+from stasis.process.guardian import Guardian
 from stasis.process.images.imageset import ImageSet
+from stasis.process.journal import Journal
 from stasis.process.remote import Remote
+from stasis.process.restore.crew import Roll, adopting
 from stasis.process.restore.memory import replace_memory
 from stasis.process.restore.plan import TaskPlan, read_tree
 from stasis.process.restore.spawn import Ready, spawn
-from stasis.process.restore.tasks import arm_timers, give_process_state
+from stasis.process.restore.tasks import arm_timers, give_process_state, make_timers, set_dumpable
 from stasis.process.restore.threads import give_state, make_threads
+from stasis.process.tree import TaskState
 
 __all__ = ["RestoreOptions", "RestoreResult", "restore"]
+
+OPTIONS = ptrace.PTRACE_O_TRACESYSGOOD
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +83,27 @@ def _mapper(map_paths: dict[str, str]) -> Callable[[str], str]:
 
 
 def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> None:
-    ready = spawn(root, files)
     living = [plan for plan in root.walk() if not plan.is_zombie]
-    try:
-        for plan in living:
-            _seize(plan.pid)
-        for plan in living:
-            _become(plan, ready[plan.pid], chain)
-        for plan in living:
-            _let_go(plan)
-    except BaseException as error:
-        _end(living)
-        if isinstance(error, OSError):
-            raise StasisError(f"the restore failed: {error.strerror or error}", errno=error.errno or 0) from error
-        raise
+    roll = Roll()
+    with Guardian(Journal(), roll.end), adopting() as end_all:
+        try:
+            ready = spawn(root, files, chain)
+            roll.enter(plan.pid for plan in living)
+            for plan in living:
+                _seize(plan.pid)
+            for plan in living:
+                _become(plan, ready[plan.pid], chain)
+            _let_go(living, roll)
+        except BaseException as error:
+            _end(living)
+            end_all()
+            if isinstance(error, OSError):
+                raise StasisError(f"the restore failed: {error.strerror or error}", errno=error.errno or 0) from error
+            raise
 
 
 def _seize(pid: int) -> None:
-    ptrace.seize(pid)
+    ptrace.seize(pid, OPTIONS | ptrace.PTRACE_O_EXITKILL)
     ptrace.interrupt(pid)
     stop = ptrace.wait_for_stop(pid)
     if stop.exited is not None:
@@ -108,26 +117,34 @@ def _become(plan: TaskPlan, ready: Ready, chain: list[ImageSet]) -> None:
     assert task is not None
     with Remote(plan.pid, procfs.mappings(plan.pid, flags=False), avoid=plan.mm.vmas) as remote:
         replace_memory(remote, plan.mm, ready, chain)
-        give_process_state(remote, task, plan.mm)
+        give_process_state(remote, task)
         make_threads(remote, [tid for tid in plan.entry.threads if tid != plan.pid])
+        make_timers(remote, task)
         for tid, core in plan.cores.items():
             give_state(remote, tid, core)
+        set_dumpable(remote, plan.mm)
         remote.leader.signal_mask = task.blk_sigset
         arm_timers(remote, task)
 
 
-def _let_go(plan: TaskPlan) -> None:
-    task = plan.core.tc
-    if task is not None and task.stop_signo:
-        os.kill(plan.pid, signal.SIGSTOP)
-    for tid in plan.cores:
-        ptrace.detach(tid)
+def _let_go(living: list[TaskPlan], roll: Roll) -> None:
+    """All at once, as far as that goes: up to here they end with us, from here on without us they live."""
+    for plan in living:
+        task = plan.core.tc
+        if task is not None and task.task_state == TaskState.STOPPED:
+            os.kill(plan.pid, signal.SIGSTOP)
+        ptrace.set_options(plan.pid, OPTIONS)
+    roll.clear()
+    for plan in living:
+        for tid in plan.cores:
+            ptrace.detach(tid)
 
 
 def _end(living: list[TaskPlan]) -> None:
-    for plan in reversed(living):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(plan.pid, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):
-        while ptrace.wait_for_stop(living[0].pid).exited is None:
-            pass
+    """End those that we trace already; all their threads have to be waited for."""
+    for plan in living:
+        for tid in reversed(plan.cores):
+            with contextlib.suppress(ChildProcessError, ProcessLookupError):
+                ptrace.poll_stop(tid)  # fails where it is not ours
+                os.kill(plan.pid, signal.SIGKILL)
+                ptrace.wait_for_end(tid)

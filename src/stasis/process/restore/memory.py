@@ -82,6 +82,8 @@ def _map(remote: Remote, vma: VmaEntry, ready: Ready) -> None:
     fd = -1
     if vma.status & FROM_FILE:
         fd = ready.file_fd[vma.shmid, vma.fdflags or 0]
+    elif vma.status & VmaStatus.ANON_SHARED:
+        fd = ready.shared_fd[vma.shmid]
     flags = (vma.flags & ~(LOCKED | MAP_ANONYMOUS)) | MAP_FIXED_NOREPLACE | (MAP_ANONYMOUS if fd < 0 else 0)
     protection = vma.prot if vma.flags & MAP_SHARED else vma.prot | PROT_WRITE
     remote.call("mmap", vma.start, vma.end - vma.start, protection, flags, fd, vma.pgoff if fd >= 0 else 0)

@@ -19,8 +19,8 @@ __all__ = ["TaskPlan", "read_tree"]
 PAGE = 4096
 USER_END = 1 << 47
 SUPPORTED_VMAS = (
-    VmaStatus.ANON_PRIVATE | VmaStatus.FILE_PRIVATE | VmaStatus.FILE_SHARED | VmaStatus.VDSO | VmaStatus.VVAR
-    | VmaStatus.VSYSCALL
+    VmaStatus.ANON_PRIVATE | VmaStatus.ANON_SHARED | VmaStatus.FILE_PRIVATE | VmaStatus.FILE_SHARED | VmaStatus.VDSO
+    | VmaStatus.VVAR | VmaStatus.VSYSCALL
 )  # fmt: skip
 
 

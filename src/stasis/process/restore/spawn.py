@@ -2,11 +2,14 @@
 """Making the processes of a tree: each one a child of its parent, with its pid, session, files and directories.
 
 Every process is this program still, up to the moment in which the restorer seizes it and replaces its memory. What has
-to be done by the process itself and can be done in Python is done here; then it waits.
+to be done by the process itself and can be done in Python is done here; then it waits. There are three stages (see
+`crew.py`): all are made, and lead their sessions and groups; all have joined their groups; all are ready. Helpers
+stand in for leaders that are dead until the groups are joined.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,6 +17,10 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from stasis.errors import BusyError, PermissionDeniedError, StasisError, UnsupportedError
@@ -21,12 +28,15 @@ from stasis.linux import process
 from stasis.linux.clone3 import fork_as
 from stasis.process.dump.mm import VmaStatus
 from stasis.process.files.opening import FileSet
-from stasis.process.files.regular import open_by_entry
+from stasis.process.images import ImageSet
+from stasis.process.restore.crew import LARGEST_REPORT, Gate, collect, live_with
 from stasis.process.restore.plan import TaskPlan
+from stasis.process.restore.shared import make_shared
 
 __all__ = ["Ready", "spawn"]
 
-LARGEST_REPORT = 1 << 20
+STAGES = ("made", "joined")
+"""Behind each one is a gate."""
 
 
 class Ready:
@@ -36,46 +46,128 @@ class Ready:
         self.pid = int(report["pid"])
         self.report_fd = int(report["report"])
         self.file_fd = {(int(number), int(flags)): int(fd) for number, flags, fd in report["files"]}
+        self.shared_fd = {int(number): int(fd) for number, fd in report["shared"]}
 
     @property
     def fds(self) -> list[int]:
         """All of them, to be closed in the end."""
-        return [*self.file_fd.values(), self.report_fd]
+        return [*self.file_fd.values(), *self.shared_fd.values(), self.report_fd]
 
 
-def spawn(root: TaskPlan, files: FileSet) -> dict[int, Ready]:
-    """Make all processes, the root as a child of ours; what each told, by pid. Zombies end at once.
+def spawn(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> dict[int, Ready]:
+    """Make all processes, the root as a child of ours; what each told, by pid. Zombies have ended.
 
-    Raises StasisError; then none of them is left.
+    To be called within `adopting`. Raises StasisError; the processes made so far are there still.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for sock in (ours, theirs):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REPORT)
-    pid = _fork(root.pid)
-    if pid == 0:
-        ours.close()
-        _live(root, files, theirs, frozenset(plan.pid for plan in root.walk()), is_root=True)
-    theirs.close()
-    with ours:
+    gates = {stage: Gate() for stage in STAGES}
+    crew = _Crew(root, files, chain, theirs, gates, frozenset(plan.pid for plan in root.walk()))
+    with ours, ExitStack() as cleanup:
+        for gate in gates.values():
+            cleanup.callback(gate.close)
+        helper = _make_root(crew, ours)
+        theirs.close()
+        for stage, gate in gates.items():
+            gate.open(len(collect(ours, helper or root.pid, stage)))
+        if helper:
+            os.waitpid(helper, 0)
+        found = [Ready(report) for report in collect(ours, helper or root.pid, "ready") if "files" in report]
+    return {ready.pid: ready for ready in found}
+
+
+def _make_root(crew: _Crew, ours: socket.socket) -> int:
+    """The first process: in its session, whose leader a helper plays where its pid is free; else in ours."""
+    root = crew.root
+    maker = _Maker(crew, close=lambda: _leave(crew, ours))
+    if root.entry.sid not in (root.pid, os.getsid(0)):
         try:
-            return _collect(ours, sum(not plan.is_zombie for plan in root.walk()))
-        except BaseException:
-            os.kill(pid, signal.SIGKILL)  # its children die with it, see _live
-            os.waitpid(pid, 0)
+            return maker.helper_of(root.entry.sid, [root])
+        except BusyError:
+            crew.is_guest = True  # the leader lives, outside of the tree, or the session has other members
+    maker.child(root)
+    return 0
+
+
+def _leave(crew: _Crew, ours: socket.socket) -> None:
+    """In a process that the restorer made: keep nothing that is the restorer's."""
+    ours.close()
+    for gate in crew.gates.values():
+        gate.leave()
+
+
+@dataclass
+class _Crew:
+    """What all processes know of each other. `is_guest`: the tree is in the session of the one who restores it."""
+
+    root: TaskPlan
+    files: FileSet
+    chain: list[ImageSet]
+    sock: socket.socket
+    gates: dict[str, Gate]
+    pids: frozenset[int]
+    is_guest: bool = False
+    shared_fd: dict[int, int] = field(default_factory=dict)
+
+    def report(self, **fields: Any) -> None:
+        self.sock.send(json.dumps(fields).encode())
+
+    def stage(self, name: str, made: list[int]) -> None:
+        """Tell that this process has come so far and which it has made, and wait for all others."""
+        self.report(stage=name, pid=os.getpid(), made=made)
+        self.gates[name].wait()
+
+
+class _Maker:
+    """Makes children of this process, and notes them. `close` is called in each."""
+
+    def __init__(self, crew: _Crew, close: Callable[[], None] = lambda: None) -> None:
+        self.crew = crew
+        self.made: list[int] = []
+        self.helpers: list[int] = []
+        self._close = close
+
+    def child(self, plan: TaskPlan) -> None:
+        """A process of the tree."""
+        parent = os.getpid()
+        self.made.append(plan.pid)
+        if _fork(plan.pid) == 0:
+            self._close()
+            _run(plan, self.crew, lambda: _live(plan, self.crew, parent, parent))
+
+    def helper_of(self, sid: int, plans: list[TaskPlan]) -> int:
+        """Processes whose session has lost its leader: children of a helper in its place, and ours when it ends."""
+        parent = os.getpid()
+        self.made.append(sid)
+        process.set_subreaper(True)
+        if (pid := _fork(sid)) == 0:
+            self._close()
+            _run(plans[0], self.crew, lambda: _lead_session(plans, self.crew, parent))
+        self.helpers.append(pid)
+        return pid
+
+    def helper_for_group(self, plan: TaskPlan) -> None:
+        """A leader for the group of this process, whose own is dead. It is left alone where the group lives on."""
+        parent, pgid = os.getpid(), plan.entry.pgid
+        with contextlib.suppress(PermissionError):
+            os.setpgid(0, pgid)
+            return
+        try:
+            if (pid := _fork(pgid)) == 0:
+                _run(plan, self.crew, lambda: _lead_group(self.crew, parent))
+        except BusyError:
+            if self.crew.is_guest:
+                return
             raise
+        self.made.append(pid)
+        self.helpers.append(pid)
 
-
-def _collect(sock: socket.socket, count: int) -> dict[int, Ready]:
-    found: dict[int, Ready] = {}
-    while len(found) < count:
-        message = sock.recv(LARGEST_REPORT)
-        if not message:
-            raise StasisError("a process ended before it was restored")
-        report = json.loads(message)
-        if "error" in report:
-            raise StasisError.from_dict(report)
-        found[int(report["pid"])] = Ready(report)
-    return found
+    def dismiss(self) -> None:
+        """Wait for the helpers' end."""
+        for pid in self.helpers:
+            os.waitpid(pid, 0)
+        process.set_subreaper(False)
 
 
 def _fork(pid: int) -> int:
@@ -83,7 +175,8 @@ def _fork(pid: int) -> int:
         return fork_as(pid)
     except OSError as error:
         if error.errno == errno.EEXIST:
-            raise BusyError(f"the pid {pid} is taken by {process.name(pid)}", errno=errno.EEXIST,
+            who = process.name(pid) if os.path.exists(f"/proc/{pid}") else "a session or process group of others"
+            raise BusyError(f"the pid {pid} is taken by {who}", errno=errno.EEXIST,
                             hint="end that process, or restore where the pid is free") from error  # fmt: skip
         if error.errno == errno.EPERM:
             raise PermissionDeniedError(
@@ -92,40 +185,132 @@ def _fork(pid: int) -> int:
         raise UnsupportedError(f"the pid {pid} cannot be given: {error.strerror}", errno=error.errno or 0) from error
 
 
-def _live(
-    plan: TaskPlan, files: FileSet, report: socket.socket, pids: frozenset[int], *, is_root: bool
-) -> NoReturn:
-    """A process of the tree, until it is seized. Never returns."""
+def _run(plan: TaskPlan, crew: _Crew, life: Callable[[], None]) -> NoReturn:
+    """The life of a process that we made. What goes wrong is told to the restorer."""
     try:
-        process.set_parent_death_signal(signal.SIGKILL)  # taken back when it is restored
-        if is_root:
-            files.open_all(sorted({one.ids.files_id for one in plan.walk() if one.ids is not None}))
-        if plan.entry.sid == plan.pid and os.getsid(0) != plan.pid:
-            os.setsid()
-        report = socket.socket(fileno=files.move(report.detach()))
-        for child in plan.children:
-            if _fork(child.pid) == 0:
-                _live(child, files, report, pids, is_root=False)
-        if plan.is_zombie:
-            _end_as(plan)
-        told = _prepare(plan, files, report.fileno(), pids)
-        report.send(json.dumps(told).encode())
-        while True:
-            signal.pause()
+        life()
     except StasisError as error:
-        report.send(json.dumps({"message": str(error), **error.as_dict()}).encode())
+        crew.report(**{"message": str(error), **error.as_dict()})
     except OSError as error:
-        failed = StasisError(f"process {plan.pid} cannot be made: {error}", errno=error.errno or 0)
-        report.send(json.dumps(failed.as_dict()).encode())
+        crew.report(**StasisError(f"process {plan.pid} cannot be made: {error}", errno=error.errno or 0).as_dict())
     except BaseException as error:  # told and ended: there is nobody to raise it to
         print(f"stasis: {error!r} in the making of process {plan.pid}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _lead_session(plans: list[TaskPlan], crew: _Crew, parent: int) -> None:
+    """A helper's life in place of a session's leader."""
+    live_with(parent, parent)
+    os.setsid()
+    me = os.getpid()
+    maker = _Maker(crew)
+    for plan in plans:
+        maker.made.append(plan.pid)
+        if _fork(plan.pid) == 0:
+            _run(plan, crew, lambda: _live(plan, crew, parent, me))  # noqa: B023
+    crew.stage("made", maker.made)
+    crew.stage("joined", maker.made)
+    crew.report(stage="ready", pid=os.getpid(), made=maker.made)
+    os._exit(0)
+
+
+def _lead_group(crew: _Crew, parent: int) -> None:
+    """A helper's life in place of a group's leader."""
+    live_with(parent, parent)
+    os.setpgid(0, 0)
+    crew.stage("made", [])
+    crew.stage("joined", [])
+    crew.report(stage="ready", pid=os.getpid(), made=[])
+    os._exit(0)
+
+
+def _live(plan: TaskPlan, crew: _Crew, parent: int, maker_pid: int) -> None:
+    """A process of the tree, until it is seized; never returns. `maker_pid` is that of a helper where one stands in for
+    the leader of its session."""
+    if parent == maker_pid:
+        live_with(parent, parent)
+    if plan is crew.root:
+        _open_everything(crew)
+    _move_up(crew)
+    maker = _Maker(crew)
+    _make_children(plan, maker)
+    crew.stage("made", maker.made)
+    _join_group(plan.entry.pgid, crew)
+    crew.stage("joined", maker.made)
+    maker.dismiss()
+    live_with(parent, maker_pid)
+    if plan.is_zombie:
+        crew.report(stage="ready", pid=os.getpid(), made=maker.made)
+        _end_as(plan)
+    for child in plan.children:
+        if child.is_zombie:  # its signal is to come before we are seized, when it is ignored still
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    crew.report(**_prepare(plan, crew), stage="ready", made=maker.made)
+    while True:
+        signal.pause()
+
+
+def _move_up(crew: _Crew) -> None:
+    """Have our descriptors where they are in nobody's way."""
+    crew.sock = socket.socket(fileno=crew.files.move(crew.sock.detach()))
+    for gate in crew.gates.values():
+        gate.reader = crew.files.move(gate.reader)
+
+
+def _join_group(pgid: int, crew: _Crew) -> None:
+    if os.getpgid(0) == pgid:
+        return
+    try:
+        os.setpgid(0, pgid)
+    except PermissionError:
+        if not crew.is_guest:
+            raise
+
+
+def _open_everything(crew: _Crew) -> None:
+    """What processes share is opened by the first one, and inherited by the others."""
+    crew.files.open_all(sorted({one.ids.files_id for one in crew.root.walk() if one.ids is not None}))
+    crew.shared_fd = {
+        number: crew.files.move(fd) for number, fd in make_shared(list(crew.root.walk()), crew.chain).items()
+    }
+
+
+def _make_children(plan: TaskPlan, maker: _Maker) -> None:
+    """Those that were born before this process made its own session come first."""
+    born_in = os.getsid(0)
+    mine = plan.pid if plan.entry.sid == plan.pid else born_in
+    orphans: dict[int, list[TaskPlan]] = {}
+    for child in plan.children:
+        if child.entry.sid == born_in != mine:
+            maker.child(child)
+    if mine != born_in:
+        os.setsid()
+    elif plan.entry.pgid == plan.pid:
+        os.setpgid(0, 0)
+    for child in plan.children:
+        if child.entry.sid in (mine, child.pid) or (maker.crew.is_guest and child.entry.sid == plan.entry.sid):
+            maker.child(child)
+        elif child.entry.sid != born_in:
+            orphans.setdefault(child.entry.sid, []).append(child)
+    for sid, children in orphans.items():
+        maker.helper_of(sid, children)
+    if _is_first_of_dead_group(plan, maker.crew):
+        maker.helper_for_group(plan)
+
+
+def _is_first_of_dead_group(plan: TaskPlan, crew: _Crew) -> bool:
+    pgid = plan.entry.pgid
+    if pgid in crew.pids or pgid in (os.getpgid(0), os.getsid(0)):
+        return False
+    return next(one for one in crew.root.walk() if one.entry.pgid == pgid) is plan
 
 
 def _end_as(plan: TaskPlan) -> NoReturn:
     """End as a zombie did, with its status."""
     task = plan.core.tc
     status = 0 if task is None else task.exit_code
+    Path("/proc/self/comm").write_text((task.comm if task else "")[:15])
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if number := status & 0x7F:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if number != signal.SIGKILL:
@@ -134,18 +319,24 @@ def _end_as(plan: TaskPlan) -> NoReturn:
     os._exit(status >> 8 & 0xFF)
 
 
-def _prepare(plan: TaskPlan, files: FileSet, report: int, pids: frozenset[int]) -> dict[str, Any]:
+def _prepare(plan: TaskPlan, crew: _Crew) -> dict[str, Any]:
     assert plan.fs is not None
     assert plan.ids is not None
     assert plan.mm is not None
-    if plan.entry.pgid != os.getpgid(0) and plan.entry.pgid in pids:
-        os.setpgid(0, plan.entry.pgid)
+    files, report = crew.files, crew.sock.fileno()
     os.umask(plan.fs.umask or 0)
     os.chdir(files.map_path(files.file_name(plan.fs.cwd_id)))
     mapped = _open_mapped(plan, files)
+    shared = _shared_of(plan, crew)
     files.set_owners(plan.ids.files_id)
-    files.place(plan.ids.files_id, [report, *(fd for _, _, fd in mapped)])
-    return {"pid": os.getpid(), "report": report, "files": mapped}
+    files.place(plan.ids.files_id, [report, *(fd for _, _, fd in mapped), *shared.values()])
+    return {"pid": os.getpid(), "report": report, "files": mapped, "shared": list(shared.items())}
+
+
+def _shared_of(plan: TaskPlan, crew: _Crew) -> dict[int, int]:
+    assert plan.mm is not None
+    used = {vma.shmid for vma in plan.mm.vmas if vma.status & VmaStatus.ANON_SHARED}
+    return {number: fd for number, fd in crew.shared_fd.items() if number in used}
 
 
 def _open_mapped(plan: TaskPlan, files: FileSet) -> list[tuple[int, int, int]]:
@@ -156,6 +347,5 @@ def _open_mapped(plan: TaskPlan, files: FileSet) -> list[tuple[int, int, int]]:
     wanted.add((plan.mm.exe_file_id, os.O_RDONLY))
     found = []
     for number, flags in sorted(wanted):
-        entry = files.regular(number)
-        found.append((number, flags, files.move(open_by_entry(entry, files.map_path(entry.name), flags))))
+        found.append((number, flags, files.move(files.open_path(number, flags))))
     return found

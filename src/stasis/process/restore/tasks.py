@@ -15,7 +15,7 @@ from stasis.process.images.schema.memory import MmEntry
 from stasis.process.images.schema.tasks import ItimerEntry, PosixTimerEntry, TaskCoreEntry
 from stasis.process.remote import Remote
 
-__all__ = ["arm_timers", "give_process_state"]
+__all__ = ["arm_timers", "give_process_state", "make_timers", "set_dumpable"]
 
 # include/uapi/linux/prctl.h
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_TIMER_CREATE_RESTORE_IDS = 4, 36, 77
@@ -23,24 +23,31 @@ SIGEVENT = struct.Struct("<QiiI44x")  # struct sigevent: value, signal, notify, 
 MOST_TIMER_IDS = 4096
 
 
-def give_process_state(remote: Remote, task: TaskCoreEntry, mm: MmEntry) -> None:
-    """All but running timers."""
+def give_process_state(remote: Remote, task: TaskCoreEntry) -> None:
+    """All but what needs its threads."""
     for number, wanted in zip(SIGNALS, task.sigactions, strict=False):
         action = ACTION.pack(wanted.sigaction, wanted.flags, wanted.restorer, wanted.mask)
         remote.call("rt_sigaction", number, remote.put(action), 0, 8)
     for siginfo in task.signals_s.signals if task.signals_s else ():
         number = struct.unpack_from("<i", siginfo.siginfo)[0]
         remote.call("rt_sigqueueinfo", remote.pid, number, remote.put(siginfo.siginfo))
-    if task.timers is not None:
-        for timer in task.timers.posix:
-            _make_timer(remote, timer)
     if task.child_subreaper:
         remote.call("prctl", PR_SET_CHILD_SUBREAPER, 1)
-    if mm.dumpable in (0, 1):
-        remote.call("prctl", PR_SET_DUMPABLE, mm.dumpable)
     if task.personality != int(procfs.read(remote.pid, "personality"), 16):
         remote.call("personality", task.personality)
     _limit(remote.pid, task)
+
+
+def make_timers(remote: Remote, task: TaskCoreEntry) -> None:
+    """The POSIX timers, which may be for threads; none runs yet."""
+    for timer in task.timers.posix if task.timers is not None else ():
+        _make_timer(remote, timer)
+
+
+def set_dumpable(remote: Remote, mm: MmEntry) -> None:
+    """Once the credentials are there, which take it away (commit_creds())."""
+    if mm.dumpable in (0, 1):
+        remote.call("prctl", PR_SET_DUMPABLE, mm.dumpable)
 
 
 def _limit(pid: int, task: TaskCoreEntry) -> None:
@@ -56,7 +63,16 @@ def _limit(pid: int, task: TaskCoreEntry) -> None:
     if task.oom_score_adj is not None:
         path = Path(f"/proc/{pid}/oom_score_adj")
         if int(path.read_text()) != task.oom_score_adj:
-            path.write_text(str(task.oom_score_adj))
+            _set_oom_score(path, pid, task.oom_score_adj)
+
+
+def _set_oom_score(path: Path, pid: int, score: int) -> None:
+    try:
+        path.write_text(str(score))
+    except PermissionError as error:
+        raise PermissionDeniedError(
+            f"process {pid} had the lower oom_score_adj {score}, which needs CAP_SYS_RESOURCE", hint="run as root"
+        ) from error
 
 
 def _signed(value: int) -> int:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a stopped tree cannot be kept, apart from its memory's layout and its files."""
+
+from __future__ import annotations
+
+import os
+
+from stasis.linux import procfs, ptrace
+from stasis.linux.kcmp import Kcmp, compare
+from stasis.process.dump.ids import NAMESPACES, namespace_ids
+from stasis.process.dump.tasks import ns_pid
+from stasis.process.findings import Findings
+from stasis.process.fpu import lost_components
+from stasis.process.kinship import Kin, unmakeable
+from stasis.process.tree import Task, Tree
+
+__all__ = ["check_tree"]
+
+OBJECTS = {Kcmp.VM: "address space", Kcmp.FILES: "descriptor table", Kcmp.FS: "working directory",
+           Kcmp.SIGHAND: "signal handlers"}  # fmt: skip
+USER_CS = 0x33  # arch/x86/include/asm/segment.h, __USER_CS
+
+
+def check_tree(tree: Tree, findings: Findings) -> None:
+    """Note all of it."""
+    ours = namespace_ids(os.getpid())
+    living = [task for task in tree.tasks if not task.is_zombie]
+    for task in tree.tasks:
+        if task.is_zombie:
+            _check_dead(task, findings)
+    for task in living:
+        _check_task(task, ours, findings)
+        _check_threads(task, findings)
+    for number, task in enumerate(living):
+        _check_sharing(living[:number], task, findings)
+    for pid, reason in unmakeable(_kin(tree.root)):
+        findings.add(pid, "session", reason)
+
+
+def _check_dead(task: Task, findings: Findings) -> None:
+    if len(procfs.threads(task.pid)) > 1:
+        findings.add(task.pid, "threads", "the first one has ended while others run, which no image can say")
+
+
+def _check_task(task: Task, ours: dict[str, int], findings: Findings) -> None:
+    theirs = namespace_ids(task.pid)
+    for name, field in NAMESPACES.items():
+        if theirs.get(field) != ours.get(field):
+            findings.add(task.pid, f"{name} namespace", "a namespace of its own is not supported yet")
+    fields = procfs.status(task.pid)
+    if os.readlink(f"/proc/{task.pid}/root") != "/":
+        findings.add(task.pid, "root directory", "another root directory than ours is not supported yet")
+    if task.stat.session == 0 or task.stat.pgrp == 0:
+        findings.add(task.pid, "session", "its session or process group is of another pid namespace")
+    if int(fields["Pid"]) != ns_pid(fields):
+        findings.add(task.pid, "pid", "it is in a pid namespace below ours")
+
+
+def _check_threads(task: Task, findings: Findings) -> None:
+    for thread in task.threads:
+        where = f"thread {thread.tid}"
+        if procfs.status(task.pid, thread.tid).get("Seccomp", "0") != "0":
+            findings.add(task.pid, "seccomp", "system call filters are not supported yet")
+        if ptrace.registers(thread.tid).cs != USER_CS:
+            findings.add(task.pid, where, "it runs 32 bit code, which is not supported")
+        for lost in lost_components(ptrace.fpu_state(thread.tid)):
+            findings.add(task.pid, where, f"images have no place for {lost}")
+        for kind in (Kcmp.FILES, Kcmp.FS):
+            if thread.tid != task.pid and compare(kind, task.pid, thread.tid):
+                findings.add(task.pid, where, f"it has another {OBJECTS[kind]} than its process")
+
+
+def _check_sharing(before: list[Task], task: Task, findings: Findings) -> None:
+    for kind, name in OBJECTS.items():
+        other = next((one for one in before if compare(kind, one.pid, task.pid) == 0), None)
+        if other is not None:
+            findings.add(task.pid, name, f"it is shared with process {other.pid}, which is not supported yet")
+
+
+def _kin(task: Task) -> Kin:
+    return Kin(task.pid, task.stat.session, task.stat.pgrp, [_kin(child) for child in task.children])

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a restore while they are made: they report to the restorer, and wait for each other.
+
+Each one reports once per stage and then waits until all have. How many there are is known when every one has told how
+many it made. Nobody outlives the restorer: parents take their children with them, and what the kernel hands to a new
+parent meanwhile comes to the restorer, which is a subreaper for that time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from stasis.errors import StasisError
+from stasis.linux import process, procfs
+
+__all__ = ["LARGEST_REPORT", "Gate", "Roll", "adopting", "collect", "live_with"]
+
+LARGEST_REPORT = 1 << 20
+PATIENCE = 120.0
+"""Seconds without any report after which a restore is given up."""
+PAUSE = 0.001
+MOST_PIDS = 1 << 16
+
+
+def collect(sock: socket.socket, first: int, stage: str) -> list[dict[str, Any]]:
+    """Reports of a stage from the first process and all below it. StasisError where one tells of an error, or ended."""
+    found: dict[int, dict[str, Any]] = {}
+    expected = {first}
+    sock.settimeout(PATIENCE)
+    while expected - found.keys():
+        try:
+            message = sock.recv(LARGEST_REPORT)
+        except TimeoutError as error:
+            raise StasisError("a process of the restore does not get ready") from error
+        if not message:
+            raise StasisError("a process ended before it was restored")
+        report = json.loads(message)
+        if "error" in report:
+            raise StasisError.from_dict(report)
+        assert report["stage"] == stage
+        expected.update(report["made"])
+        found[report["pid"]] = report
+    return list(found.values())
+
+
+class Gate:
+    """Where processes wait for each other. Each has a gate of its own per stage: a byte in the pipe for everyone."""
+
+    def __init__(self) -> None:
+        self.reader, self._writer = os.pipe()
+
+    def open(self, count: int) -> None:
+        """In the restorer: let all go on."""
+        for _ in range(count):
+            os.write(self._writer, b"g")
+        self.close()
+
+    def leave(self) -> None:
+        """In a process: this end is the restorer's."""
+        os.close(self._writer)
+
+    def close(self) -> None:
+        """In the restorer: who waits still ends. May be called again."""
+        if self._writer >= 0:
+            os.close(self.reader)
+            os.close(self._writer)
+            self._writer = -1
+
+    def wait(self) -> None:
+        """Go on when the gate is opened. Does not return where the restorer is gone."""
+        if not os.read(self.reader, 1):
+            os._exit(1)
+        os.close(self.reader)
+
+
+def live_with(parent: int, until_then: int) -> None:
+    """End when `parent` does. Whoever has another parent, `until_then`, waits until it is handed on to this one."""
+    while os.getppid() == until_then != parent:
+        time.sleep(PAUSE)
+    process.set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before it was our parent
+
+
+class Roll:
+    """The processes that a guardian ends if the restorer dies: memory that it shares with it."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 4 * MOST_PIDS)
+        self._pids = (ctypes.c_int32 * MOST_PIDS).from_buffer(self._memory)
+
+    def enter(self, pids: Iterable[int]) -> None:
+        """They are ours from here on."""
+        for number, pid in enumerate(list(pids)[:MOST_PIDS]):
+            self._pids[number] = pid
+
+    def clear(self) -> None:
+        """They are on their own."""
+        self._pids[0] = 0
+
+    def end(self) -> None:
+        """Kill them all, the last one first."""
+        if self._pids[0]:
+            for pid in reversed([pid for pid in self._pids if pid]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def adopting() -> Iterator[Callable[[], None]]:
+    """Be the one whom orphans come to, and give a function that ends all children that came since."""
+    before = _children()
+    was = process.is_subreaper()
+    process.set_subreaper(True)
+    try:
+        yield lambda: _end_all(before)
+    finally:
+        process.set_subreaper(was)
+
+
+def _children() -> set[int]:
+    pid = os.getpid()
+    return {child for tid in procfs.threads(pid) for child in procfs.children(pid, tid)}
+
+
+def _end_all(but: set[int]) -> None:
+    """Again and again: who loses its parent becomes our child."""
+    while ours := _children() - but:
+        for pid in ours:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in ours:
+            with contextlib.suppress(ChildProcessError):
+                while os.WIFSTOPPED(os.waitpid(pid, _WALL)[1]):
+                    pass
+
+
+_WALL = 0x40000000  # include/uapi/linux/wait.h: threads that we trace, too

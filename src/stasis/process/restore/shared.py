@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that processes share and that is no file's: made and filled once, by the first process of the tree.
+
+What the kernel makes for MAP_SHARED | MAP_ANONYMOUS has no name; /proc/PID/map_files gives a descriptor for it, which
+the others inherit and map (needs CAP_CHECKPOINT_RESTORE, Linux 5.9, commit 12886f8ab10c). So it is what it was, and
+no memfd.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+
+from stasis.errors import StasisError
+from stasis.process.dump.mm import VmaStatus
+from stasis.process.images import ImageSet, MemoryReader
+from stasis.process.restore.plan import TaskPlan
+
+__all__ = ["make_shared"]
+
+LARGEST_READ = 1 << 30
+
+
+def make_shared(plans: Sequence[TaskPlan], chain: list[ImageSet]) -> dict[int, int]:
+    """A descriptor for each piece of shared memory, by its id."""
+    return {number: _make(number, size, chain) for number, size in _sizes(plans).items()}
+
+
+def _sizes(plans: Sequence[TaskPlan]) -> dict[int, int]:
+    """Bytes of each: as far as any process has it mapped."""
+    found: dict[int, int] = {}
+    for plan in plans:
+        for vma in plan.mm.vmas if plan.mm is not None else ():
+            if vma.status & VmaStatus.ANON_SHARED:
+                found[vma.shmid] = max(found.get(vma.shmid, 0), vma.pgoff + vma.end - vma.start)
+    return found
+
+
+def _make(number: int, size: int, chain: list[ImageSet]) -> int:
+    size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    fd = os.open(f"/proc/self/map_files/{start:x}-{start + size:x}", os.O_RDWR | os.O_CLOEXEC)
+    view = memoryview(memory)
+    with MemoryReader(chain, number, "pagemap-shmem") as reader:
+        for source in reader.sources(0, size):
+            _read(source.fd, view[source.start : source.end], source.offset)
+    return fd
+
+
+def _read(fd: int, into: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(into):
+        count = os.preadv(fd, [into[done : done + LARGEST_READ]], offset + done)
+        if not count:
+            raise StasisError("the pages of shared memory end early")
+        done += count
