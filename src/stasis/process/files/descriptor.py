@@ -13,7 +13,7 @@ from stasis.linux import procfs
 from stasis.linux.pidfd import Pidfd
 from stasis.process.images.schema.common import FownEntry
 
-__all__ = ["Descriptor", "descriptors", "duplicate", "owner", "set_flags", "set_owner"]
+__all__ = ["Descriptor", "descriptor_of", "descriptors", "duplicate", "owner", "set_flags", "set_owner"]
 
 O_CLOEXEC = os.O_CLOEXEC
 CHANGEABLE = os.O_NONBLOCK | os.O_APPEND | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
@@ -62,10 +62,11 @@ class Descriptor:
 
 def descriptors(pid: int) -> list[Descriptor]:
     """All descriptors of a process that stands still, by number."""
-    return [_descriptor(pid, fd) for fd in sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))]
+    return [descriptor_of(pid, fd) for fd in sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))]
 
 
-def _descriptor(pid: int, fd: int) -> Descriptor:
+def descriptor_of(pid: int, fd: int) -> Descriptor:
+    """One descriptor."""
     info = procfs.read(pid, f"fdinfo/{fd}").decode(errors="surrogateescape")
     fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     flags = int(fields["flags"], 8)

@@ -116,6 +116,9 @@ class FileKind(ABC):
     def finish(self, saving: Saving) -> None:
         """All descriptors are dumped: write what is written once for all."""
 
+    def saved(self) -> None:
+        """All is written: give back what was held for it."""
+
     @abstractmethod
     def restore(self, entry: FileEntry, opened: Opened) -> int:
         """Make the description again, in the root process; a descriptor for it."""

@@ -11,10 +11,12 @@ from stasis.process.files.pipes import Pipes
 from stasis.process.files.regular import RegularFiles
 from stasis.process.files.signalfd import Signalfds
 from stasis.process.files.timerfd import Timerfds
+from stasis.process.files.unix import UnixSockets
 
 __all__ = ["all_kinds"]
 
-KINDS: tuple[type[FileKind], ...] = (RegularFiles, Pipes, Eventfds, Timerfds, Signalfds, Epolls)
+# Sockets first: what is found on its way through them is dumped before the other kinds finish.
+KINDS: tuple[type[FileKind], ...] = (UnixSockets, RegularFiles, Pipes, Eventfds, Timerfds, Signalfds, Epolls)
 
 
 def all_kinds(options: FileOptions) -> list[FileKind]:

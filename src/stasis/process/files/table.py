@@ -126,3 +126,5 @@ class FileTable:
         """All processes were here."""
         for kind in self._kinds:
             kind.finish(self)
+        for kind in self._kinds:
+            kind.saved()
