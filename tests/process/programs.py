@@ -114,7 +114,7 @@ class Program:
         (self.directory / "go").touch()
         wait_for(lambda: self.process.poll() is not None and not _lives(self.pid), f"process {self.pid} did not end")
         errors = (self.directory / "errors").read_text()
-        assert errors == ""
+        assert not errors, errors
         assert (self.directory / "content").exists(), "the program ended before it had looked"
 
     def end(self) -> None:

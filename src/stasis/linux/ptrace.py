@@ -34,6 +34,7 @@ __all__ = [
     "set_registers",
     "set_signal_mask",
     "signal_mask",
+    "wait_for_end",
     "wait_for_stop",
 ]
 
@@ -191,6 +192,15 @@ def wait_for_stop(tid: int) -> Stop:
     """Wait until a traced task stops or ends. ECHILD if it is not traced (any more)."""
     _, status = os.waitpid(tid, WALL)
     return _stop(tid, status)
+
+
+def wait_for_end(tid: int) -> None:
+    """Wait for the end of a task that was killed. The first thread's is told when all others' were asked for."""
+    try:
+        while wait_for_stop(tid).exited is None:
+            cont(tid)
+    except (ChildProcessError, ProcessLookupError):
+        return  # it was waited for by its parent, or as a thread with its process
 
 
 def poll_stop(tid: int) -> Stop | None:

@@ -15,7 +15,7 @@ from enum import IntEnum
 from types import TracebackType
 from typing import Self
 
-from stasis.errors import StasisError
+from stasis.errors import StasisError, UnsupportedError
 from stasis.linux import procfs, ptrace
 from stasis.linux.procfs import Stat
 from stasis.process.errors import refusal
@@ -93,6 +93,9 @@ class Tree:
         self._deadline = time.monotonic() + self._timeout
         try:
             self._add(self.root_pid, None)
+            if self.root.is_zombie and len(procfs.threads(self.root_pid)) > 1:
+                raise UnsupportedError(f"process {self.root_pid}: threads: the first one has ended while others run, "
+                                       "which no image can say")  # fmt: skip
             if self.root.is_zombie:
                 raise StasisError(f"process {self.root_pid} is a zombie", hint="its parent has to wait for it")
             while self._pass():

@@ -95,7 +95,7 @@ def _posix_timers(remote: Remote) -> list[PosixTimerEntry]:
     """Described by /proc/PID/timers (proc_pid_timers(5)): ID, signal, notify, ClockID; the rest is asked for."""
     found = []
     text = procfs.read(remote.pid, "timers").decode()
-    for block in text.split("ID: ")[1:]:
+    for block in f"\n{text}".split("\nID: ")[1:]:
         number, *lines = block.splitlines()
         fields = dict(line.split(": ", 1) for line in lines)
         signo, _, value = fields["signal"].partition("/")

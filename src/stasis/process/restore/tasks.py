@@ -115,7 +115,7 @@ def arm_timers(remote: Remote, task: TaskCoreEntry) -> None:
     if task.timers is None:
         return
     for which, timer in enumerate((task.timers.real, task.timers.virt, task.timers.prof)):
-        if timer.vsec or timer.vusec:
+        if timer.vsec or timer.vusec or timer.isec or timer.iusec:
             remote.call("setitimer", which, remote.put(_packed(timer)), 0)
     for posix in task.timers.posix:
         if posix.vsec or posix.vnsec:
@@ -124,5 +124,7 @@ def arm_timers(remote: Remote, task: TaskCoreEntry) -> None:
 
 
 def _packed(timer: ItimerEntry) -> bytes:
-    return ITIMER.pack(timer.isec, timer.iusec, timer.vsec, timer.vusec)
-
+    """One that has run out and whose signal waits has no time left; the kernel arms it when the signal is taken, and
+    cannot for one that it did not send. So it begins anew."""
+    value = (timer.vsec, timer.vusec) if timer.vsec or timer.vusec else (timer.isec, timer.iusec)
+    return ITIMER.pack(timer.isec, timer.iusec, *value)

@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 import struct
 
-from stasis.linux import ptrace
+from stasis.linux import procfs, ptrace
 from stasis.linux.clone3 import CLONE_ARGS
 from stasis.process import fpu, registers
-from stasis.process.dump.threads import REAL_TIME, STACK
+from stasis.process.dump.threads import PR_GET_SECUREBITS, REAL_TIME, STACK, credentials
 from stasis.process.images.schema.tasks import CoreEntry, CredsEntry, ThreadCoreEntry
 from stasis.process.remote import Remote
 
@@ -21,8 +21,9 @@ CLONE_THREAD, CLONE_SYSVSEM = 0x10000, 0x40000
 OF_A_THREAD = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
 
 # include/uapi/linux/prctl.h, include/uapi/linux/capability.h
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NAME, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 1, 8, 15, 24, 28
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 1, 15, 24, 28
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 38, 47, 2
+SECBIT_NO_SETUID_FIXUP = 1 << 2  # include/uapi/linux/securebits.h
 CAPABILITY_VERSION_3 = 0x20080522
 NAME_BYTES = 16
 SS_DISABLE = 2
@@ -83,33 +84,37 @@ def _schedule(tid: int, own: ThreadCoreEntry) -> None:
 
 
 def _give_credentials(remote: Remote, tid: int, wanted: CredsEntry) -> None:
-    """In the order of CRIU's restorer: what takes rights away comes last."""
+    """In the order of CRIU's restorer: what takes rights away comes last. A thread that has them already, as that of an
+    ordinary user, needs none of the rights that it takes."""
 
-    def call(name: str, *arguments: int) -> None:
-        remote.call(name, *arguments, tid=tid)
+    def call(name: str, *arguments: int) -> int:
+        return remote.call(name, *arguments, tid=tid)
 
-    groups = struct.pack(f"<{len(wanted.groups)}I", *wanted.groups)
-    if (wanted.groups or wanted.uid) and os.geteuid() == 0:
+    secure_bits = call("prctl", PR_GET_SECUREBITS)
+    current = credentials(procfs.status(remote.pid, tid), secure_bits)
+    if current == wanted:
+        return
+    if current.groups != wanted.groups:
+        groups = struct.pack(f"<{len(wanted.groups)}I", *wanted.groups)
         call("setgroups", len(wanted.groups), remote.put(groups + b"\0"))
-    bounding = _capabilities(wanted.cap_bnd)
-    for number in range(_last_capability() + 1):
-        if not bounding >> number & 1:
-            call("prctl", PR_CAPBSET_DROP, number)
-    call("prctl", PR_SET_KEEPCAPS, 1)
+    if secure_bits != SECBIT_NO_SETUID_FIXUP:  # else the kernel takes and gives capabilities as users change
+        call("prctl", PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP)
     call("setresgid", wanted.gid, wanted.egid, wanted.sgid)
     call("setresuid", wanted.uid, wanted.euid, wanted.suid)
     call("setfsgid", wanted.fsgid)
     call("setfsuid", wanted.fsuid)
+    lost = _capabilities(current.cap_bnd) & ~_capabilities(wanted.cap_bnd)
+    for number in range(64):
+        if lost >> number & 1:
+            call("prctl", PR_CAPBSET_DROP, number)
+    call("prctl", PR_SET_SECUREBITS, wanted.secbits)
     halves = [struct.pack("<3I", wanted.cap_eff[at], wanted.cap_prm[at], wanted.cap_inh[at]) for at in range(2)]
     head = remote.put(struct.pack("<Ii", CAPABILITY_VERSION_3, 0))
     call("capset", head, remote.put(b"".join(halves), 8))
-    call("prctl", PR_SET_KEEPCAPS, 0)
     ambient = _capabilities(wanted.cap_amb)
     for number in range(64):
         if ambient >> number & 1:
             call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0)
-    if wanted.secbits:
-        call("prctl", PR_SET_SECUREBITS, wanted.secbits)
     if wanted.no_new_privs:
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
@@ -117,7 +122,3 @@ def _give_credentials(remote: Remote, tid: int, wanted: CredsEntry) -> None:
 def _capabilities(halves: list[int]) -> int:
     return sum(half << 32 * at for at, half in enumerate(halves[:2]))
 
-
-def _last_capability() -> int:
-    with open("/proc/sys/kernel/cap_last_cap") as file:
-        return int(file.read())
