@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from stasis.linux import epoll as epoll_call
-from stasis.linux import timerfd
+from stasis.linux import inotify, timerfd
 from tests.process.cycles import cycle, findings_of, make_child
 
 pytestmark = pytest.mark.root
+
+IN_CREATE = 0x100
 
 
 def test_an_eventfd_keeps_its_counter_and_how_it_is_read(tmp_path: Path) -> None:
@@ -171,3 +173,60 @@ def test_owner_and_signal_are_kept(tmp_path: Path) -> None:
         assert fcntl.fcntl(reader, fcntl.F_GETOWN) == os.getpid()
 
     cycle(tmp_path / "images", set_up, verify)
+
+
+def test_watches_keep_their_numbers_and_see_what_happens(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+
+    def set_up() -> tuple[int, list[int]]:
+        fd = inotify.inotify(os.O_NONBLOCK)
+        watches = [inotify.add_watch(fd, str(tmp_path / name), IN_CREATE) for name in ("first", "second")]
+        inotify.remove_watch(fd, watches.pop(0))
+        os.read(fd, 4096)
+        return fd, [*watches, inotify.add_watch(fd, str(tmp_path / "first"), IN_CREATE)]
+
+    def verify(state: tuple[int, list[int]]) -> None:
+        fd, (second, first) = state
+        assert not os.get_blocking(fd)
+        (tmp_path / "first" / "a").touch()
+        (tmp_path / "second" / "b").touch()
+        events = os.read(fd, 4096)
+        assert [int.from_bytes(events[at : at + 4], "little") for at in (0, 32)] == [first, second]
+        assert (events[16:17], events[48:49]) == (b"a", b"b")
+
+    cycle(tmp_path / "images", set_up, verify)
+
+
+def test_a_pidfd_leads_to_its_process(tmp_path: Path) -> None:
+    def set_up() -> list[int]:
+        dead = os.fork()
+        if dead == 0:
+            os._exit(0)
+        fds = [os.pidfd_open(os.getpid()), os.pidfd_open(dead)]
+        os.waitpid(dead, 0)
+        return fds
+
+    def verify(fds: list[int]) -> None:
+        alive, dead = fds
+        assert f"NSpid:\t{os.getpid()}\n" in Path(f"/proc/self/fdinfo/{alive}").read_text()
+        assert "NSpid:\t-1\n" in Path(f"/proc/self/fdinfo/{dead}").read_text()
+        assert select.select([alive, dead], [], [], 0)[0] == [dead]
+
+    cycle(tmp_path / "images", set_up, verify)
+
+
+def test_a_pidfd_of_a_process_outside_is_named(tmp_path: Path) -> None:
+    ours = os.getpid()
+    (finding,) = findings_of(lambda: os.pidfd_open(ours), tmp_path / "images")
+    assert f"process {ours}, outside the tree" in finding.reason
+
+
+def test_an_epoll_that_watches_a_process_is_named(tmp_path: Path) -> None:
+    def set_up() -> list[int]:
+        epoll, process = select.epoll(), os.pidfd_open(os.getpid())
+        epoll.register(process, select.EPOLLIN)
+        return [os.dup2(epoll.fileno(), 80), process]
+
+    found = findings_of(set_up, tmp_path / "images")
+    assert {finding.reason.partition(", ")[2] for finding in found} == {"a process, which is not supported yet"}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,50 @@ def test_a_pipe_of_the_caller_takes_the_place_of_one_that_was(tmp_path: Path) ->
     finally:
         for fd in (reader, writer, callers):
             os.close(fd)
+
+
+def test_a_fifo_keeps_its_contents_and_its_ends(tmp_path: Path) -> None:
+    def set_up() -> list[int]:
+        os.mkfifo(tmp_path / "fifo")
+        reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+        writer = os.open(tmp_path / "fifo", os.O_WRONLY)
+        os.write(writer, b"unread")
+        return [reader, writer]
+
+    def verify(fds: list[int]) -> None:
+        reader, writer = fds
+        assert os.read(reader, 100) == b"unread"
+        assert not os.get_blocking(reader)
+        assert os.get_blocking(writer)
+        os.close(writer)
+        assert os.read(reader, 1) == b""
+
+    cycle(tmp_path / "images", set_up, verify)
+
+
+def test_a_memory_file_keeps_contents_holes_and_seals(tmp_path: Path) -> None:
+    def set_up() -> list[int]:
+        plain = os.memfd_create("plain")
+        sealed = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+        os.pwrite(sealed, b"start", 0)
+        os.pwrite(sealed, b"end", 5 * MIB)
+        os.ftruncate(sealed, 6 * MIB + 5)
+        os.lseek(sealed, 2, os.SEEK_SET)
+        reader = os.open(f"/proc/self/fd/{sealed}", os.O_RDONLY)
+        fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE)
+        return [plain, sealed, reader]
+
+    def verify(fds: list[int]) -> None:
+        plain, sealed, reader = fds
+        assert os.readlink(f"/proc/self/fd/{plain}") == "/memfd:plain (deleted)"
+        assert os.fstat(plain).st_size == 0
+        assert os.fstat(sealed).st_size == 6 * MIB + 5
+        assert os.read(sealed, 3) == b"art"
+        assert os.pread(reader, 5, 5 * MIB) == b"end\0\0"
+        assert os.fstat(reader).st_blocks * 512 < MIB
+        assert fcntl.fcntl(sealed, fcntl.F_GET_SEALS) == fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE
+        assert fcntl.fcntl(plain, fcntl.F_GET_SEALS) == fcntl.F_SEAL_SEAL
+        with pytest.raises(OSError, match="Bad file"):
+            os.write(reader, b"x")
+
+    cycle(tmp_path / "images", set_up, verify)

@@ -46,6 +46,9 @@ class Epolls(FileKind):
                 for target in _targets(descriptor, looking.descriptors, 0):
                     if isinstance(target, str):
                         looking.findings.add(descriptor.pid, descriptor.where, target)
+                    elif _is_process(descriptor.pid, target.tfd, looking.descriptors):
+                        reason = f"it watches descriptor {target.tfd}, a process, which is not supported yet"
+                        looking.findings.add(descriptor.pid, descriptor.where, reason)
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> None:
         self._waiting.append((descriptor, number, owner(fd)))
@@ -69,6 +72,12 @@ class Epolls(FileKind):
             table = _table_with(number, entry, opened)
             for target in entry.tfd:
                 _add(opened.open(number), opened.open(table[target.tfd]), target)
+
+
+def _is_process(pid: int, fd: int, everywhere: Sequence[Descriptor]) -> bool:
+    """Whether it is a descriptor of a living process: those are made after epolls are filled."""
+    return any((one.pid, one.fd, one.link) == (pid, fd, "anon_inode:[pidfd]") and one.field("NSpid") != "-1"
+               for one in everywhere)  # fmt: skip
 
 
 def _targets(found: Descriptor, everywhere: Sequence[Descriptor], number: int) -> Iterable[EventpollTfdEntry | str]:

@@ -123,6 +123,11 @@ class FileKind(ABC):
     def restore(self, entry: FileEntry, opened: Opened) -> int:
         """Make the description again, in the root process; a descriptor for it."""
 
+    def late(self, entry: FileEntry, opened: Opened) -> int | None:
+        """In each process that has it, when other processes are there: a description in place of that which `restore`
+        made; None where that one is right."""
+        return None
+
     def resource(self, entry: FileEntry) -> str:
         """What the caller calls it to put a descriptor of its own in its place; "" where it cannot."""
         return ""

@@ -122,6 +122,11 @@ class FileSet:
     def place(self, files_id: int, kept: Sequence[int]) -> None:
         """Give this process the table, and close all but it and the `kept` descriptors, which were moved."""
         wanted = self.images.messages("fdinfo", files_id)
+        for number in {entry.id for entry in wanted}:
+            late = self._kind(self.entry(number)).late(self.entry(number), self)
+            if late is not None:
+                os.close(self._made[number])
+                self._made[number] = self.move(late)
         self.images.close()  # its number may be one that the table has
         _close_all_but({*kept, *self._made.values()})
         for entry in wanted:

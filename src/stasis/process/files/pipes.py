@@ -14,7 +14,7 @@ from stasis.process.files.options import FileOptions
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry, PipeDataEntry, PipeEntry
 
-__all__ = ["Pipes"]
+__all__ = ["F_GETPIPE_SZ", "Pipes", "contents", "fill"]
 
 # include/uapi/linux/fcntl.h
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
@@ -38,7 +38,7 @@ class Pipes(FileKind):
         pipe_id = descriptor.status.st_ino & 0xFFFFFFFF
         if pipe_id not in self._dumped:
             self._dumped.add(pipe_id)
-            data = _contents(fd)
+            data = contents(fd)
             head = PipeDataEntry(pipe_id=pipe_id, bytes=len(data), size=fcntl.fcntl(fd, F_GETPIPE_SZ))
             saving.out.image("pipes-data").append(head, data)
         entry = PipeEntry(id=number, pipe_id=pipe_id, flags=descriptor.flags, fown=owner(fd))
@@ -66,7 +66,7 @@ class Pipes(FileKind):
                 os.close(fd)
 
 
-def _contents(fd: int) -> bytes:
+def contents(fd: int) -> bytes:
     """What is in a pipe, which stays in it: teed into another one of the same capacity."""
     source = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -92,10 +92,16 @@ def _read(fd: int, length: int) -> bytes:
 def _make(pipe_id: int, opened: Opened) -> tuple[int, int]:
     """The pipe with its capacity and contents; our descriptors for it are closed when all files are restored."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
+    fill(writer, "pipes-data", pipe_id, opened)
+    return reader, writer
+
+
+def fill(writer: int, kind: str, pipe_id: int, opened: Opened) -> None:
+    """Give a pipe its capacity and what was in it, from the image that is for it."""
     try:
-        image = opened.images.image("pipes-data")
+        image = opened.images.image(kind)
     except FileNotFoundError:
-        return reader, writer
+        return
     with image:
         for record in image:
             entry = record.message
@@ -105,7 +111,6 @@ def _make(pipe_id: int, opened: Opened) -> tuple[int, int]:
             if entry.size:
                 fcntl.fcntl(writer, F_SETPIPE_SZ, entry.size)
             if entry.bytes > fcntl.fcntl(writer, F_GETPIPE_SZ):
-                raise damaged(opened.images.file_path("pipes-data"), record.offset, "a pipe holds more than it can")
+                raise damaged(opened.images.file_path(kind), record.offset, "a pipe holds more than it can")
             if entry.bytes:
                 os.write(writer, image.read(record.parts[0]))
-    return reader, writer
