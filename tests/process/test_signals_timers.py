@@ -79,7 +79,8 @@ int main(void) {
     sigset_t queued;
     sigemptyset(&queued); sigaddset(&queued, SIGRTMIN);
     for (int i = 1; i < 4; i++)
-        CHECK(sigtimedwait(&queued, &info, &none) == SIGRTMIN && info.si_value.sival_int == i && info.si_code == SI_QUEUE);
+        CHECK(sigtimedwait(&queued, &info, &none) == SIGRTMIN && info.si_value.sival_int == i
+              && info.si_code == SI_QUEUE);
     CHECK(sigtimedwait(&queued, &info, &none) == -1 && errno == EAGAIN);
     CHECK(!heard[SIGUSR1]);
     CHECK(!pthread_sigmask(SIG_UNBLOCK, &mask, 0));
@@ -117,7 +118,10 @@ int main(void) {
     for (int i = 0; i < 6; i++) {
         struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGRTMIN};
         event.sigev_value.sival_int = i;
-        if (i == 3) { event.sigev_notify = SIGEV_THREAD_ID; event.sigev_signo = SIGRTMIN + 1; event._sigev_un._tid = tid_of_other; }
+        if (i == 3) {
+            event.sigev_notify = SIGEV_THREAD_ID; event.sigev_signo = SIGRTMIN + 1;
+            event._sigev_un._tid = tid_of_other;
+        }
         if (i == 4) event.sigev_notify = SIGEV_NONE;
         CHECK(!syscall(SYS_timer_create, i == 5 ? CLOCK_REALTIME : CLOCK_MONOTONIC, &event, &ids[i]));
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from stasis.linux import procfs
+from stasis.linux.guardpages import guard_pages
 from stasis.linux.procfs import Mapping
 from stasis.process.findings import Findings
 from stasis.process.images.schema.memory import MmEntry, VmaEntry
@@ -74,6 +75,10 @@ def check_mappings(pid: int, mappings: Sequence[Mapping], findings: Findings) ->
             _check_file(pid, mapping, where, findings)
         if "io" in mapping.flags and not mapping.path.startswith("[v"):
             findings.add(pid, where, "it is the memory of a device")
+        if "gu" in mapping.flags and _has_guards(pid, mapping):
+            findings.add(pid, where, "guard pages (MADV_GUARD_INSTALL) are not supported yet")
+        if "dp" in mapping.flags:
+            findings.add(pid, where, "droppable memory is not supported yet")
         if "ht" in mapping.flags:
             findings.add(pid, where, "huge pages are not supported yet")
         if "sl" in mapping.flags and not mapping.path.startswith("[v"):
@@ -83,6 +88,16 @@ def check_mappings(pid: int, mappings: Sequence[Mapping], findings: Findings) ->
 def _check_file(pid: int, mapping: Mapping, where: str, findings: Findings) -> None:
     if mapping.path.startswith("/") and mapping.path.endswith(DELETED) and not _is_shared_anonymous(mapping):
         findings.add(pid, where, "the mapped file was deleted")
+
+
+def _has_guards(pid: int, mapping: Mapping) -> bool:
+    """Whether there are any now: the flag stays when they are taken out."""
+    try:
+        return any(True for _ in guard_pages(pid, mapping.start, mapping.end))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return True  # a kernel that cannot tell
 
 
 def _is_shared_anonymous(mapping: Mapping) -> bool:

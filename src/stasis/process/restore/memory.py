@@ -44,12 +44,13 @@ def replace_memory(remote: Remote, mm: MmEntry, ready: Ready, chain: list[ImageS
     remote.call("munmap", behind, USER_END - behind)
     _map_vdso(remote, mm)
     regular = [vma for vma in mm.vmas if not vma.status & SPECIAL]
-    for vma in regular:
-        _map(remote, vma, ready)
     with MemoryReader(chain, remote.pid) as reader:
-        _fill(remote, regular, reader)
+        filled = {vma.start for vma in regular if _has_pages(vma, reader)}
+        for vma in regular:
+            _map(remote, vma, ready, fills=vma.start in filled)
+        _fill(remote, [vma for vma in regular if vma.start in filled], reader)
     for vma in regular:
-        _finish(remote, vma)
+        _finish(remote, vma, fills=vma.start in filled)
     _describe(remote, mm, ready)
     for fd in ready.fds:
         remote.call("close", fd)
@@ -77,15 +78,19 @@ def _map_vdso(remote: Remote, mm: MmEntry) -> None:
     remote.moved(now)
 
 
-def _map(remote: Remote, vma: VmaEntry, ready: Ready) -> None:
-    """Map it where it was, writable as long as it has to be filled."""
+def _has_pages(vma: VmaEntry, reader: MemoryReader) -> bool:
+    return not vma.flags & MAP_SHARED and any(True for _ in reader.sources(vma.start, vma.end))
+
+
+def _map(remote: Remote, vma: VmaEntry, ready: Ready, *, fills: bool) -> None:
+    """Map it where it was, writable as long as it has to be filled; else a large reserve would count as memory."""
     fd = -1
     if vma.status & FROM_FILE:
         fd = ready.file_fd[vma.shmid, vma.fdflags or 0]
     elif vma.status & VmaStatus.ANON_SHARED:
         fd = ready.shared_fd[vma.shmid]
     flags = (vma.flags & ~(LOCKED | MAP_ANONYMOUS)) | MAP_FIXED_NOREPLACE | (MAP_ANONYMOUS if fd < 0 else 0)
-    protection = vma.prot if vma.flags & MAP_SHARED else vma.prot | PROT_WRITE
+    protection = vma.prot | PROT_WRITE if fills else vma.prot
     remote.call("mmap", vma.start, vma.end - vma.start, protection, flags, fd, vma.pgoff if fd >= 0 else 0)
 
 
@@ -94,8 +99,6 @@ def _fill(remote: Remote, regular: list[VmaEntry], reader: MemoryReader) -> None
     opened: dict[int, int] = {}
     batch: list[PageSource] = []
     for vma in regular:
-        if vma.flags & MAP_SHARED:
-            continue
         for source in reader.sources(vma.start, vma.end):
             if batch and not _continues(batch, source):
                 _read(remote, opened, batch)
@@ -139,9 +142,9 @@ def _rest(vectors: list[tuple[int, int]], done: int) -> list[tuple[int, int]]:
     return rest
 
 
-def _finish(remote: Remote, vma: VmaEntry) -> None:
+def _finish(remote: Remote, vma: VmaEntry, *, fills: bool) -> None:
     length = vma.end - vma.start
-    if not vma.flags & MAP_SHARED and not vma.prot & PROT_WRITE:
+    if fills and not vma.prot & PROT_WRITE:
         remote.call("mprotect", vma.start, length, vma.prot)
     for advice in range(64):
         if (vma.madv or 0) >> advice & 1:
