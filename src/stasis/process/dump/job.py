@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,11 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     """
     chosen = options or DumpOptions()
     journal = Journal()
-    with ImageSetWriter(images) as out, Guardian(journal), Tree(pid, timeout=chosen.timeout) as tree:
+    with (
+        ImageSetWriter(images) as out,
+        Guardian(journal, partial(shutil.rmtree, out.staging, ignore_errors=True)),
+        Tree(pid, timeout=chosen.timeout) as tree,
+    ):
         started = time.monotonic()
         tree.freeze()
         frozen = time.monotonic()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dumper that is killed leaves its victim as it was and no images; a restorer that is killed leaves no process."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from stasis.linux import procfs
+from tests.process.programs import Program, compiled, running, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
+
+KILLS = 8
+LONGEST = 0.8
+
+FAMILY = r"""
+// Three processes with two threads each, which count; the memory between them is shared.
+static volatile long *counts;
+static void *count(void *place) {
+    volatile long *mine = place;
+    while (access("go", F_OK)) { ++*mine; usleep(500); }
+    return 0;
+}
+static void work(int number) {
+    pthread_t thread;
+    CHECK(!pthread_create(&thread, 0, count, (void *)&counts[2 * number]));
+    count((void *)&counts[2 * number + 1]);
+    CHECK(!pthread_join(thread, 0));
+}
+int main(void) {
+    counts = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, open("counts", O_RDWR | O_CREAT | O_TRUNC, 0600), 0);
+    CHECK(!ftruncate(open("counts", O_RDWR), 4096));
+    for (int i = 1; i < 3; i++) if (!fork()) { work(i); _exit(i); }
+    touch("ready");
+    work(0);
+    int status, sum = 0;
+    while (wait(&status) > 0) { CHECK(WIFEXITED(status)); sum += WEXITSTATUS(status); }
+    CHECK(sum == 3);
+    return content();
+}
+"""
+
+
+def _kill_it(draw: random.Random, *words: object) -> None:
+    """Start the command, and kill it after a while if it has not ended by then."""
+    command = [sys.executable, "-m", "stasis", "process", *map(str, words)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            process.wait(timeout=draw.uniform(0.05, LONGEST))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _counts(directory: Path) -> list[int]:
+    data = (directory / "counts").read_bytes()
+    return [int.from_bytes(data[8 * number : 8 * number + 8], "little") for number in range(6)]
+
+
+def _goes_on(program: Program) -> None:
+    before = _counts(program.directory)
+    wait_for(lambda: all(now > then for now, then in zip(_counts(program.directory), before, strict=True)),
+             "a thread does not go on")  # fmt: skip
+
+
+def _nobody_traces(pids: list[int]) -> bool:
+    return all(procfs.status(pid, tid)["TracerPid"] == "0" for pid in pids for tid in procfs.threads(pid))
+
+
+def test_a_dumper_that_is_killed_leaves_everything_as_it_was(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
+        pids = program.descendants()
+        for _ in range(KILLS):
+            _kill_it(draw, "dump", program.pid, "--images", tmp_path / "images", "--leave-running")
+            wait_for(lambda: _nobody_traces(pids), "a thread is traced still")
+            _goes_on(program)
+            if (tmp_path / "images").exists():  # it was through
+                os.rename(tmp_path / "images", tmp_path / f"images-{draw.random()}")
+            wait_for(lambda: not list(tmp_path.glob(".stasis-images-*")), "something is left of the images")
+        program.restore(program.dump())
+        program.finish()
+
+
+def test_a_restorer_that_is_killed_leaves_all_processes_or_none(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
+        images = program.dump()
+        for _ in range(KILLS):
+            before = _counts(tmp_path)
+            _kill_it(draw, "restore", "--images", images)
+            wait_for(partial(_settled, program, before), "half of the tree is left")
+            if os.path.exists(f"/proc/{program.pid}"):  # it was through
+                assert program.descendants() == program.pids
+                _goes_on(program)
+                images = program.dump()
+        program.restore(images)
+        _goes_on(program)
+        program.finish()
+
+
+def _settled(program: Program, before: list[int]) -> bool:
+    """Nothing is there, or everything is and runs without us."""
+    there = [pid for pid in program.pids if os.path.exists(f"/proc/{pid}")]
+    if not there:
+        return True
+    try:
+        runs = all(now > then for now, then in zip(_counts(program.directory), before, strict=True))
+        return runs and there == program.pids and _nobody_traces(there)
+    except (ProcessLookupError, FileNotFoundError):
+        return False
