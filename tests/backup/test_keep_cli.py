@@ -45,6 +45,20 @@ def last_line(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0
     return line
 
 
+def test_what_can_be_read_is_listed_beside_a_damaged_manifest(
+    repository: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *others = [backup.id for backup in repository.backups()]
+    (tmp_path / "r" / "backups" / first).write_bytes(b"not a manifest")
+    assert main(["backup", "list", "--json"]) == ExitCode.DAMAGED
+    printed = capsys.readouterr()
+    assert [each["id"] for each in json.loads(printed.out)] == others
+    assert first in json.loads(printed.err)["message"]
+    assert main(["backup", "show", "latest"]) == ExitCode.DAMAGED  # it might have been the latest
+    assert "by its id" in capsys.readouterr().err
+    assert as_json(capsys, "backup", "show", others[0])["id"] == others[0]
+
+
 def test_list_and_show(repository: Repository, capsys: pytest.CaptureFixture[str]) -> None:
     every = as_json(capsys, "backup", "list")
     assert [each["time"][:10] for each in every] == ["2026-03-01"] * 2 + [f"2026-03-0{day}" for day in (2, 3, 4)]
@@ -54,6 +68,7 @@ def test_list_and_show(repository: Repository, capsys: pytest.CaptureFixture[str
     assert as_json(capsys, "backup", "list", "--host", "nobody") == []
     assert as_json(capsys, "backup", "show", "latest", "--device", "other") == every[0]
     assert as_json(capsys, "backup", "show", every[3]["id"][:10]) == every[3]
+    assert as_json(capsys, "backup", "show", every[3]["id"][:10].upper()) == every[3]
     table = run(capsys, "backup", "list")
     assert every[4]["id"][:12] in table
     assert "128 KiB" in table

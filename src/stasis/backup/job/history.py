@@ -8,10 +8,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from stasis.errors import DamagedError, NotFoundError
-
 if TYPE_CHECKING:
     from stasis.backup.repo import Manifest, Repository
+    from stasis.errors import DamagedError
 
 __all__ = ["History", "is_good", "time_text"]
 
@@ -56,17 +55,11 @@ class History:
 
 def _readable(repository: Repository, warn: Warn) -> list[Manifest]:
     """All backups but those whose manifest is damaged: they are no reason not to make another one."""
-    try:
-        return repository.backups()
-    except DamagedError as error:
+    damaged: list[DamagedError] = []
+    found = repository.backups(damaged.append)
+    for error in damaged:
         warn(f"{error.message}; it is left out")
-    found = []
-    for id_ in repository.backup_ids():
-        try:
-            found.append(repository.backup(id_))
-        except (DamagedError, NotFoundError):
-            continue
-    return sorted(found, key=lambda manifest: (manifest.time, manifest.id))
+    return found
 
 
 def time_text(moment: datetime) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import secrets as random_
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from stasis.backup.repo import config as config_
@@ -21,7 +21,15 @@ from stasis.backup.repo.manifest import Manifest
 from stasis.backup.repo.objects import Codec, Keys, Kind, object_name
 from stasis.backup.repo.presence import Presence
 from stasis.backup.repo.store import Store, is_hexadecimal, open_store
-from stasis.errors import LockedError, NotFoundError, PermissionDeniedError, RepositoryError, StorageError, UsageError
+from stasis.errors import (
+    DamagedError,
+    LockedError,
+    NotFoundError,
+    PermissionDeniedError,
+    RepositoryError,
+    StorageError,
+    UsageError,
+)
 
 __all__ = ["Repository"]
 
@@ -148,12 +156,23 @@ class Repository:
 
     # Backups
 
-    def backups(self) -> list[Manifest]:
-        """All backups, oldest first. Raises DamagedError when a manifest is."""
+    def backups(self, damaged: Callable[[DamagedError], None] | None = None) -> list[Manifest]:
+        """All backups, oldest first. Raises DamagedError when a manifest is; with `damaged` that is told instead, from
+        any thread, and it is left out."""
         shared: dict[str, str] = {}
         changed_tags = tags.newest_tags(self.store)
+
+        def read(id_: str) -> Manifest | None:
+            try:
+                return self._backup(id_, shared, changed_tags)
+            except DamagedError as error:
+                if damaged is None:
+                    raise
+                damaged(error)
+                return None
+
         with ThreadPoolExecutor(self.parallelism) as pool:  # a thousand round trips would take half a minute
-            found = list(pool.map(lambda id_: self._backup(id_, shared, changed_tags), self.backup_ids()))
+            found = list(pool.map(read, self.backup_ids()))
         return sorted((one for one in found if one is not None), key=lambda one: (one.time, one.id))
 
     def backup_ids(self) -> list[str]:
@@ -181,6 +200,7 @@ class Repository:
         """
         if text == "latest":
             return self._latest(host, device)
+        text = text.lower()
         matching = [id_ for id_ in self.backup_ids() if id_.startswith(text)]
         if len(text) < SHORTEST_PREFIX:
             raise UsageError(f"{text!r} is too short for a backup", hint="write four characters of its id or more")
@@ -276,7 +296,12 @@ class Repository:
         return found if changed is None else found.with_tags(changed)
 
     def _latest(self, host: str | None, device: str | None) -> Manifest:
-        fitting = [one for one in self.backups()
+        try:
+            every = self.backups()
+        except DamagedError as error:
+            raise DamagedError(f"which backup is the latest cannot be told: {error.message}",
+                               hint="name the backup by its id; stasis backup list shows the others") from error
+        fitting = [one for one in every
                    if (host is None or one.host == host) and (device is None or one.device == device)]
         if not fitting:
             of = "".join(f" {word} {value}" for word, value in (("of host", host), ("of device", device)) if value)

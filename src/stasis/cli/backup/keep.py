@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stasis.cli import output
@@ -14,7 +14,7 @@ from stasis.cli.backup.options import add_repository, ask, open_repository
 from stasis.cli.backup.reporting import report
 from stasis.cli.backup.selecting import add_selection, selection_of, tag_list
 from stasis.cli.options import add_command
-from stasis.errors import UsageError
+from stasis.errors import DamagedError, UsageError
 from stasis.units import format_size
 
 if TYPE_CHECKING:
@@ -84,11 +84,17 @@ def describe(backup: Manifest) -> dict[str, Any]:
 
 def list_backups(arguments: argparse.Namespace) -> None:
     """stasis backup list"""
-    from stasis.backup.keep.forget import select
-
+    damaged: list[DamagedError] = []
+    selection = selection_of(arguments)
     with open_repository(arguments, read_only=True) as repository:
-        backups = select(repository, selection_of(arguments))
-    if arguments.json:
+        _print_list([one for one in repository.backups(damaged.append) if selection.fits(one)], as_json=arguments.json)
+    if damaged:
+        more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise DamagedError(f"not all backups are listed: {damaged[0].message}{more}", hint=damaged[0].hint)
+
+
+def _print_list(backups: Sequence[Manifest], *, as_json: bool) -> None:
+    if as_json:
         output.print_json([describe(backup) for backup in backups])
         return
     output.print_table(("ID", "TIME", "HOST", "DEVICE", "SIZE", "KIND", "STORED", "SET", "TAGS"), [
