@@ -109,6 +109,19 @@ def test_a_repository_is_made_though_every_answer_is_lost_once(flaky: Flaky) -> 
         assert repository.encrypted
 
 
+def test_who_waits_is_told_once_what_for(
+    store: CloudStore, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flaky.memory.put("a/b", b"content")
+    flaky.before["get"] = [BUSY] * 3
+    store.get("a/b")
+    assert not caplog.messages
+    monkeypatch.setattr(cloud, "TOLD_FROM_SECONDS", 0.0005)
+    flaky.before["get"] = [BUSY] * 8
+    store.get("a/b")
+    assert caplog.messages == ["s3://bucket/prefix does not answer and is tried again for 3 minutes: 503 Slow Down"]
+
+
 def test_what_lasts_is_told_and_names_the_object(store: CloudStore, flaky: Flaky) -> None:
     store.patience = 0.02
     flaky.before["get"] = [BUSY] * 10000

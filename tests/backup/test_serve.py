@@ -252,6 +252,7 @@ class TestRefusals:
             (["OLD", "--tcp", "127.0.0.1:0", "--socket", "x"], ExitCode.USAGE, "both given"),
             (["OLD", "OTHER", "--against", "NEW", "--against", "OLD"], ExitCode.USAGE, "two backups of disk"),
             (["OLD", "NEW", "--against", "OTHER"], ExitCode.USAGE, "no served backup is of the device"),
+            (["OLD", "--socket", "/nowhere/s"], ExitCode.FAILURE, "cannot listen on /nowhere/s: No such file"),
             (["OLD", "--overlay", "/nowhere"], ExitCode.NOT_FOUND, "/nowhere is no directory"),
         ],
     )

@@ -32,6 +32,7 @@ Result = TypeVar("Result")
 PARALLELISM = 16
 PATIENCE_SECONDS = 180.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 15.0
+TOLD_FROM_SECONDS = 2.0
 # The library tries again by itself what it knows to be harmless; the rest, and what lasts longer, is tried here.
 RETRIES: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 REQUEST_SECONDS = 300  # a chunk of 16 MiB on a slow line, among fifteen others
@@ -55,6 +56,7 @@ class CloudStore:
         self.url = url
         self.listing_lag = 0.0
         self.patience = PATIENCE_SECONDS
+        self._told = False
         self._objects = _connect(url) if objects is None else objects
 
     def put(self, name: str, *parts: Buffer) -> bool:
@@ -140,9 +142,16 @@ class CloudStore:
                 if time.monotonic() + pause > end:
                     raise RepositoryError(f"{self.url} does not answer for {name}: {_first_line(error)}",
                                           hint="nothing in the repository is lost; try again later") from error
-                logger.info("%s: %s; trying again", name, _first_line(error))
+                self._tell(pause, error)
             time.sleep(random.uniform(pause / 2, pause))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _tell(self, pause: float, error: Exception) -> None:
+        """Who waits in front of a command shall know what for; short failures are nobody's concern."""
+        if pause >= TOLD_FROM_SECONDS and not self._told:
+            self._told = True
+            logger.warning("%s does not answer and is tried again for %d minutes: %s", self.url,
+                           self.patience // 60, _first_line(error))
 
 
 class _Listing:

@@ -210,6 +210,7 @@ def _output(command: str) -> bytes:
     except (ValueError, IndexError) as error:
         raise UsageError("STASIS_PASSPHRASE_COMMAND cannot be split into words", hint="check its quotes") from error
     except (OSError, subprocess.CalledProcessError) as error:
-        raise PassphraseError(f"STASIS_PASSPHRASE_COMMAND failed: {error}",
+        how = error.strerror if isinstance(error, OSError) else f"status {error.returncode}"
+        raise PassphraseError(f"STASIS_PASSPHRASE_COMMAND failed: {arguments[0]}: {how}",
                               hint="run it by hand; it must print the passphrase") from error
 

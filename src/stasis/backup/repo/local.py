@@ -227,6 +227,8 @@ class LocalStore:
             yield
         except FileNotFoundError as error:
             raise NotFoundError(f"{name} is not in the repository {self.url}") from error
+        except NotADirectoryError as error:
+            raise RepositoryError(f"{self.url} is no folder", hint="a repository is a folder, or a URL") from error
         except OSError as error:
             raise _explain(error, self._full(name)) from error
 

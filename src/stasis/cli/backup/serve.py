@@ -16,7 +16,7 @@ from stasis.cli.backup import mount
 from stasis.cli.backup.options import add_repository, open_repository
 from stasis.cli.backup.reading import add_reading, wanted
 from stasis.cli.options import add_command, add_tls, size
-from stasis.errors import UsageError
+from stasis.errors import StasisError, UsageError
 
 if TYPE_CHECKING:
     from stasis.backup.serve.diff import Difference
@@ -125,7 +125,11 @@ def _listen(arguments: argparse.Namespace, backups: ServedBackups, stack: contex
     if arguments.tcp:
         return _listen_tcp(arguments)
     path = Path(arguments.socket).absolute() if arguments.socket else _default_socket(arguments, backups)
-    listener = unix_listener(str(path))
+    try:
+        listener = unix_listener(str(path))
+    except OSError as error:
+        raise StasisError(f"cannot listen on {path}: {error.strerror}",
+                          hint="its directory must exist and be writable, and the path be short") from error
     stack.callback(path.unlink, missing_ok=True)
     return Listener(listener), NbdUri(socket=str(path))
 
