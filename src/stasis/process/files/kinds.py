@@ -15,6 +15,7 @@ from stasis.process.files.pidfd import Pidfds
 from stasis.process.files.pipes import Pipes
 from stasis.process.files.regular import RegularFiles
 from stasis.process.files.signalfd import Signalfds
+from stasis.process.files.terminals import Terminals
 from stasis.process.files.timerfd import Timerfds
 from stasis.process.files.unix import UnixSockets
 
@@ -23,7 +24,7 @@ __all__ = ["all_kinds"]
 # Sockets first: what is found on its way through them is dumped before the other kinds finish.
 KINDS: tuple[type[FileKind], ...] = (
     UnixSockets, InetSockets, RegularFiles, Memfds, Pipes, Fifos, Eventfds, Timerfds, Signalfds, Epolls,
-    Inotifies, Pidfds,
+    Inotifies, Pidfds, Terminals,
 )  # fmt: skip
 
 
