@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,24 @@ def add(group: Groups) -> None:
     command = add_command(group, "dump", dump, "Write a process and its descendants to an image set, and end them.", """
 stasis process dump 4711 --images /var/tmp/images
 stasis process dump 4711 --images /var/tmp/images --leave-running
+stasis process dump 4711 --images /var/tmp/images --pre-copy 5
 """)
     _add_target(command)
     command.add_argument("--images", metavar="DIR", required=True, help="the directory to make; mode 0700")
     after = command.add_mutually_exclusive_group()
     after.add_argument("--leave-running", action="store_true", help="let the processes run on")
     after.add_argument("--leave-stopped", action="store_true", help="leave the processes stopped, as SIGSTOP does")
+    command.add_argument("--parent", metavar="DIR", help="the last pre-dump: write only what was written since")
+    command.add_argument("--pre-copy", metavar="N", type=_rounds, default=0,
+                         help="copy memory in at most N rounds before the processes are stopped (0)")
+    command = add_command(group, "pre-dump", pre_dump, "Copy the memory of running processes ahead of a dump.", """
+stasis process pre-dump 4711 --images /var/tmp/images-1
+stasis process pre-dump 4711 --images /var/tmp/images-2 --parent /var/tmp/images-1
+stasis process dump 4711 --images /var/tmp/images-3 --parent /var/tmp/images-2
+""")
+    _add_target(command)
+    command.add_argument("--images", metavar="DIR", required=True, help="the directory to make; mode 0700")
+    command.add_argument("--parent", metavar="DIR", help="the pre-dump before: write only what was written since")
     command = add_command(group, "restore", restore, "Bring the processes of an image set back.", """
 stasis process restore --images /var/tmp/images
 stasis process restore --images /var/tmp/images --attach
@@ -64,6 +77,12 @@ def _pid(text: str) -> int:
     return pid
 
 
+def _rounds(text: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"{text!r} is no number of rounds", hint="give a whole number; 0 for none")
+    return int(text)
+
+
 def check(arguments: argparse.Namespace) -> int:
     """stasis process check"""
     from stasis.process.dump.job import check as check_tree
@@ -85,14 +104,34 @@ def dump(arguments: argparse.Namespace) -> None:
     from stasis.process.dump.job import dump as dump_tree
 
     options = DumpOptions(leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped,
-                          timeout=arguments.timeout)  # fmt: skip
+                          timeout=arguments.timeout, parent=arguments.parent,
+                          pre_copy=arguments.pre_copy)  # fmt: skip
     result = dump_tree(arguments.pid, arguments.images, options)
     if arguments.json:
         output.print_json(result)
     else:
+        _warn(result.warnings)
         print(f"dumped {len(result.pids)} processes with {result.threads} threads and "
               f"{format_size(result.pages * PAGE)} of memory to {result.images}; they stood still for "
               f"{result.frozen_seconds * 1000:.0f} ms")  # fmt: skip
+
+
+def pre_dump(arguments: argparse.Namespace) -> None:
+    """stasis process pre-dump"""
+    from stasis.process.dump.predump import pre_dump as pre_dump_tree
+
+    result = pre_dump_tree(arguments.pid, arguments.images, parent=arguments.parent, timeout=arguments.timeout)
+    if arguments.json:
+        output.print_json(result)
+    else:
+        _warn(result.warnings)
+        print(f"copied {format_size(result.pages * PAGE)} of memory of {len(result.pids)} processes to "
+              f"{result.images}; they stood still for {result.frozen_seconds * 1000:.0f} ms")  # fmt: skip
+
+
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def restore(arguments: argparse.Namespace) -> int:

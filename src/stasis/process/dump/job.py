@@ -20,8 +20,10 @@ from stasis.process.dump import mm
 from stasis.process.dump.checks import check_tree
 from stasis.process.dump.ids import FIRST_ID, ObjectIds, namespace_ids
 from stasis.process.dump.pages import dump_private_pages, dump_shared_pages
+from stasis.process.dump.predump import continued
 from stasis.process.dump.tasks import task_core, zombie_core
 from stasis.process.dump.threads import thread_core, thread_info
+from stasis.process.dump.tracking import Tracking
 from stasis.process.files.table import FileTable, check_descriptors
 from stasis.process.findings import Finding, Findings
 from stasis.process.guardian import Guardian
@@ -39,11 +41,15 @@ IMAGE_VERSION = 2
 
 @dataclass(frozen=True, slots=True)
 class DumpOptions:
-    """How to dump. `timeout`: seconds to stop the tree in. Without `leave_running` or `leave_stopped` it is ended."""
+    """How to dump. `timeout`: seconds to stop the tree in. Without `leave_running` or `leave_stopped` it is ended.
+    `parent`: the set of a pre-dump, to write only what changed since. `pre_copy`: at most so many rounds of copying
+    memory before the tree is stopped."""
 
     leave_running: bool = False
     leave_stopped: bool = False
     timeout: float = 10.0
+    parent: str | None = None
+    pre_copy: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +86,11 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     """
     chosen = options or DumpOptions()
     journal = Journal()
+    if chosen.pre_copy:
+        _refuse_early(pid, chosen)
     with (
         ImageSetWriter(images) as out,
+        continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout) as (tracking, warnings),
         Guardian(journal, partial(shutil.rmtree, out.staging, ignore_errors=True)),
         Tree(pid, timeout=chosen.timeout) as tree,
     ):
@@ -90,20 +99,27 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
         frozen = time.monotonic()
         layouts: dict[int, list[Mapping]] = {}
         _look(tree, layouts).refuse()
-        writing = _Dump(out, journal, layouts)
+        writing = _Dump(out, journal, layouts, tracking)
         for task in tree.tasks:
             writing.add(task)
         writing.finish(tree)
         written = time.monotonic()
         result = DumpResult(
             os.fspath(images), [task.pid for task in tree.tasks], sum(len(task.threads) for task in tree.tasks),
-            writing.pages, frozen - started, written - frozen, writing.pages_seconds, writing.warnings,
+            writing.pages, frozen - started, written - frozen, writing.pages_seconds, warnings + writing.warnings,
         )  # fmt: skip
         if chosen.leave_running:
             tree.thaw()  # nothing is to be ended for the images' sake: the disk may take its time
         out.commit()
         _let_go(tree, chosen)
         return result
+
+
+def _refuse_early(pid: int, options: DumpOptions) -> None:
+    """Before memory is copied for a dump that will be refused."""
+    with Tree(pid, timeout=options.timeout) as tree:
+        tree.freeze()
+        _look(tree, {}).refuse()
 
 
 def _let_go(tree: Tree, options: DumpOptions) -> None:
@@ -139,11 +155,14 @@ def _look(tree: Tree, layouts: dict[int, list[Mapping]]) -> Findings:
 class _Dump:
     """The set that is being written."""
 
-    def __init__(self, out: ImageSetWriter, journal: Journal, layouts: dict[int, list[Mapping]]) -> None:
+    def __init__(
+        self, out: ImageSetWriter, journal: Journal, layouts: dict[int, list[Mapping]], tracking: Tracking
+    ) -> None:
         self.pages = 0
         self.pages_seconds = 0.0
         self.warnings: list[str] = []
         self._out, self._journal, self._layouts = out, journal, layouts
+        self._tracking = tracking
         self._ids = ObjectIds()
         self._shared: set[int] = set()
         self._files = FileTable(out)
@@ -173,7 +192,7 @@ class _Dump:
         exe = self._files.path_file(task.pid, "exe", os.O_RDONLY)
         self._out.write("mm", mm.mm_entry(remote, task, found, exe), number=task.pid)
         started = time.monotonic()
-        self.pages += dump_private_pages(remote, found, self._out)
+        self.pages += dump_private_pages(remote, found, self._out, partial(self._tracking.changes, task))
         for vma in found:
             if vma.entry.status & mm.VmaStatus.ANON_SHARED and vma.entry.shmid not in self._shared:
                 self._shared.add(vma.entry.shmid)

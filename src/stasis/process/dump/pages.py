@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from stasis.errors import StasisError
 from stasis.linux import procfs
-from stasis.linux.pagemap import PageScanner
+from stasis.linux.pagemap import Change, PageScanner
+from stasis.linux.procfs import Mapping
 from stasis.process.dump.mm import Vma, VmaStatus
-from stasis.process.images.pagemap import PE_PRESENT, PagemapWriter
+from stasis.process.images.pagemap import PE_PARENT, PE_PRESENT, PagemapWriter
 from stasis.process.images.setwriter import ImageSetWriter
 from stasis.process.remote import Remote
 
@@ -30,10 +31,15 @@ UNLIMITED = (1 << 64) - 1
 PROT_READ = 1
 AT_FDCWD = -100
 
+WORTH_A_CALL = 128 << 10
+"""A shorter run is read from outside sooner than the task is made to write it (40 µs)."""
+
 Run = tuple[int, int]
+Look = Callable[[Mapping, PageScanner], Iterable[Change] | None]
+"""What was written of a mapping since the parent set; None: it is not in there."""
 
 
-def dump_private_pages(remote: Remote, found: Sequence[Vma], out: ImageSetWriter) -> int:
+def dump_private_pages(remote: Remote, found: Sequence[Vma], out: ImageSetWriter, look: Look | None = None) -> int:
     """Write what only this task has: private mappings, and its vdso. Returns pages."""
     with (
         PageScanner(remote.pid) as scanner,
@@ -43,7 +49,11 @@ def dump_private_pages(remote: Remote, found: Sequence[Vma], out: ImageSetWriter
         for vma in found:
             if vma.has_private_pages:
                 readable = bool(vma.entry.prot & PROT_READ)
-                to.write(_own_runs(scanner, vma), readable=readable)
+                changes = look(vma.mapping, scanner) if look is not None else None
+                if changes is None:
+                    to.write(_own_runs(scanner, vma), readable=readable)
+                else:
+                    to.write_changes(changes, readable=readable)
         return to.pages
 
 
@@ -132,10 +142,18 @@ class _Sink:
         for start, length in runs:
             self._pagemap.add(start - self._base, length // PAGE, PE_PRESENT)
             self.pages += length // PAGE
-            if self._remote_fd >= 0 and readable:
+            if self._remote_fd >= 0 and readable and length >= WORTH_A_CALL:
                 self._write_remotely(start, length)
             else:
                 self._write_ourselves(start, length)
+
+    def write_changes(self, changes: Iterable[Change], *, readable: bool) -> None:
+        """The same of what was written since the parent set; the rest is left to it."""
+        for start, length, written in changes:
+            if written:
+                self.write([(start, length)], readable=readable)
+            else:
+                self._pagemap.add(start, length // PAGE, PE_PARENT)
 
     def _write_remotely(self, start: int, length: int) -> None:
         while length:

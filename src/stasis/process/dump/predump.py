@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that is copied while the tree runs on, so that little is left for when it stands still.
+
+A round stops the tree only to mark its pages; they are read when it runs again. What it writes meanwhile may get into
+the set or not: it is written since the mark, so the next set has it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from stasis.errors import NotFoundError, StasisError, UnsupportedError
+from stasis.linux import procfs
+from stasis.linux.taskmem import TaskMemory
+from stasis.process import keeper
+from stasis.process.dump.tracking import Changes, Key, Tracking
+from stasis.process.errors import refusal
+from stasis.process.guardian import Guardian
+from stasis.process.images.imageset import ImageSet
+from stasis.process.images.pagemap import PE_PARENT, PE_PRESENT, PagemapWriter
+from stasis.process.images.schema.inventory import InventoryEntry
+from stasis.process.images.setwriter import ImageSetWriter
+from stasis.process.journal import Journal
+from stasis.process.tree import Tree
+
+__all__ = ["PreDumpResult", "continued", "pre_dump"]
+
+PAGE = 4096
+BUFFER = 1 << 20
+IMAGE_VERSION = 2
+LITTLE = 256
+"""Pages that need no further round."""
+SHRINKING = 0.9
+"""A round that copies more than this part of the one before gains nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreDumpResult:
+    """What a round copied. Pages of 4 KiB; `pages_in_parent`: those that the parent has as they are."""
+
+    images: str
+    pids: list[int]
+    pages: int
+    pages_in_parent: int
+    frozen_seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+class _Plan(NamedTuple):
+    """What is to be copied of a task."""
+
+    pid: int
+    memory: TaskMemory
+    changes: Changes
+
+
+def pre_dump(
+    pid: int, images: str | os.PathLike[str], *, parent: str | os.PathLike[str] | None = None, timeout: float = 10.0
+) -> PreDumpResult:
+    """Copy the memory of a tree to the directory `images` while it runs on, and watch what it writes from then on.
+
+    To be called in a process with one thread. The set is to be continued with `parent=images` by another one, or by
+    `dump`, and cannot be restored by itself. Raises UnsupportedError where the kernel cannot watch memory.
+    """
+    root = _root(pid)
+    with ImageSetWriter(images) as out, _taken(root, parent) as (tracking, warnings):
+        if tracking.since and parent is not None:
+            out.link_parent(parent)
+        result = copy_round(pid, out, tracking, timeout, warnings)
+        keeper.give(root, tracking)
+    return result
+
+
+@contextmanager
+def continued(
+    pid: int, out: ImageSetWriter, parent: str | os.PathLike[str] | None, rounds: int, timeout: float
+) -> Iterator[tuple[Tracking, list[str]]]:
+    """For a dump: what is known of the memory from `parent` on, after up to `rounds` rounds of copying into sets
+    within the set `out`, which continues the last one. Also what the user should know about it."""
+    if parent is None and not rounds:
+        yield Tracking(), []
+        return
+    root = _root(pid)
+    with _taken(root, parent) as (tracking, warnings):
+        last = parent if tracking.since else None
+        copied = 0
+        for number in range(1, rounds + 1):
+            with ImageSetWriter(os.path.join(out.staging, f"pre-copy-{number}")) as ahead:
+                if last is not None:
+                    ahead.link_parent(_seen_from(ahead, last, out))
+                result = copy_round(pid, ahead, tracking, timeout, [])
+            last = os.path.join(out.path, f"pre-copy-{number}")
+            if result.pages <= LITTLE or (copied and result.pages > SHRINKING * copied):
+                break
+            copied = result.pages
+        if last is not None:
+            out.link_parent(last)
+        yield tracking, warnings
+
+
+def _seen_from(ahead: ImageSetWriter, parent: str | os.PathLike[str], out: ImageSetWriter) -> str:
+    """A path whose way from a set within the staging directory is that from where the set will be."""
+    final = os.path.join(out.path, os.path.basename(ahead.path))
+    return os.path.join(ahead.path, os.path.relpath(os.path.abspath(parent), final))
+
+
+def _root(pid: int) -> Key:
+    try:
+        return pid, procfs.stat(pid).start_time
+    except OSError as error:
+        raise refusal(pid, error) from error
+
+
+@contextmanager
+def _taken(root: Key, parent: str | os.PathLike[str] | None) -> Iterator[tuple[Tracking, list[str]]]:
+    """What was watched since `parent`; its descriptors are closed at the end, unless they were given away."""
+    known = _run_id(parent) if parent is not None else ""
+    with closing(keeper.take(root)) as tracking:
+        warnings = []
+        if not known or tracking.since != known:
+            tracking.since = ""
+            if parent is not None:
+                warnings.append(f"nothing is known of what process {root[0]} wrote since {os.fspath(parent)}: "
+                                "all of its memory is written")  # fmt: skip
+        yield tracking, warnings
+
+
+def _run_id(parent: str | os.PathLike[str]) -> str:
+    with ImageSet.open(parent) as images:
+        return images.inventory.dump_criu_run_id or ""
+
+
+def copy_round(
+    pid: int, out: ImageSetWriter, tracking: Tracking, timeout: float, warnings: list[str]
+) -> PreDumpResult:
+    """Write a set with what was written since the last one; the marks refer to it afterwards."""
+    plans: list[_Plan] = []
+    try:
+        frozen = _mark(pid, tracking, timeout, plans)
+        pages, kept = 0, 0
+        for plan in plans:
+            written, left = _copy(plan, out)
+            pages, kept = pages + written, kept + left
+    finally:
+        for plan in plans:
+            plan.memory.close()
+    _root(pid)  # it must be there still
+    tracking.since = str(uuid.uuid4())
+    out.write("inventory", InventoryEntry(
+        img_version=IMAGE_VERSION, fdinfo_per_id=True, ns_per_id=True, dump_uptime=_uptime(),
+        dump_criu_run_id=tracking.since,
+    ))  # fmt: skip
+    out.commit()
+    return PreDumpResult(out.path, [plan.pid for plan in plans], pages, kept, frozen, warnings)
+
+
+def _uptime() -> int:
+    """Microseconds, as an inventory has it."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+
+
+def _mark(pid: int, tracking: Tracking, timeout: float, plans: list[_Plan]) -> float:
+    """Stop the tree, mark its pages, and let it go on. Returns for how many seconds it stood still."""
+    journal = Journal()
+    with Guardian(journal), Tree(pid, timeout=timeout) as tree:
+        tree.freeze()
+        frozen = time.monotonic()
+        living = [task for task in tree.tasks if not task.is_zombie]
+        tracking.keep_only({(task.pid, task.stat.start_time) for task in living})
+        for task in living:
+            try:
+                changes = tracking.arm(task, procfs.mappings(task.pid), journal)
+            except OSError as error:
+                raise _unwatchable(task.pid, error) from error
+            plans.append(_Plan(task.pid, TaskMemory(task.pid), changes))
+    return time.monotonic() - frozen
+
+
+def _unwatchable(pid: int, error: OSError) -> StasisError:
+    if isinstance(error, ProcessLookupError):
+        return NotFoundError(f"process {pid} ended meanwhile", hint="it cannot be dumped any more")
+    return UnsupportedError(
+        f"what process {pid} writes to its memory cannot be watched: {error.strerror or error}",
+        hint="it needs Linux 6.7 with userfaultfd and PAGEMAP_SCAN; dump without --parent, --pre-copy and pre-dump",
+    )
+
+
+def _copy(plan: _Plan, out: ImageSetWriter) -> tuple[int, int]:
+    """Write a task's pages; how many, and how many are left to the parent."""
+    pages = left = 0
+    with PagemapWriter(out, plan.pid) as pagemap:
+        for start, length, written in plan.changes:
+            if not written:
+                pagemap.add(start, length // PAGE, PE_PARENT)
+                left += length // PAGE
+                continue
+            for at in range(start, start + length, BUFFER):
+                pages += _copy_portion(plan.memory, pagemap, at, min(BUFFER, start + length - at))
+    return pages, left
+
+
+def _copy_portion(memory: TaskMemory, pagemap: PagemapWriter, start: int, length: int) -> int:
+    """Copy what is there of it still. A page that went away is not marked any more, so no later set asks for it."""
+    try:
+        data = memory.read(start, length)
+    except OSError:
+        if length == PAGE:
+            return 0
+        return sum(_copy_portion(memory, pagemap, at, PAGE) for at in range(start, start + length, PAGE))
+    pagemap.add(start, length // PAGE, PE_PRESENT)
+    while data:
+        data = data[os.write(pagemap.fd, data) :]
+    return length // PAGE
