@@ -13,6 +13,7 @@ from stasis.process.files.descriptor import set_owner
 from stasis.process.files.ghosts import Ghosts
 from stasis.process.files.kind import FileKind
 from stasis.process.files.kinds import all_kinds
+from stasis.process.files.locks import take_locks
 from stasis.process.files.options import FileOptions
 from stasis.process.files.regular import open_by_entry
 from stasis.process.files.table import FD_CLOEXEC
@@ -127,12 +128,14 @@ class FileSet:
             if late is not None:
                 os.close(self._made[number])
                 self._made[number] = self.move(late)
+        locks = self.images.messages("filelocks")
         self.images.close()  # its number may be one that the table has
         _close_all_but({*kept, *self._made.values()})
         for entry in wanted:
             os.dup2(self._made[entry.id], entry.fd, inheritable=not entry.flags & FD_CLOEXEC)
         for fd in self._made.values():
             os.close(fd)
+        take_locks(locks, self.images.file_path("filelocks"))
 
     def set_owners(self, files_id: int) -> None:
         """Say who gets signals of the descriptions. All processes must be there."""

@@ -11,6 +11,7 @@ from stasis.process.files.descriptor import Descriptor, descriptors, duplicate
 from stasis.process.files.ghosts import GhostWriter
 from stasis.process.files.kind import FileKind
 from stasis.process.files.kinds import all_kinds
+from stasis.process.files.locks import LockWriter, check_locks
 from stasis.process.files.options import FileOptions
 from stasis.process.files.regular import current_name, file_of, path_entry
 from stasis.process.findings import Findings
@@ -33,6 +34,7 @@ class _Check:
     def __init__(self, findings: Findings, options: FileOptions) -> None:
         self.findings = findings
         self.descriptors: list[Descriptor] = []
+        self._options = options
         self._kinds = all_kinds(options)
 
     def run(self, pids: Sequence[int]) -> None:
@@ -45,6 +47,7 @@ class _Check:
     def look_at(self, descriptor: Descriptor) -> None:
         """Have the kind that it is of check it."""
         self.descriptors.append(descriptor)
+        check_locks(descriptor, keep=self._options.file_locks, findings=self.findings)
         kind = _kind_of(descriptor, self._kinds)
         if kind is None:
             self.findings.add(descriptor.pid, descriptor.where, "this kind of file is not supported yet")
@@ -62,6 +65,7 @@ class FileTable:
     def __init__(self, out: ImageSetWriter, options: FileOptions | None = None) -> None:
         self.out = out
         self.ghosts = GhostWriter(out)
+        self._locks = LockWriter(out)
         self.descriptors: dict[int, list[Descriptor]] = {}
         self._kinds = all_kinds(options or FileOptions())
         self._last_id = 0
@@ -95,6 +99,7 @@ class FileTable:
         self.out.image("fdinfo", files_id).begin()
         for descriptor in self.descriptors[pid]:
             number, kind = self._description(descriptor)
+            self._locks.keep(descriptor, number)
             flags = FD_CLOEXEC if descriptor.close_on_exec else 0
             self.out.write("fdinfo", FdinfoEntry(id=number, flags=flags, type=kind, fd=descriptor.fd), number=files_id)
 

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Locks on files are held again after a restore, by whom they were held."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stasis.process.files.options import FileOptions
+from tests.process.cycles import cycle, findings_of
+
+pytestmark = pytest.mark.root
+
+F_OFD_SETLK = 37
+TRY = """
+import fcntl, sys
+with open(sys.argv[1], "r+") as file:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if sys.argv[2] == "flock" else fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(sys.argv[2]))
+    except BlockingIOError:
+        sys.exit(11)
+"""
+
+
+def _is_locked(path: Path, what: str) -> bool:
+    """Whether another process is refused a lock: the whole file's, or that of one byte."""
+    code = subprocess.run([sys.executable, "-S", "-c", TRY, str(path), what], check=False).returncode
+    assert code in (0, 11)
+    return code == 11
+
+
+def test_locks_of_all_kinds_are_held_again(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+
+    def set_up() -> list[int]:
+        whole, ranges = (os.open(path, os.O_RDWR) for _ in range(2))
+        fcntl.flock(whole, fcntl.LOCK_SH)
+        fcntl.lockf(ranges, fcntl.LOCK_EX, 10, 5)
+        fcntl.fcntl(whole, F_OFD_SETLK, struct.pack("<hh4xqqi4x", fcntl.F_WRLCK, 0, 100, 0, 0))
+        return [whole, ranges, os.dup(whole)]
+
+    def verify(fds: list[int]) -> None:
+        assert _is_locked(path, "flock")
+        assert [_is_locked(path, str(byte)) for byte in (4, 5, 14, 15, 99, 100)] == [0, 1, 1, 0, 0, 1]
+        os.close(fds[1])
+        assert not _is_locked(path, "5")
+        os.close(fds[0])
+        assert _is_locked(path, "flock"), "the duplicate holds it still"
+
+    cycle(tmp_path / "images", set_up, verify, options=FileOptions(file_locks=True))
+
+
+def test_a_lock_is_named_with_the_option(tmp_path: Path) -> None:
+    def set_up() -> int:
+        fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return fd
+
+    (finding,) = findings_of(set_up, tmp_path / "images")
+    assert (finding.reason, finding.option) == ("the file is locked", "--file-locks")
+
+
+def test_a_lock_that_somebody_else_took_is_named(tmp_path: Path) -> None:
+    def set_up() -> int:
+        fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return fd
+
+    with open(tmp_path / "file", "w") as ours, pytest.raises(AssertionError, match="is locked by another one"):
+        cycle(
+            tmp_path / "images", set_up, lambda _: None, options=FileOptions(file_locks=True),
+            between=lambda: fcntl.flock(ours, fcntl.LOCK_EX),
+        )  # fmt: skip
