@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -79,4 +80,55 @@ def test_calls_go_on_or_say_that_they_were_interrupted(tmp_path: Path) -> None:
     with running(tmp_path, compiled(tmp_path, CALLS)) as program:
         program.dump("--leave-running")
         program.restore(program.dump())
+        program.finish()
+
+
+SEQUENCES = r"""
+// Two threads of one processor count one counter up in restartable sequences: none may go on with what it had read.
+#include <sys/rseq.h>
+static volatile uint64_t counter, own[2];
+static volatile int stop;
+static void add_one(char *area) {
+    __asm__ volatile(
+        ".pushsection .data.sequences, \"aw\"\n .balign 32\n 9: .long 0, 0\n .quad 2f, 4f - 2f, 5f\n .popsection\n"
+        "1: leaq 9b(%%rip), %%rax\n movq %%rax, 8(%[area])\n"
+        "2: movq %[counter], %%rcx\n movl $30000, %%edx\n 3: decl %%edx\n jnz 3b\n"
+        "incq %%rcx\n movq %%rcx, %[counter]\n"
+        "4: jmp 6f\n .long 0x53053053\n 5: jmp 1b\n 6:\n"
+        : [counter] "+m"(counter) : [area] "r"(area) : "rax", "rcx", "rdx", "memory", "cc");
+}
+static void *work(void *number) {
+    cpu_set_t set;
+    CPU_ZERO(&set); CPU_SET(0, &set);
+    CHECK(!sched_setaffinity(0, sizeof set, &set));
+    while (!stop) { add_one((char *)__builtin_thread_pointer() + __rseq_offset); own[(long)number]++; }
+    return 0;
+}
+int main(void) {
+    pthread_t threads[2];
+    if (!__rseq_size) touch("none");
+    for (long i = 0; i < 2; i++) CHECK(!pthread_create(&threads[i], 0, work, (void *)i));
+    while (__rseq_size && (!own[0] || !own[1])) usleep(1000);
+    set_up();
+    stop = 1;
+    for (int i = 0; i < 2; i++) CHECK(!pthread_join(threads[i], 0));
+    CHECK(counter == own[0] + own[1]);
+    return content();
+}
+"""
+
+
+def test_a_restartable_sequence_begins_again(tmp_path: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, SEQUENCES, "-no-pie")) as program:
+        if (tmp_path / "none").exists():
+            pytest.skip("this C library does not use rseq")
+        for _ in range(4):
+            program.dump("--leave-running")
+        images = program.dump()
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {0})  # images do not know it, and the restored threads inherit it
+        try:
+            program.restore(images)
+        finally:
+            os.sched_setaffinity(0, before)
         program.finish()

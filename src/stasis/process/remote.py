@@ -41,6 +41,10 @@ USER_END = (1 << 47) - PAGE  # arch/x86/include/asm/page_64_types.h, TASK_SIZE_M
 GAP = 1 << 20
 HIGHEST_ERRNO = 4095
 
+RSEQ_CS_OFFSET = 8  # include/uapi/linux/rseq.h
+RSEQ_CS = struct.Struct("<IIQQQ")
+"""version, flags, start_ip, post_commit_offset, abort_ip."""
+
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 2, 0x20, 0x100000
 
@@ -164,6 +168,7 @@ class Remote:
 
     def __enter__(self) -> Self:
         try:
+            self._leave_critical_section(self.leader)
             self._own_syscall = self._find_syscall()
             place = find_hole([*self._mappings, *self._avoid], PAGE + SCRATCH_BYTES)
             flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
@@ -212,6 +217,22 @@ class Remote:
                     return start + found
         raise StasisError(f"process {self.pid} has no system call instruction in its memory")
 
+    def _leave_critical_section(self, thread: RemoteThread) -> None:
+        """A thread that was interrupted in a restartable sequence goes on at its abort handler (rseq(2)). The kernel
+        would see to that, but finds the thread on our page, and takes the sequence to be over."""
+        found = ptrace.rseq_configuration(thread.tid)
+        if found is None or not found.pointer:
+            return
+        try:
+            (section,) = struct.unpack("<Q", self.memory.read(found.pointer + RSEQ_CS_OFFSET, 8))
+            if not section:
+                return
+            _, _, start, length, abort = RSEQ_CS.unpack(self.memory.read(section, RSEQ_CS.size))
+        except OSError:
+            return  # the kernel ends the process for it when it runs on
+        if start <= thread.registers.rip < start + length:
+            thread.registers.rip = abort
+
     def moved(self, mappings: Sequence[Mapping]) -> None:
         """The process has other memory than it had; our pages are where they were."""
         self._mappings = [mapping for mapping in mappings if mapping.start != self.code]
@@ -223,6 +244,7 @@ class Remote:
         """Another stopped thread of the process."""
         if tid not in self._threads:
             self._threads[tid] = RemoteThread(tid, self._journal, self.code)
+            self._leave_critical_section(self._threads[tid])
         return self._threads[tid]
 
     def call(self, name: str, *arguments: int, tid: int | None = None) -> int:
