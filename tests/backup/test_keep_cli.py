@@ -59,6 +59,25 @@ def test_what_can_be_read_is_listed_beside_a_damaged_manifest(
     assert as_json(capsys, "backup", "show", others[0])["id"] == others[0]
 
 
+def test_create_splits_tags_as_the_others_do_and_refuses_what_cannot_be_seen(
+    repository: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "image").write_bytes(b"image")
+    directories = ("--run-dir", str(tmp_path / "run"), "--state-dir", str(tmp_path / "state"))
+    create = ("backup", "create", str(tmp_path / "image"), *directories)
+    run(capsys, *create, "--tag", "x,y", "--tag", "z")
+    assert [each["tags"] for each in as_json(capsys, "backup", "list", "--tag", "x")] == [["x", "y", "z"]]
+    for option in (("--tag", "a\nb"), ("--tag", "a,,b"), ("--host", "a\x1b[31mb"), ("--host", " ")):
+        run(capsys, *create, *option, code=ExitCode.USAGE)
+
+
+def test_a_table_holds_no_commands_for_the_terminal(
+    repository: Repository, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backup_of(repository, b"x", time="2026-03-09T10:00:00.000000Z", device="a\x1b[2Jb\nc")
+    assert "  a\\x1b[2Jb\\nc  " in run(capsys, "backup", "list")
+
+
 def test_list_and_show(repository: Repository, capsys: pytest.CaptureFixture[str]) -> None:
     every = as_json(capsys, "backup", "list")
     assert [each["time"][:10] for each in every] == ["2026-03-01"] * 2 + [f"2026-03-0{day}" for day in (2, 3, 4)]

@@ -56,7 +56,7 @@ def printable(text: str) -> str:
 
 
 def _text(value: object) -> str:
-    return "-" if value is None else str(value)
+    return "-" if value is None else printable(str(value))
 
 
 def print_error(error: StasisError, *, as_json: bool) -> None:

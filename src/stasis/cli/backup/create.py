@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stasis.cli import output
 from stasis.cli.backup.options import add_repository, open_repository
+from stasis.cli.backup.selecting import tag_list
 from stasis.cli.copying import percentage
 from stasis.cli.options import add_command, size
 from stasis.errors import UsageError
@@ -46,7 +47,8 @@ stasis backup create - --name dump --repo /srv/backup
     command.add_argument("--base", metavar="ID", help="the backup that a differential one is made against")
     command.add_argument("--name", metavar="NAME", help="name of the source in the repository, if there is only one")
     command.add_argument("--host", metavar="NAME", help="whose backup it is (this host's name)")
-    command.add_argument("--tag", metavar="TAG", action="append", default=[], help="a tag; may be given several times")
+    command.add_argument("--tag", metavar="TAG[,TAG]", type=tag_list, action="extend", default=[],
+                         help="tags; may be given several times")
     _add_snapshot(command)
     _add_reading(command)
 
@@ -102,6 +104,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--limit-rate 0 would never end", hint="leave it out to read as fast as possible")
     if arguments.base is not None and arguments.kind != "differential":
         raise UsageError("--base is for differential backups", hint="add --kind differential")
+    if arguments.host is not None and not (arguments.host.isprintable() and arguments.host.strip()):
+        raise UsageError(f"{arguments.host!r} cannot be the name of a host", hint="use characters that can be seen")
 
 
 def _open(arguments: argparse.Namespace) -> Repository:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from stasis.cli.backup.options import add_repository, open_repository
 from stasis.cli.backup.reporting import report
+from stasis.cli.backup.selecting import tag_list
 from stasis.cli.options import add_command
 from stasis.errors import UsageError
 from stasis.units import format_size
@@ -49,7 +50,8 @@ stasis backup import images/tuesday.qcow2 --name disk --chain
                          help="back up each of the files that FILE builds on as well, lowest first")
     command.add_argument("--format", choices=FORMATS, default="qcow2", help="format of the image (qcow2)")
     command.add_argument("--host", metavar="NAME", default="", help="whose backup it is (this host's name)")
-    command.add_argument("--tag", metavar="TAG", action="append", default=[], help="a tag; may be given several times")
+    command.add_argument("--tag", metavar="TAG[,TAG]", type=tag_list, action="extend", default=[],
+                         help="tags; may be given several times")
     add_repository(command)
 
 

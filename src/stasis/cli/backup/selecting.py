@@ -35,4 +35,6 @@ def tag_list(text: str) -> list[str]:
     tags = [tag.strip() for tag in text.split(",")] if text.strip() else []
     if not all(tags):
         raise UsageError(f"{text!r} holds an empty tag", hint="write tags with commas between, as in daily,offsite")
+    if not text.isprintable():
+        raise UsageError(f"{text!r} cannot be a tag", hint="use characters that can be seen")
     return tags
