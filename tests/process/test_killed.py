@@ -77,10 +77,12 @@ def test_a_dumper_that_is_killed_leaves_everything_as_it_was(tmp_path: Path, see
     draw = random.Random(seed)
     with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
         pids = program.descendants()
+        descriptors = [sorted(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
         for _ in range(KILLS):
             _kill_it(draw, "dump", program.pid, "--images", tmp_path / "images", "--leave-running")
             wait_for(lambda: _nobody_traces(pids), "a thread is traced still")
             _goes_on(program)
+            assert [sorted(os.listdir(f"/proc/{pid}/fd")) for pid in pids] == descriptors
             if (tmp_path / "images").exists():  # it was through
                 os.rename(tmp_path / "images", tmp_path / f"images-{draw.random()}")
             wait_for(lambda: not list(tmp_path.glob(".stasis-images-*")), "something is left of the images")

@@ -32,13 +32,14 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.
 class Guardian:
     """Forked before anything is touched; a context manager that ends it. Fork while there is one thread only."""
 
-    def __init__(self, journal: Journal, *undo: Callable[[], object]) -> None:
-        """`undo`: what else is to be done after a death, in the guardian."""
+    def __init__(self, journal: Journal, *undo: Callable[[], object], directory: str = "") -> None:
+        """`undo`: what else is to be done after a death, in the guardian. What processes have open below `directory`
+        was opened for the dead one, and is closed."""
         reader, self._writer = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._writer)
-            _guard(reader, journal, undo)
+            _guard(reader, journal, undo, directory)
         os.close(reader)
 
     def __enter__(self) -> Self:
@@ -53,7 +54,7 @@ class Guardian:
         os.waitpid(self.pid, 0)
 
 
-def _guard(reader: int, journal: Journal, undo: tuple[Callable[[], object], ...]) -> NoReturn:
+def _guard(reader: int, journal: Journal, undo: tuple[Callable[[], object], ...], directory: str) -> NoReturn:
     """The guardian's life. Leaves by _exit: nothing of the dumper's is to be cleaned up here."""
     status = 1
     try:
@@ -61,7 +62,7 @@ def _guard(reader: int, journal: Journal, undo: tuple[Callable[[], object], ...]
             signal.signal(number, signal.SIG_IGN)
         os.setsid()  # a signal to the dumper's group or terminal is not for us
         if os.read(reader, 1) != DONE:
-            put_back(journal)
+            put_back(journal, directory)
             for function in undo:
                 function()
         status = 0
@@ -71,14 +72,14 @@ def _guard(reader: int, journal: Journal, undo: tuple[Callable[[], object], ...]
         os._exit(status)
 
 
-def put_back(journal: Journal) -> None:
+def put_back(journal: Journal, directory: str = "") -> None:
     """Give all threads in the journal what is theirs. A process's thread that takes our pages out comes last."""
     for entry in sorted(journal.entries(), key=lambda entry: entry.length):
         with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it is gone
-            _put_back(entry)
+            _put_back(entry, directory)
 
 
-def _put_back(entry: Entry) -> None:
+def _put_back(entry: Entry, directory: str) -> None:
     _stop(entry.tid)
     try:
         current = ptrace.registers(entry.tid)
@@ -89,6 +90,8 @@ def _put_back(entry: Entry) -> None:
         thread.registers, thread.signal_mask = entry.registers, entry.mask
         try:
             if entry.length:
+                for fd in _open_below(entry.tid, directory):
+                    thread.call(entry.place, "close", fd)
                 thread.call(entry.place, "munmap", entry.pages, entry.length)
         finally:
             thread.restore()
@@ -96,6 +99,15 @@ def _put_back(entry: Entry) -> None:
             ptrace.set_signal_mask(entry.tid, entry.mask)
     finally:
         ptrace.detach(entry.tid)
+
+
+def _open_below(pid: int, directory: str) -> list[int]:
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd") if directory else ():
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/{pid}/fd/{name}").startswith(f"{directory}/"):
+                found.append(int(name))
+    return found
 
 
 def _stop(tid: int) -> None:

@@ -91,7 +91,7 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     with (
         ImageSetWriter(images) as out,
         continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout) as (tracking, warnings),
-        Guardian(journal, partial(shutil.rmtree, out.staging, ignore_errors=True)),
+        Guardian(journal, partial(shutil.rmtree, out.staging, ignore_errors=True), directory=out.staging),
         Tree(pid, timeout=chosen.timeout) as tree,
     ):
         started = time.monotonic()
