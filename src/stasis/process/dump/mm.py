@@ -13,6 +13,8 @@ from typing import Protocol
 from stasis.linux import procfs
 from stasis.linux.guardpages import guard_pages
 from stasis.linux.procfs import Mapping
+from stasis.process.files.options import FileOptions
+from stasis.process.files.regular import why_lost
 from stasis.process.findings import Findings
 from stasis.process.images.schema.memory import MmEntry, VmaEntry
 from stasis.process.remote import Remote
@@ -86,8 +88,12 @@ def check_mappings(pid: int, mappings: Sequence[Mapping], findings: Findings) ->
 
 
 def _check_file(pid: int, mapping: Mapping, where: str, findings: Findings) -> None:
+    """A deleted file is taken along, if it is not too large."""
     if mapping.path.startswith("/") and mapping.path.endswith(DELETED) and not _is_shared_anonymous(mapping):
-        findings.add(pid, where, "the mapped file was deleted")
+        link = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+        reason, option = why_lost(pid, os.readlink(link), os.stat(link), FileOptions().ghost_limit)
+        if reason:
+            findings.add(pid, where, reason, option)
 
 
 def _has_guards(pid: int, mapping: Mapping) -> bool:
