@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stasis.backup.repo import Repository, Secret
+from stasis.backup.repo import Repository, Secret, Secrets
 from stasis.cli.main import main
 from stasis.errors import ExitCode
 from tests.backup.stored import CHUNK, backup_of, content_of
@@ -76,6 +76,20 @@ def test_a_table_holds_no_commands_for_the_terminal(
 ) -> None:
     backup_of(repository, b"x", time="2026-03-09T10:00:00.000000Z", device="a\x1b[2Jb\nc")
     assert "  a\\x1b[2Jb\\nc  " in run(capsys, "backup", "list")
+
+
+def test_after_a_prune_a_new_backup_is_sound_where_a_chunk_was_damaged(
+    repository: Repository, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = b"a chunk of one byte over and over"
+    damaged = backup_of(repository, data, time="2026-03-08T10:00:00.000000Z")
+    name = repository.index(damaged).name(0).hex()
+    chunk = Path(repository.url) / "chunks" / name[:2] / name
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    run(capsys, "repo", "check", "--read-data", code=ExitCode.DAMAGED)
+    run(capsys, "backup", "forget", damaged.id, "--prune")
+    backup_of(Repository.open(repository.url, Secrets.of(None)), data, time="2026-03-09T10:00:00.000000Z")
+    assert "nothing is wrong" in run(capsys, "repo", "check", "--read-data")
 
 
 def test_list_and_show(repository: Repository, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,6 +165,7 @@ def test_check_tells_by_its_exit_code(repository: Repository, capsys: pytest.Cap
     shown = capsys.readouterr()
     assert chunk in shown.err
     assert "1 object of the repository" in shown.err
+    assert "forget those backups, prune, and make new ones" in shown.err
     assert summary["damaged_backups"][0][:12] in shown.out
     assert main(["repo", "check", "--read-data", "--read-data-subset", "5"]) == ExitCode.USAGE
     assert main(["repo", "check", "--read-data-subset", "200%"]) == ExitCode.USAGE

@@ -122,7 +122,7 @@ def _damage(result: CheckResult, url: str) -> DamagedError:
     return DamagedError(
         f"{objects} object{'s' * (objects != 1)} of the repository {url} {'is' if objects == 1 else 'are'} damaged or "
         f"missing, and {backups} backup{'s' * (backups != 1)} with it",
-        hint="bring the objects back from a copy of the repository, or forget those backups and make new ones")
+        hint="bring the objects back from a copy of the repository, or forget those backups, prune, and make new ones")
 
 
 def stats(arguments: argparse.Namespace) -> None:
