@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
+import mmap
 import os
 import random
 import shutil
@@ -12,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from stasis.errors import ExitCode
 from stasis.linux import procfs
+from stasis.linux.pagemap import PAGE, PageScanner
 from stasis.process import keeper
 from stasis.process.images.imageset import ImageSet
 from stasis.process.images.pagemap import PE_PARENT, Pagemap
@@ -104,6 +108,21 @@ while True:
         time.sleep(0.01)
 """
 
+TURNING = """
+import os, sys, time
+path, seed, how, code = sys.argv[1:]
+data = os.urandom(4 << 20)
+open(path + "/steps", "a").write("x\\n" * 3)
+while not os.path.exists(path + "/turn"):
+    time.sleep(0.005)
+if how == "exec":
+    os.execv(sys.executable, [sys.executable, "-c", code, path, seed])
+if os.fork() == 0:
+    sys.argv[1:] = [path + "/child", seed]
+exec(code)
+"""
+"""Becomes a writer, or two of them, when it is told to."""
+
 
 def steps(directory: Path) -> int:
     return len((directory / "steps").read_text().splitlines())
@@ -133,8 +152,9 @@ def running(directory: Path, code: str, *words: str) -> Iterator[subprocess.Pope
         finally:
             if process.poll() is None:
                 process.kill()
-            elif os.path.exists(f"/proc/{process.pid}"):
-                end(process.pid)
+                process.wait()
+            for pid in _session_of(process.pid):
+                end(pid)
 
 
 @pytest.fixture
@@ -144,7 +164,8 @@ def writer(tmp_path: Path, seed: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def end(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
     wait_for_end(pid)
 
 
@@ -159,9 +180,14 @@ def restore_and_check(images: Path, process: subprocess.Popen[bytes], directory:
 def wait_for_orphans(session: int) -> None:
     """A child that was ended with its parent may be a zombie until init has waited for it."""
     deadline = time.monotonic() + PATIENCE
-    while any(_session(int(name)) == session for name in os.listdir("/proc") if name.isdecimal()):
+    while _session_of(session):
         assert time.monotonic() < deadline, f"session {session} does not end"
         time.sleep(0.01)
+
+
+def _session_of(session: int) -> list[int]:
+    """Its processes."""
+    return [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if _session(pid) == session]
 
 
 def _session(pid: int) -> int:
@@ -198,6 +224,19 @@ def _has_socket(pid: int, inode: str) -> bool:
         return False
 
 
+@pytest.mark.parametrize("pages", [300, 511, 512, 513, 700, 1023, 1024, 1025, 1500, 2500])
+def test_scattered_pages_are_listed_once(pages: int) -> None:
+    """The kernel lists 512 at a time, and we ask for 1024."""
+    with mmap.mmap(-1, 2 * pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        for number in range(pages):
+            memory[2 * number * PAGE] = 1
+        with PageScanner(os.getpid()) as scanner:
+            found = list(scanner.own_pages(start, start + len(memory)))
+        assert found == [(start + 2 * number * PAGE, PAGE) for number in range(pages)]
+
+
 @pytest.mark.parametrize("length", [1, 4])
 def test_a_chain_has_all_memory(
     writer: subprocess.Popen[bytes], tmp_path: Path, seed: int, length: int
@@ -220,6 +259,22 @@ def test_a_chain_goes_on_after_a_restore(writer: subprocess.Popen[bytes], tmp_pa
         writer.poll()
         wait_for_end(writer.pid)
         restore_and_check(tmp_path / f"images-{number}", writer, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["exec", "fork"])
+def test_a_process_that_turns_into_another(tmp_path: Path, seed: int, how: str) -> None:
+    (tmp_path / "child").mkdir()
+    (tmp_path / "child" / "steps").write_text("")
+    with running(tmp_path, TURNING, str(seed), how, WRITER) as process:
+        stasis("pre-dump", process.pid, "--images", tmp_path / "first")
+        (tmp_path / "turn").touch()
+        wait_for_steps(tmp_path, process.pid)
+        stasis("pre-dump", process.pid, "--images", tmp_path / "second", "--parent", tmp_path / "first")
+        wait_for_steps(tmp_path, process.pid)
+        stasis("dump", process.pid, "--images", tmp_path / "images", "--parent", tmp_path / "second")
+        restore_and_check(tmp_path / "images", process, tmp_path)
+        if how == "fork":
+            wait_for_steps(tmp_path / "child", process.pid)
 
 
 def test_without_its_keeper_everything_is_dumped(writer: subprocess.Popen[bytes], tmp_path: Path) -> None:
@@ -267,10 +322,9 @@ def test_the_keeper_ends_with_the_process(writer: subprocess.Popen[bytes], tmp_p
     stasis("pre-dump", writer.pid, "--images", tmp_path / "before")
     found = keeper_of(writer.pid)
     assert found is not None
-    with closing(os.fdopen(os.pidfd_open(found))):
-        writer.kill()
-        writer.wait()
-        wait_for_end(found)
+    writer.kill()
+    writer.wait()
+    wait_for_end(found)
 
 
 def test_a_pre_dump_is_refused_whole(writer: subprocess.Popen[bytes], tmp_path: Path) -> None:

@@ -84,7 +84,10 @@ class PageScanner:
             for number in range(count):
                 first, last, categories = REGION.unpack_from(regions, number * REGION.size)
                 yield first, last - first, categories
-            start = ARGUMENT.unpack(argument)[4]  # walk_end: where the kernel stopped
+            if count < REGIONS:
+                return
+            # walk_end, where the kernel stopped for lack of room; or where it did so within, for lack of its own
+            start = max(ARGUMENT.unpack(argument)[4], last)
 
     def _read(self, start: int, end: int, left_out: int) -> Iterator[Run]:
         run = start
