@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,15 @@ while True:
     time.sleep(0.005)
 """
 QUIET = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Whatever happens meanwhile, nobody waits for the process for ever."""
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 def _run(*words: str | Path, directory: Path) -> subprocess.CompletedProcess[str]:
@@ -42,7 +53,7 @@ def test_dump_and_restore_with_a_scripts_switches(tmp_path: Path) -> None:
     count.touch()
     images.mkdir()
     command = [sys.executable, "-c", COUNTING]
-    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **QUIET) as process:
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **QUIET) as process, ended(process):
         _wait_for_more(count)
         done = _run("dump", "-t", process.pid, "-D", images, "-o", "dump.log", "-v4", directory=tmp_path)
         assert done.returncode == 0, done.stderr
