@@ -24,6 +24,7 @@ from stasis.process.dump.predump import continued
 from stasis.process.dump.tasks import task_core, zombie_core
 from stasis.process.dump.threads import thread_core, thread_info
 from stasis.process.dump.tracking import Tracking
+from stasis.process.files.options import FileOptions
 from stasis.process.files.table import FileTable, check_descriptors
 from stasis.process.findings import Finding, Findings
 from stasis.process.guardian import Guardian
@@ -43,13 +44,14 @@ IMAGE_VERSION = 2
 class DumpOptions:
     """How to dump. `timeout`: seconds to stop the tree in. Without `leave_running` or `leave_stopped` it is ended.
     `parent`: the set of a pre-dump, to write only what changed since. `pre_copy`: at most so many rounds of copying
-    memory before the tree is stopped."""
+    memory before the tree is stopped. `files`: what is done about open files that need a decision."""
 
     leave_running: bool = False
     leave_stopped: bool = False
     timeout: float = 10.0
     parent: str | None = None
     pre_copy: int = 0
+    files: FileOptions = field(default_factory=FileOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,8 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
         tree.freeze()
         frozen = time.monotonic()
         layouts: dict[int, list[Mapping]] = {}
-        _look(tree, layouts).refuse()
-        writing = _Dump(out, journal, layouts, tracking)
+        _look(tree, layouts, chosen.files).refuse()
+        writing = _Dump(out, journal, layouts, tracking, chosen.files)
         for task in tree.tasks:
             writing.add(task)
         writing.finish(tree)
@@ -119,7 +121,7 @@ def _refuse_early(pid: int, options: DumpOptions) -> None:
     """Before memory is copied for a dump that will be refused."""
     with Tree(pid, timeout=options.timeout) as tree:
         tree.freeze()
-        _look(tree, {}).refuse()
+        _look(tree, {}, options.files).refuse()
 
 
 def _let_go(tree: Tree, options: DumpOptions) -> None:
@@ -139,7 +141,7 @@ def _let_go(tree: Tree, options: DumpOptions) -> None:
         task.threads.clear()
 
 
-def _look(tree: Tree, layouts: dict[int, list[Mapping]]) -> Findings:
+def _look(tree: Tree, layouts: dict[int, list[Mapping]], files: FileOptions | None = None) -> Findings:
     """Everything that cannot be kept; fills in the layouts of the address spaces on the way."""
     findings = Findings()
     check_tree(tree, findings)
@@ -148,7 +150,7 @@ def _look(tree: Tree, layouts: dict[int, list[Mapping]]) -> Findings:
             continue
         layouts[task.pid] = procfs.mappings(task.pid)
         mm.check_mappings(task.pid, layouts[task.pid], findings)
-    check_descriptors([task.pid for task in tree.tasks if not task.is_zombie], findings)
+    check_descriptors([task.pid for task in tree.tasks if not task.is_zombie], findings, files)
     return findings
 
 
@@ -156,7 +158,8 @@ class _Dump:
     """The set that is being written."""
 
     def __init__(
-        self, out: ImageSetWriter, journal: Journal, layouts: dict[int, list[Mapping]], tracking: Tracking
+        self, out: ImageSetWriter, journal: Journal, layouts: dict[int, list[Mapping]], tracking: Tracking,
+        files: FileOptions,
     ) -> None:
         self.pages = 0
         self.pages_seconds = 0.0
@@ -165,7 +168,7 @@ class _Dump:
         self._tracking = tracking
         self._ids = ObjectIds()
         self._shared: set[int] = set()
-        self._files = FileTable(out)
+        self._files = FileTable(out, files)
 
     def add(self, task: Task) -> None:
         """Write everything of a task."""

@@ -14,6 +14,7 @@ from typing import Any
 from stasis.errors import StasisError
 from stasis.linux import procfs, ptrace
 from stasis.process.files.opening import FileSet
+from stasis.process.files.options import FileOptions
 from stasis.process.guardian import Guardian
 from stasis.process.images.imageset import ImageSet
 from stasis.process.journal import Journal
@@ -33,9 +34,11 @@ OPTIONS = ptrace.PTRACE_O_TRACESYSGOOD
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """How to restore. `map_paths`: beginnings of paths in the images, and what stands for them here."""
+    """How to restore. `map_paths`: beginnings of paths in the images, and what stands for them here.
+    `files`: what stands for open files of the images."""
 
     map_paths: dict[str, str] = field(default_factory=dict)
+    files: FileOptions = field(default_factory=FileOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
     chosen = options or RestoreOptions()
     with ImageSet.open(images) as opened:
         root = read_tree(opened)
-        files = FileSet(opened, _mapper(chosen.map_paths))
+        files = FileSet(opened, _mapper(chosen.map_paths), chosen.files)
         for plan in root.walk():
             if plan.ids is not None:
                 files.check(plan.ids.files_id)
