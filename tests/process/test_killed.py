@@ -17,7 +17,7 @@ from tests.process.programs import Program, compiled, running, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
 
-KILLS = 8
+KILLS = 4
 LONGEST = 0.8
 
 FAMILY = r"""
