@@ -24,7 +24,8 @@ RETRIES: dict[str, Any] = {
 @pytest.fixture
 def store(s3_url: str) -> S3Store:
     # Idle connections would stay open in this process for a while, and count as left behind.
-    return S3Store.from_url(s3_url, retry_config=RETRIES, client_options={"pool_max_idle_per_host": "0", "allow_http": True})
+    options: Any = {"pool_max_idle_per_host": "0", "allow_http": True}
+    return S3Store.from_url(s3_url, retry_config=RETRIES, client_options=options)
 
 
 def test_objects_come_back_and_go(store: S3Store) -> None:
