@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stasis.cli import output
-from stasis.cli.options import add_command
+from stasis.cli.options import add_command, size
 from stasis.errors import ExitCode, UsageError
 from stasis.units import format_size
 
 if TYPE_CHECKING:
     from stasis.cli.options import Groups
+    from stasis.process.files.options import FileOptions
 
 __all__ = ["add"]
 
@@ -27,6 +28,7 @@ def add(group: Groups) -> None:
     command = add_command(group, "check", check, "Tell what of a process tree a dump could not keep.",
                           "stasis process check 4711")  # fmt: skip
     _add_target(command)
+    _add_file_options(command)
     command = add_command(group, "dump", dump, "Write a process and its descendants to an image set, and end them.", """
 stasis process dump 4711 --images /var/tmp/images
 stasis process dump 4711 --images /var/tmp/images --leave-running
@@ -34,6 +36,7 @@ stasis process dump 4711 --images /var/tmp/images --pre-copy 5
 """)
     _add_target(command)
     command.add_argument("--images", metavar="DIR", required=True, help="the directory to make; mode 0700")
+    _add_file_options(command)
     after = command.add_mutually_exclusive_group()
     after.add_argument("--leave-running", action="store_true", help="let the processes run on")
     after.add_argument("--leave-stopped", action="store_true", help="leave the processes stopped, as SIGSTOP does")
@@ -59,6 +62,33 @@ stasis process restore --images /var/tmp/images --map-path /srv/app.log=/tmp/app
     where.add_argument("--pidfile", metavar="FILE", help="write the pid of the first process to this file")
     command.add_argument("--map-path", metavar="OLD=NEW", action="append", default=[],
                          help="use NEW for files and directories whose path is OLD or below it; may be repeated")
+    command.add_argument("--inherit-fd", metavar="FD=NAME", action="append", default=[], type=_inherited,
+                         help="use descriptor FD of this command for what the images call NAME, as in 3=pipe:[4711]; "
+                              "may be repeated")
+
+
+def _add_file_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--file-locks", action="store_true", help="take file locks along")
+    command.add_argument("--ghost-limit", metavar="SIZE", type=size, default=64 << 20,
+                         help="take deleted files along that occupy at most this much (64M)")
+    command.add_argument("--shell-job", action="store_true",
+                         help="the terminal is the caller's; a restore takes that of its own caller")
+    command.add_argument("--ext-unix-sk", action="store_true",
+                         help="dump unix sockets whose other end is outside of the tree, without that end")
+
+
+def _file_options(arguments: argparse.Namespace) -> FileOptions:
+    from stasis.process.files.options import FileOptions
+
+    return FileOptions(ghost_limit=arguments.ghost_limit, external_unix=arguments.ext_unix_sk,
+                       shell_job=arguments.shell_job, file_locks=arguments.file_locks)  # fmt: skip
+
+
+def _inherited(text: str) -> tuple[str, int]:
+    fd, separator, name = text.partition("=")
+    if not separator or not fd.isdecimal() or not name:
+        raise UsageError(f"{text!r} is no inherited descriptor", hint="write FD=NAME, as in 3=pipe:[4711]")
+    return name, int(fd)
 
 
 def _add_target(command: argparse.ArgumentParser) -> None:
@@ -87,7 +117,7 @@ def check(arguments: argparse.Namespace) -> int:
     """stasis process check"""
     from stasis.process.dump.job import check as check_tree
 
-    found = check_tree(arguments.pid, timeout=arguments.timeout)
+    found = check_tree(arguments.pid, timeout=arguments.timeout, files=_file_options(arguments))
     if arguments.json:
         output.print_json(found)
     elif found:
@@ -105,7 +135,7 @@ def dump(arguments: argparse.Namespace) -> None:
 
     options = DumpOptions(leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped,
                           timeout=arguments.timeout, parent=arguments.parent,
-                          pre_copy=arguments.pre_copy)  # fmt: skip
+                          pre_copy=arguments.pre_copy, files=_file_options(arguments))  # fmt: skip
     result = dump_tree(arguments.pid, arguments.images, options)
     if arguments.json:
         output.print_json(result)
@@ -136,10 +166,13 @@ def _warn(warnings: list[str]) -> None:
 
 def restore(arguments: argparse.Namespace) -> int:
     """stasis process restore"""
+    from stasis.process.files.options import FileOptions
     from stasis.process.restore.job import RestoreOptions
     from stasis.process.restore.job import restore as restore_tree
 
-    result = restore_tree(arguments.images, RestoreOptions(map_paths=dict(map(_mapping, arguments.map_path))))
+    options = RestoreOptions(map_paths=dict(map(_mapping, arguments.map_path)),
+                             files=FileOptions(inherited=dict(arguments.inherit_fd)))  # fmt: skip
+    result = restore_tree(arguments.images, options)
     if arguments.pidfile:
         Path(arguments.pidfile).write_text(f"{result.pid}\n")
     if arguments.json:

@@ -73,11 +73,11 @@ class DumpResult:
         return asdict(self)
 
 
-def check(pid: int, *, timeout: float = 10.0) -> list[Finding]:
+def check(pid: int, *, timeout: float = 10.0, files: FileOptions | None = None) -> list[Finding]:
     """What of a process tree a dump could not keep; it is stopped for a moment. Raises what `Tree.freeze` raises."""
     with Tree(pid, timeout=timeout) as tree:
         tree.freeze()
-        return list(_look(tree, {}))
+        return list(_look(tree, {}, files))
 
 
 def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None = None) -> DumpResult:

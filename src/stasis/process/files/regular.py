@@ -26,7 +26,7 @@ STATELESS_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}
 """null, zero, full, random, urandom (Documentation/admin-guide/devices.txt)."""
 CREATING = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY
 LARGEFILE = 0o100000
-O_TMPFILE = 0o20000000
+O_TMPFILE = os.O_TMPFILE  # which has the bit of O_DIRECTORY in it
 
 
 class RegularFiles(FileKind):
