@@ -24,7 +24,7 @@ __all__ = ["NO_OWNER", "STATELESS_DEVICES", "RegularFiles", "open_by_entry", "pa
 NO_OWNER = FownEntry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
 STATELESS_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}
 """null, zero, full, random, urandom (Documentation/admin-guide/devices.txt)."""
-CREATING = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY
+CREATING = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_NOFOLLOW  # only open(2) itself heeds these
 LARGEFILE = 0o100000
 O_TMPFILE = os.O_TMPFILE  # which has the bit of O_DIRECTORY in it
 
