@@ -7,8 +7,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from stasis.cli.backup.reporting import report
-from stasis.cli.options import add_command, connect
-from stasis.errors import UsageError
+from stasis.cli.options import add_command, connect, percentage
 from stasis.units import format_size
 
 if TYPE_CHECKING:
@@ -35,17 +34,6 @@ stasis snapshot copy 6f1c2a7e disk.img backup.img --since 3 --verify
     command.add_argument("--sample", metavar="PERCENT", type=percentage, default=0.1,
                          help="share of the blocks that did not change to compare before an incremental copy (0.1)")
     command.add_argument("--sample-seed", metavar="N", type=int, help="draw the sample that an earlier run named")
-
-
-def percentage(text: str) -> float:
-    """A number from 0 to 100, with or without a percent sign."""
-    try:
-        value = float(text.rstrip("%"))
-    except ValueError as error:
-        raise UsageError(f"{text!r} is no percentage", hint="write a number from 0 to 100, as in 0.1") from error
-    if not 0 <= value <= 100:
-        raise UsageError(f"{text!r} is no percentage", hint="write a number from 0 to 100, as in 0.1")
-    return value
 
 
 def copy(arguments: argparse.Namespace) -> None:

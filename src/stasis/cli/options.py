@@ -14,7 +14,8 @@ from stasis.units import parse_size
 if TYPE_CHECKING:
     from stasis.daemon.client import Client
 
-__all__ = ["Command", "Parser", "add_command", "add_group", "byte_range", "connect", "number_list", "size"]
+__all__ = ["Command", "Parser", "add_command", "add_group", "byte_range", "connect", "number_list", "percentage",
+           "size"]
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -89,6 +90,17 @@ def number_list(text: str) -> list[int]:
     if not all(0 <= number <= 255 for number in numbers):
         raise UsageError(f"{text!r} holds a number that is no change number", hint="they go from 0 to 255")
     return numbers
+
+
+def percentage(text: str) -> float:
+    """A number from 0 to 100, with or without a percent sign."""
+    try:
+        value = float(text.rstrip("%"))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no percentage", hint="write a number from 0 to 100, as in 0.1") from error
+    if not 0 <= value <= 100:
+        raise UsageError(f"{text!r} is no percentage", hint="write a number from 0 to 100, as in 0.1")
+    return value
 
 
 def connect(arguments: argparse.Namespace, *, start_daemon: bool = True) -> Client:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stasis.cli import output
 from stasis.cli.backup.options import add_repository, open_repository
 from stasis.cli.backup.selecting import tag_list
-from stasis.cli.copying import percentage
-from stasis.cli.options import add_command, size
+from stasis.cli.options import add_command, percentage, size
 from stasis.errors import UsageError
 from stasis.units import format_size
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from stasis.cli.backup.options import add_repository, open_repository
 from stasis.cli.backup.reporting import Reporter, report
-from stasis.cli.copying import percentage
-from stasis.cli.options import add_command, size
+from stasis.cli.options import add_command, percentage, size
 from stasis.errors import StasisError, UsageError, VerifyError
 from stasis.units import format_size
 
