@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The index of a COW file: one entry per block of the device, of which a bounded part is in memory.
+
+Entries are kept by sections of 4096. What is set goes to the file at once, into the kernel's page cache: so a section
+leaves memory without being written, and the death of the process that writes loses no entry.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from errno import EIO
+
+from stasis.datto.layout import CHANGED, HEADER_AREA, SECTION_BLOCKS, SECTION_SHIFT, SECTION_SIZE, Geometry
+from stasis.linux import files
+
+__all__ = ["Index", "Run", "allowed_sections", "sections_with_entries"]
+
+Run = tuple[int, int]
+"""First block and the block behind the last."""
+
+MINIMUM_SECTIONS = 8
+DESCRIPTOR_SIZE = 24
+"""Bytes that dattobd takes per section for its description; they count against the cache there, and so here."""
+
+_ZEROES = bytes(SECTION_SIZE)
+_ONES = array("Q", [CHANGED]) * SECTION_BLOCKS
+
+
+def allowed_sections(cache: int, sections: int) -> int:
+    """Sections that may be in memory at a time with a cache of so many bytes (dattobd's rule), but a few always."""
+    return max(MINIMUM_SECTIONS, (cache - sections * DESCRIPTOR_SIZE) // SECTION_SIZE)
+
+
+class Index:
+    """The entries of one COW file, writer's side. `fresh`: the file holds no entry yet."""
+
+    def __init__(self, fd: int, geometry: Geometry, cache: int, *, fresh: bool) -> None:
+        self._fd, self._geometry = fd, geometry
+        self.sections: dict[int, memoryview] = {}
+        """Sections in memory; who looks entries up in a hot loop reads them here."""
+        self._has_entries = bytearray(b"\0" if fresh else b"\1") * geometry.sections
+        self._used: set[int] = set()
+        self.set_cache(cache)
+
+    def set_cache(self, cache: int) -> None:
+        """Bound the memory from now on, in bytes."""
+        self._allowed = allowed_sections(cache, self._geometry.sections)
+        self._make_room(0)
+
+    @property
+    def loaded(self) -> int:
+        """Sections in memory now."""
+        return len(self.sections)
+
+    def section(self, number: int) -> memoryview:
+        """The 4096 entries of a section. OSError if they cannot be read."""
+        self._used.add(number)
+        found = self.sections.get(number)
+        return self._load(number) if found is None else found
+
+    def _load(self, number: int) -> memoryview:
+        self._make_room(1)
+        data = bytearray(SECTION_SIZE)
+        if self._has_entries[number]:
+            _read_all(self._fd, memoryview(data), HEADER_AREA + number * SECTION_SIZE)
+        view = self.sections[number] = memoryview(data).cast("Q")
+        return view
+
+    def _make_room(self, wanted: int) -> None:
+        """Forget sections that were not used since this was last needed, and others if these are too few."""
+        if len(self.sections) + wanted <= self._allowed:
+            return
+        keep = self._allowed // 2
+        order = sorted(self.sections, key=self._used.__contains__)
+        for number in order[: len(order) - keep]:
+            del self.sections[number]
+        self._used.clear()
+
+    # -- entries ------------------------------------------------------------------------------------
+
+    def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(section, first entry in it, entry behind the last) for blocks first to end."""
+        while first < end:
+            stop = min(end, ((first >> SECTION_SHIFT) + 1) << SECTION_SHIFT)
+            low = first & (SECTION_BLOCKS - 1)
+            yield first >> SECTION_SHIFT, low, low + stop - first
+            first = stop
+
+    def entries(self, first: int, end: int) -> list[int]:
+        """Entries of the blocks first to end."""
+        values: list[int] = []
+        for number, low, high in self.pieces(first, end):
+            values += self.section(number)[low:high].tolist()
+        return values
+
+    def runs_without(self, first: int, end: int, *, marked: bool = False) -> list[Run]:
+        """Runs of blocks that have no entry; with `marked`, whose entry is not that of a block just marked."""
+        runs: list[Run] = []
+        start = -1
+        for block, entry in enumerate(self.entries(first, end), first):
+            if (entry != CHANGED) if marked else not entry:
+                start = block if start < 0 else start
+            elif start >= 0:
+                runs.append((start, block))
+                start = -1
+        return [*runs, (start, end)] if start >= 0 else runs
+
+    def point(self, first: int, count: int, slot: int) -> None:
+        """The old contents of `count` blocks lie in the file from `slot` on; readers see it on return."""
+        for number, low, high in self.pieces(first, first + count):
+            self._set(number, low, array("Q", range(slot, slot + high - low)))
+            slot += high - low
+
+    def mark(self, first: int, end: int) -> int:
+        """Give blocks the entry that says no more than changed. Returns how many had none."""
+        fresh = 0
+        for number, low, high in self.pieces(first, end):
+            fresh += self.section(number)[low:high].tolist().count(0)
+            self._set(number, low, _ONES[: high - low])
+        return fresh
+
+    def _set(self, number: int, low: int, values: array[int]) -> None:
+        view = memoryview(values)
+        self.section(number)[low : low + len(values)] = view
+        self._has_entries[number] = 1
+        _write_all(self._fd, view.cast("B"), HEADER_AREA + number * SECTION_SIZE + low * 8)
+
+
+def sections_with_entries(fd: int, sections: int) -> Iterator[tuple[int, memoryview]]:
+    """(number, its entries) of every section in the file that has any; holes are passed over unread."""
+    end = HEADER_AREA + sections * SECTION_SIZE
+    last = -1
+    for offset, length, is_data in files.data_extents(fd, HEADER_AREA, end - HEADER_AREA):
+        if not is_data:
+            continue
+        stop = -(-(offset + length - HEADER_AREA) // SECTION_SIZE)
+        for number in range(max(last + 1, (offset - HEADER_AREA) // SECTION_SIZE), stop):
+            last = number
+            data = bytearray(SECTION_SIZE)
+            _read_all(fd, memoryview(data), HEADER_AREA + number * SECTION_SIZE)
+            if data != _ZEROES:
+                yield number, memoryview(data).cast("Q")
+
+
+def _read_all(fd: int, place: memoryview, offset: int) -> None:
+    done = os.preadv(fd, [place], offset)
+    if done < len(place):
+        files.transfer_rest(os.preadv, fd, [place], offset, done)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        done = os.pwrite(fd, data, offset)
+        if not done:
+            raise OSError(EIO, "the COW file takes no more")
+        data, offset = data[done:], offset + done
