@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 import stasis
-from stasis.cli import backup, daemon, device, extras, output, process, repo, settings, snapshot
-from stasis.cli import map as map_
 from stasis.cli.options import Parser, add_directories
 from stasis.errors import ExitCode, StasisError
 
 __all__ = ["build_parser", "main"]
+
+GROUPS = ("device", "snapshot", "map", "backup", "repo", "process", "settings", "daemon")
+"""Modules with commands, imported when the command of that name is asked for; all are for the help."""
 
 EPILOG = """\
 first steps:
@@ -28,16 +30,16 @@ first steps:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def build_parser(group: str = "") -> argparse.ArgumentParser:
+    """The parser of the whole command line, or of one module of GROUPS and what stands before its commands."""
     parser = Parser(prog="stasis", description="Snapshot block devices while they are written, and know what changed.",
                     epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"stasis {stasis.__version__}",
                         help="print the version")
     add_directories(parser)
     groups = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for group in (device, snapshot, map_, backup, repo, process, settings, daemon, extras):
-        group.add(groups)
+    for name in [group] if group else [*GROUPS, "extras"]:
+        importlib.import_module(f"stasis.cli.{name}").add(groups)
     return parser
 
 
@@ -46,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in given
     try:
-        parsed = build_parser().parse_args(given)
+        parsed = build_parser(given[0] if given and given[0] in GROUPS else "").parse_args(given)
         result: int | None = parsed.run(parsed)
         sys.stdout.flush()
         return result or ExitCode.OK
     except StasisError as error:
-        output.print_error(error, as_json=as_json)
+        _print_error(error, as_json)
         return error.exit_code
     except BrokenPipeError:
         # The reader has seen enough, as `stasis map changed ... | head` does. Python flushes once more at exit.
@@ -62,5 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        output.print_error(StasisError(f"{where}{error.strerror or error}", errno=error.errno or 0), as_json=as_json)
+        _print_error(StasisError(f"{where}{error.strerror or error}", errno=error.errno or 0), as_json)
         return ExitCode.FAILURE
+
+
+def _print_error(error: StasisError, as_json: bool) -> None:
+    from stasis.cli import output
+
+    output.print_error(error, as_json=as_json)

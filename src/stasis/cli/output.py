@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from stasis.errors import StasisError
@@ -18,12 +16,19 @@ __all__ = ["print_error", "print_fields", "print_json", "print_json_line", "prin
 
 def print_json(value: Any) -> None:
     """One JSON document; model objects become objects with all their fields."""
-    print(json.dumps(value, indent=2, default=asdict))
+    print(_json(value, indent=2))
 
 
 def print_json_line(value: Any) -> None:
     """One JSON document on one line, at once."""
-    print(json.dumps(value, default=asdict), flush=True)
+    print(_json(value), flush=True)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    import json
+    from dataclasses import asdict
+
+    return json.dumps(value, indent=indent, default=asdict)
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -62,7 +67,7 @@ def _text(value: object) -> str:
 def print_error(error: StasisError, *, as_json: bool) -> None:
     """One sentence, and a hint if there is one, on standard error; with --json one JSON object there."""
     if as_json:
-        print(json.dumps(error.as_dict()), file=sys.stderr)
+        print(_json(error.as_dict()), file=sys.stderr)
         return
     print(f"stasis: {error.message}", file=sys.stderr)
     if error.hint:

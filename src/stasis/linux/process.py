@@ -5,7 +5,6 @@ import ctypes
 import os
 import signal
 import stat
-from pathlib import Path
 
 from stasis.linux import libc
 
@@ -38,9 +37,14 @@ _prctl = libc.libc.prctl
 _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
 
 
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def boot_id() -> str:
     """The UUID that the kernel drew at this boot."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return os.fsdecode(_read("/proc/sys/kernel/random/boot_id")).strip()
 
 
 def processes() -> list[int]:
@@ -51,7 +55,7 @@ def processes() -> list[int]:
 def name(pid: int) -> str:
     """The command name of a process (at most 15 characters), "?" if it is gone."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return os.fsdecode(_read(f"/proc/{pid}/comm")).strip()
     except OSError:
         return "?"
 
@@ -62,7 +66,7 @@ def children(pid: int) -> list[int]:
     None either on a kernel without CONFIG_PROC_CHILDREN.
     """
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(child) for child in os.fsdecode(_read(f"/proc/{pid}/task/{pid}/children")).split()]
     except OSError:
         return []
 
@@ -70,7 +74,7 @@ def children(pid: int) -> list[int]:
 def start_time(pid: int) -> int | None:
     """Clock ticks from boot to the start of pid: with the pid it names a process for good. None if gone."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
+        status = os.fsdecode(_read(f"/proc/{pid}/stat"))
     except OSError:
         return None
     return int(status.rpartition(")")[2].split()[STAT_STARTTIME_BEHIND_NAME])
@@ -79,7 +83,7 @@ def start_time(pid: int) -> int | None:
 def variable(pid: int, name: str) -> str | None:
     """A variable of the environment that pid was started with; None without it, or if pid is not ours to look at."""
     try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        entries = _read(f"/proc/{pid}/environ").split(b"\0")
     except OSError:
         return None
     prefix = f"{name}=".encode()

@@ -5,16 +5,15 @@ A file is read once, whole, with one system call where its size allows. ProcessL
 """
 
 import os
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
-__all__ = ["Mapping", "Stat", "children", "limits", "mappings", "read", "stat", "status", "threads"]
+__all__ = ["Mapping", "Stat", "children", "limits", "mappings", "read", "stat", "status", "threads", "write"]
 
 PORTION = 1 << 18
 INFINITY = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
+class Stat(NamedTuple):
     """The fields of /proc/PID/stat that say who a task is and where its memory lies; addresses in bytes."""
 
     pid: int
@@ -53,8 +52,7 @@ _STAT_PLACES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(NamedTuple):
     """A line of /proc/PID/smaps with its flags: `flags` are the two-letter names of VmFlags; `offset` is bytes."""
 
     start: int
@@ -64,7 +62,7 @@ class Mapping:
     device: tuple[int, int]
     inode: int
     path: str
-    flags: frozenset[str] = field(default_factory=frozenset)
+    flags: frozenset[str] = frozenset()
 
     @property
     def length(self) -> int:
@@ -88,6 +86,15 @@ def read(pid: int, name: str) -> bytes:
         while portion := os.read(fd, PORTION):
             portions.append(portion)
         return b"".join(portions)
+    finally:
+        os.close(fd)
+
+
+def write(pid: int, name: str, text: str) -> None:
+    """Write to a file of /proc/PID, whole."""
+    fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, os.fsencode(text))
     finally:
         os.close(fd)
 

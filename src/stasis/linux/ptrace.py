@@ -8,7 +8,7 @@ import ctypes
 import errno
 import os
 import signal
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from stasis.linux import libc
 
@@ -111,8 +111,7 @@ class RseqConfiguration(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """Why a task stopped or ended: `signal` and, behind it, the ptrace `event`; `exited` carries a wait status."""
 
     tid: int

@@ -16,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from stasis.linux import ptrace
-from stasis.process.journal import Entry, Journal
 from stasis.process.remote import PAGE, RemoteThread
+
+if TYPE_CHECKING:
+    from stasis.process.journal import Entry, Journal
 
 __all__ = ["Guardian"]
 
@@ -32,14 +34,17 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.
 class Guardian:
     """Forked before anything is touched; a context manager that ends it. Fork while there is one thread only."""
 
-    def __init__(self, journal: Journal, *undo: Callable[[], object], directory: str = "") -> None:
-        """`undo`: what else is to be done after a death, in the guardian. What processes have open below `directory`
-        was opened for the dead one, and is closed."""
+    def __init__(
+        self, journal: Journal, *undo: Callable[[], object], directory: str = "",
+        first: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`undo`: what else is to be done after a death, in the guardian; `first`: what cannot wait. What processes
+        have open below `directory` was opened for the dead one, and is closed."""
         reader, self._writer = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._writer)
-            _guard(reader, journal, undo, directory)
+            _guard(reader, journal, first, undo, directory)
         os.close(reader)
 
     def __enter__(self) -> Self:
@@ -54,7 +59,9 @@ class Guardian:
         os.waitpid(self.pid, 0)
 
 
-def _guard(reader: int, journal: Journal, undo: tuple[Callable[[], object], ...], directory: str) -> NoReturn:
+def _guard(
+    reader: int, journal: Journal, first: Callable[[], object], undo: tuple[Callable[[], object], ...], directory: str
+) -> NoReturn:
     """The guardian's life. Leaves by _exit: nothing of the dumper's is to be cleaned up here."""
     status = 1
     try:
@@ -62,6 +69,7 @@ def _guard(reader: int, journal: Journal, undo: tuple[Callable[[], object], ...]
             signal.signal(number, signal.SIG_IGN)
         os.setsid()  # a signal to the dumper's group or terminal is not for us
         if os.read(reader, 1) != DONE:
+            first()
             put_back(journal, directory)
             for function in undo:
                 function()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from stasis.errors import StasisError
 from stasis.linux.ptrace import Registers
@@ -33,8 +33,7 @@ class _Slot(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A thread to put back. `pages`: where our page with the `syscall` instruction is, 0 while there is none;
     `length`: how much of ours follows there, for the thread whose end takes it out; `place`: a `syscall` instruction of
     the process itself. `leaving`: it may have its own registers again."""

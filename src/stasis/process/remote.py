@@ -17,15 +17,17 @@ import os
 import struct
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from stasis.errors import StasisError
 from stasis.linux import ptrace
-from stasis.linux.procfs import Mapping
-from stasis.linux.ptrace import Stop
 from stasis.linux.syscalls import NUMBERS
 from stasis.linux.taskmem import TaskMemory
-from stasis.process.journal import Journal
+
+if TYPE_CHECKING:
+    from stasis.linux.procfs import Mapping
+    from stasis.linux.ptrace import Stop
+    from stasis.process.journal import Journal
 
 __all__ = ["CODE_BYTES", "PAGE", "SCRATCH_BYTES", "Range", "Remote", "RemoteThread", "find_hole"]
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from enum import IntEnum
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from stasis.errors import StasisError, UnsupportedError
 from stasis.linux import procfs, ptrace
-from stasis.linux.procfs import Stat
 from stasis.process.errors import refusal
+
+if TYPE_CHECKING:
+    from stasis.linux.procfs import Stat
 
 __all__ = ["Task", "TaskState", "Thread", "Tree"]
 
@@ -34,23 +35,23 @@ class TaskState(IntEnum):
     STOPPED = 3
 
 
-@dataclass(slots=True)
 class Thread:
     """A thread that is stopped. `stop_signal`: what stopped it before we came, 0 if it ran."""
 
-    tid: int
-    stop_signal: int = 0
-    is_stopped: bool = False
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
+        self.stop_signal = 0
+        self.is_stopped = False
 
 
-@dataclass(slots=True)
 class Task:
     """A process of the tree: `stat` as it was when it was found."""
 
-    pid: int
-    stat: Stat
-    threads: list[Thread] = field(default_factory=list)
-    children: list[Task] = field(default_factory=list)
+    def __init__(self, pid: int, stat: Stat) -> None:
+        self.pid = pid
+        self.stat = stat
+        self.threads: list[Thread] = []
+        self.children: list[Task] = []
 
     @property
     def is_zombie(self) -> bool:

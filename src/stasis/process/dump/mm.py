@@ -7,18 +7,19 @@ import errno
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from stasis.linux import procfs
 from stasis.linux.guardpages import guard_pages
-from stasis.linux.procfs import Mapping
 from stasis.process.files.options import FileOptions
 from stasis.process.files.regular import why_lost
-from stasis.process.findings import Findings
 from stasis.process.images.schema.memory import MmEntry, VmaEntry
-from stasis.process.remote import Remote
-from stasis.process.tree import Task
+
+if TYPE_CHECKING:
+    from stasis.linux.procfs import Mapping
+    from stasis.process.findings import Findings
+    from stasis.process.remote import Remote
+    from stasis.process.tree import Task
 
 __all__ = ["PathFiles", "Vma", "VmaStatus", "check_mappings", "mm_entry", "vmas"]
 
@@ -51,8 +52,7 @@ class PathFiles(Protocol):
         """Id of the file behind /proc/PID/LINK, entered as opened with `flags`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Vma:
+class Vma(NamedTuple):
     """A mapping and the message for it."""
 
     mapping: Mapping

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stasis.linux import procfs
 from stasis.process.dump.threads import signal_queue
@@ -17,8 +17,10 @@ from stasis.process.images.schema.tasks import (
     TaskRlimitsEntry,
     TaskTimersEntry,
 )
-from stasis.process.remote import Remote
 from stasis.process.tree import Task, TaskState
+
+if TYPE_CHECKING:
+    from stasis.process.remote import Remote
 
 __all__ = ["SIGNALS", "ns_pid", "task_core", "zombie_core"]
 
@@ -126,9 +128,8 @@ def _membarrier(remote: Remote) -> int | None:
 
 
 def _login_uid(pid: int) -> int | None:
-    path = Path(f"/proc/{pid}/loginuid")
     try:
-        found = int(path.read_text())
+        found = int(procfs.read(pid, "loginuid"))
     except (OSError, ValueError):
         return None  # a kernel without auditing
     return None if found == NO_LOGINUID else found

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from typing import TYPE_CHECKING
 
 from stasis.linux import libc, procfs, ptrace
 from stasis.process import fpu, registers
@@ -19,7 +20,9 @@ from stasis.process.images.schema.tasks import (
     ThreadCoreEntry,
     ThreadSasEntry,
 )
-from stasis.process.remote import Remote
+
+if TYPE_CHECKING:
+    from stasis.process.remote import Remote
 
 __all__ = ["robust_list", "signal_queue", "thread_core", "thread_info"]
 

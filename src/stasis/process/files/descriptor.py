@@ -7,7 +7,7 @@ import fcntl
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from stasis.linux import procfs
 from stasis.linux.pidfd import Pidfd
@@ -22,8 +22,7 @@ F_GETOWN_EX, F_SETOWN_EX, F_GETSIG, F_SETSIG = 16, 15, 11, 10
 OWNER = struct.Struct("<ii")
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """Number `fd` of process `pid`. `link` is what /proc says it is; `flags` are those of the open file description;
     `info` the lines of its fdinfo."""
 

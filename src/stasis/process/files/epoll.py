@@ -10,16 +10,19 @@ import re
 import select
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from stasis.linux import epoll
 from stasis.linux.kcmp import same_epoll_target, same_file
 from stasis.process.files.descriptor import Descriptor, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
-from stasis.process.files.options import FileOptions
 from stasis.process.images.damage import damaged
-from stasis.process.images.schema.common import FownEntry
 from stasis.process.images.schema.events import EventpollFileEntry, EventpollTfdEntry
 from stasis.process.images.schema.files import FdTypes, FileEntry
+
+if TYPE_CHECKING:
+    from stasis.process.files.options import FileOptions
+    from stasis.process.images.schema.common import FownEntry
 
 __all__ = ["Epolls"]
 

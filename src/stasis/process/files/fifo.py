@@ -6,14 +6,17 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from stasis.process.files.descriptor import Descriptor, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
-from stasis.process.files.options import FileOptions
 from stasis.process.files.pipes import F_GETPIPE_SZ, contents, fill
 from stasis.process.files.regular import current_name, path_entry, why_lost
-from stasis.process.images.schema.common import FownEntry
 from stasis.process.images.schema.files import FdTypes, FifoEntry, FileEntry, PipeDataEntry
+
+if TYPE_CHECKING:
+    from stasis.process.files.options import FileOptions
+    from stasis.process.images.schema.common import FownEntry
 
 __all__ = ["Fifos"]
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from stasis.errors import StateError
-from stasis.process.images.container import Record
 from stasis.process.images.damage import damaged
-from stasis.process.images.imageset import ImageSet
-from stasis.process.images.payloads import Part
 from stasis.process.images.schema.common import Timeval
 from stasis.process.images.schema.files import (
     GhostChunkEntry,
@@ -21,7 +19,12 @@ from stasis.process.images.schema.files import (
     RemapFilePathEntry,
     RemapType,
 )
-from stasis.process.images.setwriter import ImageSetWriter
+
+if TYPE_CHECKING:
+    from stasis.process.images.container import Record
+    from stasis.process.images.imageset import ImageSet
+    from stasis.process.images.payloads import Part
+    from stasis.process.images.setwriter import ImageSetWriter
 
 __all__ = ["DELETED", "GhostWriter", "Ghosts", "allocated"]
 

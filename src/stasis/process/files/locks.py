@@ -10,14 +10,17 @@ import os
 import re
 import struct
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from stasis.errors import BusyError
-from stasis.process.files.descriptor import Descriptor
-from stasis.process.findings import Findings
 from stasis.process.images.damage import damaged
-from stasis.process.images.imageset import ImageSet
 from stasis.process.images.schema.files import FileLockEntry
-from stasis.process.images.setwriter import ImageSetWriter
+
+if TYPE_CHECKING:
+    from stasis.process.files.descriptor import Descriptor
+    from stasis.process.findings import Findings
+    from stasis.process.images.imageset import ImageSet
+    from stasis.process.images.setwriter import ImageSetWriter
 
 __all__ = ["LockWriter", "check_locks", "packed_lock", "posix_locks", "take_locks"]
 

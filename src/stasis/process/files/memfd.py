@@ -7,17 +7,20 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from stasis.process.files.descriptor import Descriptor, duplicate, owner, set_flags
 from stasis.process.files.ghosts import DELETED
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
-from stasis.process.files.options import FileOptions
 from stasis.process.images.damage import damaged
 from stasis.process.images.memory import MemoryReader
 from stasis.process.images.pagemap import PE_PRESENT, PagemapWriter
 from stasis.process.images.schema.files import FdTypes, FileEntry
 from stasis.process.images.schema.memory import MemfdFileEntry, MemfdInodeEntry
-from stasis.process.images.setwriter import ImageSetWriter
+
+if TYPE_CHECKING:
+    from stasis.process.files.options import FileOptions
+    from stasis.process.images.setwriter import ImageSetWriter
 
 __all__ = ["Memfds"]
 

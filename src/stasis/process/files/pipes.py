@@ -6,13 +6,16 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from stasis.linux.splice import tee
 from stasis.process.files.descriptor import Descriptor, owner, set_flags
 from stasis.process.files.kind import FileKind, Opened, Saving
-from stasis.process.files.options import FileOptions
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry, PipeDataEntry, PipeEntry
+
+if TYPE_CHECKING:
+    from stasis.process.files.options import FileOptions
 
 __all__ = ["F_GETPIPE_SZ", "Pipes", "contents", "fill"]
 

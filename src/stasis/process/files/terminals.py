@@ -8,13 +8,13 @@ import fcntl
 import os
 import stat
 import struct
+from typing import TYPE_CHECKING
 
 from stasis.errors import BusyError, StateError
 from stasis.linux import procfs
 from stasis.linux.ioctl import IOR, IOW
 from stasis.process.files.descriptor import Descriptor, duplicate, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
-from stasis.process.files.options import FileOptions
 from stasis.process.files.regular import path_entry
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry
@@ -26,6 +26,9 @@ from stasis.process.images.schema.terminals import (
     TtyType,
     WinsizeEntry,
 )
+
+if TYPE_CHECKING:
+    from stasis.process.files.options import FileOptions
 
 __all__ = ["Terminals"]
 

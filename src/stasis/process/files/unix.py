@@ -11,18 +11,21 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from typing import TYPE_CHECKING
 
 from stasis.errors import StateError
 from stasis.linux.sockdiag import TCP_LISTEN, UnixSocket, unix_sockets
 from stasis.process.files import queues
 from stasis.process.files.descriptor import Descriptor, descriptor_of, duplicate, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
-from stasis.process.files.options import FileOptions
 from stasis.process.files.sockopts import options_of, set_options
 from stasis.process.files.unixnames import bind, file_perms, reason_against
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry
 from stasis.process.images.schema.sockets import ScmEntry, SkPacketEntry, SkShutdown, UnixSkEntry
+
+if TYPE_CHECKING:
+    from stasis.process.files.options import FileOptions
 
 __all__ = ["UnixSockets"]
 

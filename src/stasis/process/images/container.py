@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Final, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Self
 
 from stasis.process.images import codec
 from stasis.process.images.damage import damaged
 from stasis.process.images.kinds import Kind, kind_of_magic, schema_class
 from stasis.process.images.magics import COMMON, NAMES, SERVICE
-from stasis.process.images.message import Message
 from stasis.process.images.payloads import WITH_PAYLOAD, Frames, Part, Size, frames, sizes
 from stasis.process.images.wire import WireError
+
+if TYPE_CHECKING:
+    from stasis.process.images.message import Message
 
 __all__ = ["MAX_RECORD", "MAX_RECORDS", "ImageReader", "Record"]
 
@@ -33,8 +34,7 @@ _WORD = struct.Struct("<I")
 _WINDOW: Final = 1 << 16  # what is read at once: most images whole
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A message and where its payload lies. `offset` is where the record begins in the file.
 
     The message's class is the kind's (see kinds), which a type checker cannot know.
@@ -148,7 +148,7 @@ class ImageReader:
     def _framed(self, framed: Frames, offset: int) -> tuple[list[Part], int]:
         cls = schema_class(framed.message_path)
         parts: list[Part] = []
-        while offset < self.size if framed.count is None else len(parts) < framed.count:
+        while offset < self.size if framed.number is None else len(parts) < framed.number:
             message, offset = self._message(cls, offset)
             size = framed.size(message)
             parts.append(self._part(offset, size, message))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from stasis.process.images.magics import MAGICS
-from stasis.process.images.message import Message
+
+if TYPE_CHECKING:
+    from stasis.process.images.message import Message
 
 __all__ = ["KINDS", "RAW", "Kind", "kind_of_magic", "parse_name", "schema_class"]
 
@@ -23,8 +24,7 @@ HEXADECIMAL: Final = "hexadecimal"
 _LARGEST_ID: Final = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(NamedTuple):
     """A kind of image. `magic_name` is crit's name; `number` says how the number in the file name is written."""
 
     name: str

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from stasis.errors import UnsupportedError
 from stasis.process.images.damage import damaged
-from stasis.process.images.imageset import ImageSet
 from stasis.process.images.pagemap import PAGE_SIZE, PE_LAZY, PE_PARENT, PE_PRESENT, Pagemap
+
+if TYPE_CHECKING:
+    from stasis.process.images.imageset import ImageSet
 
 __all__ = ["MemoryReader", "PageSource"]
 

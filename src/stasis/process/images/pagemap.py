@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from stasis.errors import UnsupportedError
 from stasis.process.images.damage import damaged
-from stasis.process.images.imageset import ImageSet
 from stasis.process.images.message import UNKNOWN
 from stasis.process.images.schema.memory import PagemapEntry, PagemapHead
 from stasis.process.images.wire import varint
 
 if TYPE_CHECKING:
+    from stasis.process.images.imageset import ImageSet
     from stasis.process.images.setwriter import ImageSetWriter
 
 __all__ = ["PAGE_SIZE", "PE_LAZY", "PE_PARENT", "PE_PRESENT", "Pagemap", "PagemapWriter", "Run", "entry_flags",

@@ -8,16 +8,15 @@ an IPC queue, and each chunk of a ghost file, brings a small message of its own 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from stasis.process.images.kinds import Kind
+if TYPE_CHECKING:
+    from stasis.process.images.kinds import Kind
 
 __all__ = ["WITH_PAYLOAD", "Frames", "Part", "Size", "frames", "round_up", "sizes"]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Bytes behind a record: where they lie in the file, and the IpcMsg or GhostChunkEntry before them, if any."""
 
     name: str
@@ -26,8 +25,7 @@ class Part:
     message: Any = None
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(NamedTuple):
     """How large a part is, in bytes, and how many bytes it takes in the file."""
 
     name: str
@@ -64,12 +62,11 @@ _LAYOUTS: Final[dict[str, Callable[[Any], list[Size]]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Frames:
+class Frames(NamedTuple):
     """Parts that each begin with a message of their own: of which class, how many (None: until the end), how large."""
 
     message_path: str
-    count: int | None
+    number: int | None
     size: Callable[[Any], Size]
 
 

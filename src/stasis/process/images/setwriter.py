@@ -13,13 +13,15 @@ import errno
 import os
 import shutil
 import tempfile
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from stasis.errors import BusyError, NotFoundError, PermissionDeniedError
 from stasis.process.images.imageset import PARENT
 from stasis.process.images.kinds import KINDS, parse_name
-from stasis.process.images.message import Message
 from stasis.process.images.writer import ImageWriter
+
+if TYPE_CHECKING:
+    from stasis.process.images.message import Message
 
 __all__ = ["ImageSetWriter"]
 

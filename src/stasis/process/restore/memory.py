@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import struct
+from typing import TYPE_CHECKING
 
 from stasis.errors import UnsupportedError
 from stasis.linux import procfs, ptrace
 from stasis.process.dump.mm import MAP_ANONYMOUS, MAP_BY_FLAG, MAP_SHARED, VmaStatus
 from stasis.process.images import ImageSet, MemoryReader, PageSource
-from stasis.process.images.schema.memory import MmEntry, VmaEntry
 from stasis.process.remote import CODE_BYTES, PAGE, SCRATCH_BYTES, Remote
-from stasis.process.restore.spawn import Ready
+
+if TYPE_CHECKING:
+    from stasis.process.images.schema.memory import MmEntry, VmaEntry
+    from stasis.process.restore.spawn import Ready
 
 __all__ = ["replace_memory"]
 

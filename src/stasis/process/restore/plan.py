@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from stasis.errors import UnsupportedError
 from stasis.process.dump.mm import VmaStatus
 from stasis.process.images.damage import damaged
-from stasis.process.images.imageset import ImageSet
-from stasis.process.images.schema.memory import MmEntry
-from stasis.process.images.schema.tasks import CoreEntry, FsEntry, PstreeEntry, TaskKobjIdsEntry
 from stasis.process.tree import TaskState
+
+if TYPE_CHECKING:
+    from stasis.process.images.imageset import ImageSet
+    from stasis.process.images.schema.memory import MmEntry
+    from stasis.process.images.schema.tasks import CoreEntry, FsEntry, PstreeEntry, TaskKobjIdsEntry
 
 __all__ = ["TaskPlan", "read_tree"]
 
@@ -24,16 +26,16 @@ SUPPORTED_VMAS = (
 )  # fmt: skip
 
 
-@dataclass(slots=True)
 class TaskPlan:
     """A task to make. `cores` by thread id; a zombie has only its own and no memory."""
 
-    entry: PstreeEntry
-    cores: dict[int, CoreEntry]
-    ids: TaskKobjIdsEntry | None = None
-    mm: MmEntry | None = None
-    fs: FsEntry | None = None
-    children: list[TaskPlan] = field(default_factory=list)
+    def __init__(self, entry: PstreeEntry, cores: dict[int, CoreEntry]) -> None:
+        self.entry = entry
+        self.cores = cores
+        self.ids: TaskKobjIdsEntry | None = None
+        self.mm: MmEntry | None = None
+        self.fs: FsEntry | None = None
+        self.children: list[TaskPlan] = []
 
     @property
     def pid(self) -> int:

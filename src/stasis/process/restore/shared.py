@@ -12,11 +12,14 @@ import ctypes
 import mmap
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from stasis.errors import StasisError
 from stasis.process.dump.mm import VmaStatus
 from stasis.process.images import ImageSet, MemoryReader
-from stasis.process.restore.plan import TaskPlan
+
+if TYPE_CHECKING:
+    from stasis.process.restore.plan import TaskPlan
 
 __all__ = ["make_shared"]
 

@@ -19,19 +19,19 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from stasis.errors import BusyError, PermissionDeniedError, StasisError, UnsupportedError
-from stasis.linux import process
+from stasis.linux import process, procfs
 from stasis.linux.clone3 import fork_as
 from stasis.process.dump.mm import VmaStatus
-from stasis.process.files.opening import FileSet
-from stasis.process.images import ImageSet
 from stasis.process.restore.crew import LARGEST_REPORT, Gate, collect, live_with
-from stasis.process.restore.plan import TaskPlan
 from stasis.process.restore.shared import make_shared
+
+if TYPE_CHECKING:
+    from stasis.process.files.opening import FileSet
+    from stasis.process.images import ImageSet
+    from stasis.process.restore.plan import TaskPlan
 
 __all__ = ["Ready", "spawn"]
 
@@ -63,7 +63,7 @@ def spawn(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> dict[int, Re
     for sock in (ours, theirs):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REPORT)
     gates = {stage: Gate() for stage in STAGES}
-    crew = _Crew(root, files, chain, theirs, gates, frozenset(plan.pid for plan in root.walk()))
+    crew = _Crew(root, files, chain, theirs, gates)
     with ours, ExitStack() as cleanup:
         for gate in gates.values():
             cleanup.callback(gate.close)
@@ -97,18 +97,20 @@ def _leave(crew: _Crew, ours: socket.socket) -> None:
         gate.leave()
 
 
-@dataclass
 class _Crew:
     """What all processes know of each other. `is_guest`: the tree is in the session of the one who restores it."""
 
-    root: TaskPlan
-    files: FileSet
-    chain: list[ImageSet]
-    sock: socket.socket
-    gates: dict[str, Gate]
-    pids: frozenset[int]
-    is_guest: bool = False
-    shared_fd: dict[int, int] = field(default_factory=dict)
+    def __init__(
+        self, root: TaskPlan, files: FileSet, chain: list[ImageSet], sock: socket.socket, gates: dict[str, Gate]
+    ) -> None:
+        self.root = root
+        self.files = files
+        self.chain = chain
+        self.sock = sock
+        self.gates = gates
+        self.pids = frozenset(plan.pid for plan in root.walk())
+        self.is_guest = False
+        self.shared_fd: dict[int, int] = {}
 
     def report(self, **fields: Any) -> None:
         self.sock.send(json.dumps(fields).encode())
@@ -309,7 +311,7 @@ def _end_as(plan: TaskPlan) -> NoReturn:
     """End as a zombie did, with its status."""
     task = plan.core.tc
     status = 0 if task is None else task.exit_code
-    Path("/proc/self/comm").write_text((task.comm if task else "")[:15])
+    procfs.write(os.getpid(), "comm", (task.comm if task else "")[:15])
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if number := status & 0x7F:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

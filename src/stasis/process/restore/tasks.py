@@ -6,14 +6,16 @@ from __future__ import annotations
 import errno
 import resource
 import struct
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stasis.errors import PermissionDeniedError, UnsupportedError
 from stasis.linux import procfs
 from stasis.process.dump.tasks import ACTION, ITIMER, ITIMERSPEC, SIGEV_THREAD_ID, SIGNALS
-from stasis.process.images.schema.memory import MmEntry
-from stasis.process.images.schema.tasks import ItimerEntry, PosixTimerEntry, TaskCoreEntry
-from stasis.process.remote import Remote
+
+if TYPE_CHECKING:
+    from stasis.process.images.schema.memory import MmEntry
+    from stasis.process.images.schema.tasks import ItimerEntry, PosixTimerEntry, TaskCoreEntry
+    from stasis.process.remote import Remote
 
 __all__ = ["arm_timers", "give_process_state", "make_timers", "set_dumpable"]
 
@@ -60,15 +62,13 @@ def _limit(pid: int, task: TaskCoreEntry) -> None:
                 raise PermissionDeniedError(
                     f"process {pid} had a higher limit (number {number}) than this user may give it", hint="run as root"
                 ) from error
-    if task.oom_score_adj is not None:
-        path = Path(f"/proc/{pid}/oom_score_adj")
-        if int(path.read_text()) != task.oom_score_adj:
-            _set_oom_score(path, pid, task.oom_score_adj)
+    if task.oom_score_adj is not None and int(procfs.read(pid, "oom_score_adj")) != task.oom_score_adj:
+        _set_oom_score(pid, task.oom_score_adj)
 
 
-def _set_oom_score(path: Path, pid: int, score: int) -> None:
+def _set_oom_score(pid: int, score: int) -> None:
     try:
-        path.write_text(str(score))
+        procfs.write(pid, "oom_score_adj", str(score))
     except PermissionError as error:
         raise PermissionDeniedError(
             f"process {pid} had the lower oom_score_adj {score}, which needs CAP_SYS_RESOURCE", hint="run as root"

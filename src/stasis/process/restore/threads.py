@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import os
 import struct
+from typing import TYPE_CHECKING
 
 from stasis.linux import procfs, ptrace
 from stasis.linux.clone3 import CLONE_ARGS
 from stasis.process import fpu, registers
 from stasis.process.dump.threads import PR_GET_SECUREBITS, REAL_TIME, STACK, credentials
-from stasis.process.images.schema.tasks import CoreEntry, CredsEntry, ThreadCoreEntry
-from stasis.process.remote import Remote
+
+if TYPE_CHECKING:
+    from stasis.process.images.schema.tasks import CoreEntry, CredsEntry, ThreadCoreEntry
+    from stasis.process.remote import Remote
 
 __all__ = ["give_state", "make_threads"]
 
