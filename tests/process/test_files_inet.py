@@ -100,4 +100,4 @@ def test_a_connection_is_named(tmp_path: Path) -> None:
         return [sock.detach() for sock in (listener, client, server)]
 
     found = findings_of(set_up, tmp_path / "images")
-    assert [finding.reason for finding in found] == ["TCP connections are not supported yet"] * 2
+    assert [finding.reason for finding in found] == ["it is a TCP connection"] * 2

@@ -62,6 +62,8 @@ stasis process restore --images /var/tmp/images --map-path /srv/app.log=/tmp/app
     where.add_argument("--pidfile", metavar="FILE", help="write the pid of the first process to this file")
     command.add_argument("--map-path", metavar="OLD=NEW", action="append", default=[],
                          help="use NEW for files and directories whose path is OLD or below it; may be repeated")
+    command.add_argument("--tcp", choices=("close",), default="",
+                         help="close: bring TCP connections back as sockets that are not connected")
     command.add_argument("--inherit-fd", metavar="FD=NAME", action="append", default=[], type=_inherited,
                          help="use descriptor FD of this command for what the images call NAME, as in 3=pipe:[4711]; "
                               "may be repeated")
@@ -75,13 +77,21 @@ def _add_file_options(command: argparse.ArgumentParser) -> None:
                          help="the terminal is the caller's; a restore takes that of its own caller")
     command.add_argument("--ext-unix-sk", action="store_true",
                          help="dump unix sockets whose other end is outside of the tree, without that end")
+    command.add_argument("--tcp", choices=("established", "close"), default="",
+                         help="keep TCP connections, or have them closed after the restore")
+    command.add_argument("--network-lock", choices=("nftables", "skip"), default="nftables",
+                         help="how packets of kept connections are dropped up to the restore (nftables); skip: not")
+    command.add_argument("--skip-in-flight", action="store_true",
+                         help="leave connections behind that a listening socket has not accepted yet")
 
 
 def _file_options(arguments: argparse.Namespace) -> FileOptions:
     from stasis.process.files.options import FileOptions
 
     return FileOptions(ghost_limit=arguments.ghost_limit, external_unix=arguments.ext_unix_sk,
-                       shell_job=arguments.shell_job, file_locks=arguments.file_locks)  # fmt: skip
+                       shell_job=arguments.shell_job, file_locks=arguments.file_locks,
+                       tcp=arguments.tcp, network_lock=arguments.network_lock,
+                       skip_in_flight=arguments.skip_in_flight)  # fmt: skip
 
 
 def _inherited(text: str) -> tuple[str, int]:
@@ -171,7 +181,7 @@ def restore(arguments: argparse.Namespace) -> int:
     from stasis.process.restore.job import restore as restore_tree
 
     options = RestoreOptions(map_paths=dict(map(_mapping, arguments.map_path)),
-                             files=FileOptions(inherited=dict(arguments.inherit_fd)))  # fmt: skip
+                             files=FileOptions(inherited=dict(arguments.inherit_fd), tcp=arguments.tcp))  # fmt: skip
     result = restore_tree(arguments.images, options)
     if arguments.pidfile:
         Path(arguments.pidfile).write_text(f"{result.pid}\n")

@@ -24,6 +24,7 @@ from stasis.process.dump.predump import continued
 from stasis.process.dump.tasks import task_core, zombie_core
 from stasis.process.dump.threads import thread_core, thread_info
 from stasis.process.dump.tracking import Tracking
+from stasis.process.files.connections import Connections
 from stasis.process.files.options import FileOptions
 from stasis.process.files.table import FileTable, check_descriptors
 from stasis.process.findings import Finding, Findings
@@ -87,21 +88,23 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     touched; whatever fails, the tree goes on as it was.
     """
     chosen = options or DumpOptions()
-    journal = Journal()
+    journal, connections = Journal(), Connections(chosen.files.network_lock)
     if chosen.pre_copy:
         _refuse_early(pid, chosen)
     with (
         ImageSetWriter(images) as out,
         continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout) as (tracking, warnings),
-        Guardian(journal, partial(shutil.rmtree, out.staging, ignore_errors=True), directory=out.staging),
+        Guardian(journal, partial(shutil.rmtree, out.staging, ignore_errors=True), directory=out.staging,
+                 first=connections.release),
         Tree(pid, timeout=chosen.timeout) as tree,
+        connections,
     ):
         started = time.monotonic()
         tree.freeze()
         frozen = time.monotonic()
         layouts: dict[int, list[Mapping]] = {}
         _look(tree, layouts, chosen.files).refuse()
-        writing = _Dump(out, journal, layouts, tracking, chosen.files)
+        writing = _Dump(out, journal, layouts, tracking, chosen.files, connections)
         for task in tree.tasks:
             writing.add(task)
         writing.finish(tree)
@@ -110,9 +113,12 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
             os.fspath(images), [task.pid for task in tree.tasks], sum(len(task.threads) for task in tree.tasks),
             writing.pages, frozen - started, written - frozen, writing.pages_seconds, warnings + writing.warnings,
         )  # fmt: skip
+        if chosen.leave_running or chosen.leave_stopped:
+            connections.release()
         if chosen.leave_running:
             tree.thaw()  # nothing is to be ended for the images' sake: the disk may take its time
         out.commit()
+        connections.keep()
         _let_go(tree, chosen)
         return result
 
@@ -159,7 +165,7 @@ class _Dump:
 
     def __init__(
         self, out: ImageSetWriter, journal: Journal, layouts: dict[int, list[Mapping]], tracking: Tracking,
-        files: FileOptions,
+        files: FileOptions, connections: Connections,
     ) -> None:
         self.pages = 0
         self.pages_seconds = 0.0
@@ -168,7 +174,9 @@ class _Dump:
         self._tracking = tracking
         self._ids = ObjectIds()
         self._shared: set[int] = set()
-        self._files = FileTable(out, files)
+        self._connections = connections
+        self._options = files
+        self._files = FileTable(out, files, connections)
 
     def add(self, task: Task) -> None:
         """Write everything of a task."""
@@ -229,5 +237,7 @@ class _Dump:
         uptime = int(float(Path("/proc/uptime").read_text().split()[0]) * 1_000_000)
         self._out.write("inventory", InventoryEntry(
             img_version=IMAGE_VERSION, fdinfo_per_id=True, ns_per_id=True, root_ids=root_ids, dump_uptime=uptime,
+            tcp_close=self._options.tcp == "close" or None, dump_criu_run_id=self._connections.run_id,
+            network_lock_method=self._connections.method,
         ))  # fmt: skip
 

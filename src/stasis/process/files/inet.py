@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets of IPv4 and IPv6: UDP, and TCP that listens or is not connected. Datagrams that nobody read are lost, as
-the network may lose them."""
+"""Sockets of IPv4 and IPv6: UDP, and TCP that listens, is connected (`tcp.py`) or not. Datagrams that nobody read are
+lost, as the network may lose them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ import os
 import socket
 import stat
 import struct
+from typing import TYPE_CHECKING
 
 from stasis.errors import BusyError, StateError
-from stasis.process.files.descriptor import Descriptor, duplicate, owner, set_flags
-from stasis.process.files.kind import FileKind, Looking, Opened, Saving
+from stasis.process.files import tcp
+from stasis.process.files.connections import why_no_lock
+from stasis.process.files.descriptor import duplicate, owner, set_flags
+from stasis.process.files.kind import FileKind
 from stasis.process.files.sockopts import options_of, set_options
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry
-from stasis.process.images.schema.sockets import InetSkEntry, IpOptsEntry, TcpOptsEntry
+from stasis.process.images.schema.sockets import InetSkEntry, IpOptsEntry, SkShutdown, TcpOptsEntry, TcpStreamEntry
 
-__all__ = ["InetSockets"]
+if TYPE_CHECKING:
+    from stasis.process.files.descriptor import Descriptor
+    from stasis.process.files.kind import Looking, Opened, Saving
+    from stasis.process.files.options import FileOptions
+    from stasis.process.images.imageset import ImageSet
+
+__all__ = ["InetSockets", "is_connection", "let_live"]
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 # include/net/tcp_states.h
@@ -25,6 +34,7 @@ TCP_ESTABLISHED, TCP_CLOSE, TCP_LISTEN = 1, 7, 10
 TCP_INFO = struct.Struct("<8B 4I 2I")
 """The beginning of struct tcp_info; unacked and sacked are a listener's waiting connections and their limit."""
 IP_FREEBIND = 15
+TCP_ULP = 31
 KNOWN = ((socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP))
 WORDS: dict[int, str] = {socket.AF_INET: "<I", socket.AF_INET6: "<4I"}
 
@@ -41,23 +51,19 @@ class InetSockets(FileKind):
 
     def check(self, descriptor: Descriptor, looking: Looking) -> None:
         with _opened(descriptor) as sock:
-            if reason := _reason_against(sock):
-                looking.findings.add(descriptor.pid, descriptor.where, reason)
+            reason, option = _reason_against(sock, self.options)
+            if reason:
+                looking.findings.add(descriptor.pid, descriptor.where, reason, option)
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
         with _opened(descriptor) as sock:
-            state, _, backlog = _state(sock)
-            family, own, peer = sock.family, sock.getsockname(), _peer(sock)
-            entry = InetSkEntry(
-                id=number, ino=descriptor.status.st_ino & 0xFFFFFFFF, family=family, type=sock.type, proto=sock.proto,
-                state=state, src_port=own[1], dst_port=peer[1] if peer else 0, flags=descriptor.flags,
-                backlog=backlog, src_addr=_words(family, own[0]), dst_addr=_words(family, peer[0] if peer else ""),
-                fown=owner(fd), opts=options_of(sock), ip_opts=_ip_options(sock),
-            )  # fmt: skip
-            if family == socket.AF_INET6:
-                entry.v6only = bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
-            if sock.proto == socket.IPPROTO_TCP:
+            entry = _describe(sock, descriptor, number, fd)
+            if entry.proto == socket.IPPROTO_TCP:
                 entry.tcp_opts = _tcp_options(sock)
+                if entry.state in tcp.CONNECTED and self.options.tcp == "established":
+                    _dump_connection(sock, descriptor, entry, saving)
+                elif tcp.has_ended(sock):
+                    _dump_end(sock, entry, saving)
         return FileEntry(type=FdTypes.INETSK, id=number, isk=entry)
 
     def resource(self, entry: FileEntry) -> str:
@@ -67,28 +73,138 @@ class InetSockets(FileKind):
         found: InetSkEntry = self.message_of(entry)
         if found.family not in FAMILIES or (found.type, found.proto) not in KNOWN:
             raise damaged(opened.images.file_path("files"), 0, f"socket {found.id} is of an unknown kind")
-        if found.type == socket.SOCK_STREAM and found.state not in (TCP_LISTEN, TCP_CLOSE):
-            raise StateError(f"the images have a TCP connection (socket:[{found.ino}]), which cannot be restored yet",
-                             hint=f"give a descriptor for it: --inherit-fd fd[N]:socket:[{found.ino}]")  # fmt: skip
         with socket.socket(found.family, found.type, found.proto) as sock:
-            _make(sock, found)
+            if is_connection(found) and not opened.closes_connections:
+                _make_connection(sock, found, opened)
+            else:
+                has_ended = found.state == TCP_CLOSE and opened.images.has("tcp-stream", found.ino)
+                _make(sock, found, bound=not has_ended)
+                if has_ended:
+                    tcp.end(sock, _stream_of(found, opened.images)[1])
+                    set_options(sock, found.opts)
             set_flags(sock.fileno(), found.flags)
             return os.dup(sock.fileno())
+
+    def done(self, opened: Opened) -> None:
+        """Connections that are on their way from one process to another live now: no one has them to be let go."""
+        held = {entry.id for table in opened.tables.values() for entry in table}
+        for number in opened.numbers(FdTypes.INETSK):
+            found = self.message_of(opened.entry(number))
+            if number not in held and is_connection(found) and not opened.closes_connections:
+                with socket.socket(fileno=os.dup(opened.open(number))) as sock:
+                    let_live(sock, found, opened.images)
+
+
+def is_connection(found: InetSkEntry) -> bool:
+    """Whether it is a TCP connection, of which there is a stream in the images."""
+    return found.proto == socket.IPPROTO_TCP and found.state in tcp.CONNECTED
+
+
+def let_live(sock: socket.socket, found: InetSkEntry, images: ImageSet) -> None:
+    """End the repair of a restored connection, and send what the dumped one had not sent yet."""
+    entry, _, outgoing = _stream_of(found, images)
+    tcp.end_repair(sock, reuse=bool(found.opts.reuseaddr))
+    tcp.send_rest(sock, found.state, outgoing[len(outgoing) - (entry.unsq_len or 0) :])
+    set_options(sock, found.opts)
+
+
+def _dump_connection(sock: socket.socket, descriptor: Descriptor, entry: InetSkEntry, saving: Saving) -> None:
+    saving.connections.hold(descriptor, sock, _ends_of(entry), reuse=bool(entry.opts.reuseaddr))
+    entry.state = tcp.state_of(sock)  # nothing changes it any more
+    stream, incoming, outgoing = tcp.read_stream(sock)
+    saving.out.image("tcp-stream", entry.ino).append(stream, incoming, outgoing)
+
+
+def _dump_end(sock: socket.socket, entry: InetSkEntry, saving: Saving) -> None:
+    """What was left to read when a connection ended. It is repaired for no longer than it takes to look."""
+    tcp.begin_repair(sock)
+    try:
+        stream, incoming, _ = tcp.read_stream(sock)
+    finally:
+        tcp.end_repair(sock, reuse=bool(entry.opts.reuseaddr))
+    stream.outq_len = 0
+    saving.out.image("tcp-stream", entry.ino).append(stream, incoming, b"")
+
+
+def _ends_of(entry: InetSkEntry) -> tuple[str, int, str, int]:
+    return (_address(entry.family, entry.src_addr), entry.src_port, _address(entry.family, entry.dst_addr),
+            entry.dst_port)  # fmt: skip
+
+
+def _stream_of(found: InetSkEntry, images: ImageSet) -> tuple[TcpStreamEntry, bytes, bytes]:
+    with images.image("tcp-stream", found.ino) as image:
+        for record in image:
+            entry = record.message
+            if not isinstance(entry, TcpStreamEntry) or (entry.unsq_len or 0) > entry.outq_len:
+                raise damaged(images.file_path("tcp-stream", found.ino), record.offset, "more is unsent than there is")
+            return entry, image.read(record.parts[0]), image.read(record.parts[1])
+    raise damaged(images.file_path("tcp-stream", found.ino), 0, "it has no connection")
+
+
+def _make_connection(sock: socket.socket, found: InetSkEntry, opened: Opened) -> None:
+    """In repair mode, until all processes are there."""
+    entry, *queues = _stream_of(found, opened.images)
+    set_options(sock, found.opts)
+    if found.v6only is not None:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(found.v6only))
+    own, own_port, peer, peer_port = _ends_of(found)
+    try:
+        tcp.begin_repair(sock)
+        tcp.connect(sock, found.state, entry, (queues[0], queues[1]), (own, own_port), (peer, peer_port),
+                    (_target(found, own, own_port), _target(found, peer, peer_port)))  # fmt: skip
+    except OSError as error:
+        raise StateError(
+            f"the TCP connection from {own} port {own_port} to {peer} port {peer_port} cannot be made again: "
+            f"{error.strerror}", errno=error.errno or 0,
+            hint="restore where that address is, as root, and once; or --tcp close",
+        ) from error  # fmt: skip
+    _set_protocol_options(sock, found)
+    if found.shutdown in (SkShutdown.READ, SkShutdown.BOTH):
+        sock.shutdown(socket.SHUT_RD)
 
 
 def _opened(descriptor: Descriptor) -> socket.socket:
     return socket.socket(fileno=duplicate(descriptor))
 
 
-def _reason_against(sock: socket.socket) -> str:
+def _reason_against(sock: socket.socket, options: FileOptions) -> tuple[str, str]:
+    """Why it cannot be kept, and the option that gets around it."""
     if (sock.type, sock.proto) not in KNOWN:
-        return f"internet sockets of the protocol {sock.proto} are not supported yet"
-    state, waiting, _ = _state(sock)
+        return f"internet sockets of the protocol {sock.proto} are not supported yet", ""
     if sock.proto == socket.IPPROTO_UDP:
-        return ""
-    if state not in (TCP_LISTEN, TCP_CLOSE):
-        return "TCP connections are not supported yet"
-    return "connections wait in it that were not accepted" if state == TCP_LISTEN and waiting else ""
+        return "", ""
+    state, waiting, _ = _state(sock)
+    if state == TCP_LISTEN:
+        return ("connections wait in it that were not accepted", "--skip-in-flight") if (
+            waiting and not options.skip_in_flight) else ("", "")  # fmt: skip
+    return ("", "") if state == TCP_CLOSE or options.tcp == "close" else _against_connection(sock, state, options)
+
+
+def _against_connection(sock: socket.socket, state: int, options: FileOptions) -> tuple[str, str]:
+    if not options.tcp:
+        return "it is a TCP connection", "--tcp established or --tcp close"
+    if state not in tcp.CONNECTED:
+        return "the connection is being made", "--tcp close"
+    if sock.getsockopt(socket.IPPROTO_TCP, TCP_ULP, 16).rstrip(b"\0"):
+        return "the kernel encrypts this connection (kTLS)", "--tcp close"
+    return why_no_lock(options.network_lock)
+
+
+def _describe(sock: socket.socket, descriptor: Descriptor, number: int, fd: int) -> InetSkEntry:
+    state, _, backlog = _state(sock)
+    family, own, peer = sock.family, sock.getsockname(), _peer(sock)
+    entry = InetSkEntry(
+        id=number, ino=descriptor.status.st_ino & 0xFFFFFFFF, family=family, type=sock.type, proto=sock.proto,
+        state=state, src_port=own[1], dst_port=peer[1] if peer else 0, flags=descriptor.flags,
+        backlog=backlog, src_addr=_words(family, own[0]), dst_addr=_words(family, peer[0] if peer else ""),
+        fown=owner(fd), opts=options_of(sock), ip_opts=_ip_options(sock),
+    )  # fmt: skip
+    if family == socket.AF_INET6:
+        entry.v6only = bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+        entry.ifname = socket.if_indextoname(own[3]) if own[3] else None  # of a link-local address
+    if is_connection(entry) and tcp.is_read_shut(sock):
+        entry.shutdown = SkShutdown.READ
+    return entry
 
 
 def _state(sock: socket.socket) -> tuple[int, int, int]:
@@ -137,30 +253,40 @@ def _tcp_options(sock: socket.socket) -> TcpOptsEntry:
     )  # fmt: skip
 
 
-def _make(sock: socket.socket, found: InetSkEntry) -> None:
-    """Bound, listening or connected as it was."""
+def _make(sock: socket.socket, found: InetSkEntry, *, bound: bool) -> None:
+    """Bound, listening or connected as it was. A TCP connection that is not to be kept is in no state."""
     set_options(sock, found.opts)
     if found.v6only is not None:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(found.v6only))
     _set_protocol_options(sock, found)
-    if found.src_port:
+    if found.proto == socket.IPPROTO_TCP and found.state not in (TCP_LISTEN, TCP_CLOSE):
+        return
+    if found.src_port and bound:
         _bind(sock, _address(found.family, found.src_addr), found)
     if found.state == TCP_LISTEN:
         sock.listen(found.backlog)
     elif found.dst_port and found.type == socket.SOCK_DGRAM:
-        sock.connect((_address(found.family, found.dst_addr), found.dst_port))
+        sock.connect(_target(found, _address(found.family, found.dst_addr), found.dst_port))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(found.opts.reuseaddr or False))
+
+
+def _target(found: InetSkEntry, address: str, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
+    """A socket address; link-local ones count on an interface only."""
+    if found.family == socket.AF_INET:
+        return address, port
+    is_local = address.startswith("fe80") and found.ifname
+    return address, port, 0, socket.if_nametoindex(found.ifname or "") if is_local else 0
 
 
 def _bind(sock: socket.socket, address: str, found: InetSkEntry) -> None:
-    """What is left of connections that the dumped process had must not stand in the way."""
+    """What is left of connections that the dumped process had must not stand in the way, nor those that are back."""
     if found.type == socket.SOCK_STREAM:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((address, found.src_port))
+        sock.bind(_target(found, address, found.src_port))
     except OSError as error:
         raise BusyError(f"port {found.src_port} of {address}, which a process had, cannot be had: {error.strerror}",
                         hint="end what uses it, or restore where it is free", errno=error.errno or 0) from error
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(found.opts.reuseaddr or False))
 
 
 def _set_protocol_options(sock: socket.socket, found: InetSkEntry) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from stasis.process.files.descriptor import Descriptor
-from stasis.process.files.ghosts import GhostWriter
-from stasis.process.files.options import FileOptions
-from stasis.process.findings import Findings
 from stasis.process.images.damage import damaged
-from stasis.process.images.imageset import ImageSet
-from stasis.process.images.schema.common import FownEntry
 from stasis.process.images.schema.files import FdinfoEntry, FdTypes, FileEntry, RegFileEntry
-from stasis.process.images.setwriter import ImageSetWriter
+
+if TYPE_CHECKING:
+    from stasis.process.files.connections import Connections
+    from stasis.process.files.descriptor import Descriptor
+    from stasis.process.files.ghosts import GhostWriter
+    from stasis.process.files.options import FileOptions
+    from stasis.process.findings import Findings
+    from stasis.process.images.imageset import ImageSet
+    from stasis.process.images.schema.common import FownEntry
+    from stasis.process.images.setwriter import ImageSetWriter
 
 __all__ = ["FileKind", "Looking", "Opened", "Saving"]
 
@@ -35,6 +38,7 @@ class Saving(Protocol):
     """What a kind may use while it dumps."""
 
     out: ImageSetWriter
+    connections: Connections
     ghosts: GhostWriter
     descriptors: dict[int, list[Descriptor]]
     """Of each process that was dumped so far; of all of them in `finish`."""
@@ -54,6 +58,10 @@ class Opened(Protocol):
 
     images: ImageSet
     state: dict[type[FileKind], dict[int, Any]]
+
+    @property
+    def closes_connections(self) -> bool:
+        """Whether TCP connections come back as sockets without one."""
 
     @property
     def tables(self) -> Mapping[int, Sequence[FdinfoEntry]]:

@@ -6,20 +6,22 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stasis.errors import UnsupportedError
 from stasis.process.files.descriptor import set_owner
 from stasis.process.files.ghosts import Ghosts
-from stasis.process.files.kind import FileKind
 from stasis.process.files.kinds import all_kinds
 from stasis.process.files.locks import take_locks
 from stasis.process.files.options import FileOptions
 from stasis.process.files.regular import open_by_entry
 from stasis.process.files.table import FD_CLOEXEC
 from stasis.process.images.damage import damaged
-from stasis.process.images.imageset import ImageSet
 from stasis.process.images.schema.files import FdinfoEntry, FdTypes, FileEntry, RegFileEntry
+
+if TYPE_CHECKING:
+    from stasis.process.files.kind import FileKind
+    from stasis.process.images.imageset import ImageSet
 
 __all__ = ["FileSet"]
 
@@ -39,11 +41,17 @@ class FileSet:
         self.state: dict[type[FileKind], dict[int, Any]] = {}
         self.tables: dict[int, list[FdinfoEntry]] = {}
         self._options = options or FileOptions()
-        self._kinds = {kind.type: kind for kind in all_kinds(self._options)}
         self._ghosts = Ghosts(images, self.move)
         self._made: dict[int, int] = {}
         self.base = ROOM
         self._entries: dict[int, FileEntry] = {entry.id: entry for entry in images.messages("files")}
+        types = {entry.type for entry in self._entries.values()}
+        self._kinds = {kind.type: kind for kind in all_kinds(self._options, types)}
+
+    @property
+    def closes_connections(self) -> bool:
+        """Whether TCP connections come back as sockets without one."""
+        return self._options.tcp == "close" or bool(self.images.inventory.tcp_close)
 
     def entry(self, number: int) -> FileEntry:
         """The file of an id. DamagedError where there is none."""

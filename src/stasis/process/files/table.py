@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from stasis.linux.kcmp import same_file
+from stasis.process.files.connections import Connections
 from stasis.process.files.descriptor import Descriptor, descriptors, duplicate
 from stasis.process.files.ghosts import GhostWriter
-from stasis.process.files.kind import FileKind
 from stasis.process.files.kinds import all_kinds
 from stasis.process.files.locks import LockWriter, check_locks
 from stasis.process.files.options import FileOptions
 from stasis.process.files.regular import current_name, file_of, path_entry
-from stasis.process.findings import Findings
 from stasis.process.images.schema.files import FdinfoEntry, FdTypes, FileEntry
-from stasis.process.images.setwriter import ImageSetWriter
+
+if TYPE_CHECKING:
+    from stasis.process.files.kind import FileKind
+    from stasis.process.findings import Findings
+    from stasis.process.images.setwriter import ImageSetWriter
 
 __all__ = ["FD_CLOEXEC", "FileTable", "check_descriptors"]
 
@@ -62,8 +66,11 @@ def _kind_of(descriptor: Descriptor, kinds: Sequence[FileKind]) -> FileKind | No
 class FileTable:
     """All files of a dump. Ids are counted over all kinds, from 1 on."""
 
-    def __init__(self, out: ImageSetWriter, options: FileOptions | None = None) -> None:
+    def __init__(
+        self, out: ImageSetWriter, options: FileOptions | None = None, connections: Connections | None = None
+    ) -> None:
         self.out = out
+        self.connections = connections or Connections()
         self.ghosts = GhostWriter(out)
         self._locks = LockWriter(out)
         self.descriptors: dict[int, list[Descriptor]] = {}

@@ -7,12 +7,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from stasis.errors import StasisError
 from stasis.linux import procfs, ptrace
+from stasis.process.files.connections import let_all_live
 from stasis.process.files.opening import FileSet
 from stasis.process.files.options import FileOptions
 from stasis.process.guardian import Guardian
@@ -30,19 +31,18 @@ from stasis.process.tree import TaskState
 __all__ = ["RestoreOptions", "RestoreResult", "restore"]
 
 OPTIONS = ptrace.PTRACE_O_TRACESYSGOOD
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreOptions:
+class RestoreOptions(NamedTuple):
     """How to restore. `map_paths`: beginnings of paths in the images, and what stands for them here.
     `files`: what stands for open files of the images."""
 
-    map_paths: dict[str, str] = field(default_factory=dict)
-    files: FileOptions = field(default_factory=FileOptions)
+    map_paths: Mapping[str, str] = NOTHING
+    files: FileOptions = FileOptions()
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreResult:
+class RestoreResult(NamedTuple):
     """What was restored: the first process, and all."""
 
     pid: int
@@ -50,7 +50,7 @@ class RestoreResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return self._asdict()
 
 
 def restore(images: str | os.PathLike[str], options: RestoreOptions | None = None) -> RestoreResult:
@@ -74,7 +74,7 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
     return RestoreResult(root.pid, [plan.pid for plan in root.walk()])
 
 
-def _mapper(map_paths: dict[str, str]) -> Callable[[str], str]:
+def _mapper(map_paths: Mapping[str, str]) -> Callable[[str], str]:
     def mapped(path: str) -> str:
         fitting = [old for old in map_paths if path == old or path.startswith(old.rstrip("/") + "/")]
         if not fitting:
@@ -96,6 +96,7 @@ def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> None:
                 _seize(plan.pid)
             for plan in living:
                 _become(plan, ready[plan.pid], chain)
+            let_all_live(files, [(plan.pid, plan.ids.files_id) for plan in living if plan.ids is not None])
             _let_go(living, roll)
         except BaseException as error:
             _end(living)
