@@ -157,13 +157,20 @@ def test_a_block_device_is_used_alone(tmp_path: Path) -> None:
         assert max(offset + length for offset, length in taken) == 3 * MIB
 
 
+def test_a_limit_below_one_portion_is_the_portion(make: Make, tmp_path: Path) -> None:
+    storage = make(str(tmp_path), limit=PORTION // 4)
+    assert (storage.fill().portion, storage.fill().capacity) == (PORTION // 4, PORTION // 4)
+    taken = fill_up(storage, PART_SIZE)
+    assert max(offset + length for offset, length in taken) == PORTION // 4
+
+
 # -- refusals -----------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_used_is_refused_and_nothing_is_left(make: Make, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="below one portion") as caught:
-        make(str(tmp_path / "new"), limit=PORTION - 1)
-    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(StorageError, match="too small") as caught:
+        make(str(tmp_path / "new"), limit=15 * PART_SIZE)
+    assert caught.value.errno == errno.ENOSPC
     with pytest.raises(NotFoundError):
         make(str(tmp_path / "no" / "where"), limit=4 * MIB)
     (tmp_path / "large").write_bytes(bytes(5 * MIB))

@@ -20,7 +20,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from errno import EINVAL, ENOSPC, EOPNOTSUPP
+from errno import ENOSPC, EOPNOTSUPP
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from stasis.block.backing import (
     settle_limit,
 )
 from stasis.block.settings import PART_SIZE, Settings
-from stasis.errors import StorageError
 from stasis.linux import blockdev, files
 
 MAGIC = b"STASISDS"
@@ -96,12 +95,6 @@ class DiffStorage:
         BusyError, NotFoundError or PermissionDeniedError; nothing is left behind then.
         """
         portion = settings.diff_storage_minimum
-        if limit is not None and limit < portion:
-            raise StorageError(
-                f"a limit of {limit} bytes is below one portion of {portion} bytes",
-                errno=EINVAL,
-                hint="raise --limit, or lower the setting diff_storage_minimum",
-            )
         with contextlib.ExitStack() as undo:
             fd, kind, created = open_backing(target, limit)
             undo.callback(os.close, fd)
@@ -110,6 +103,7 @@ class DiffStorage:
             refuse_origins(fd, origins, str(target))
             capacity = capacity_of(fd, kind)
             limit = settle_limit(fd, kind, capacity, limit, str(target))
+            portion = min(portion, limit)
             requested = first_portion(fd, kind, capacity, limit, portion, str(target))
             flags = FLAG_CREATED if created else 0
             header_path.write_bytes(

@@ -2,14 +2,15 @@
 """What happens to a snapshot after it was taken, in order, for everybody who watches.
 
 One queue per snapshot. Every event carries a sequence number and stays in the queue, so several watchers each see all
-of them (a kernel module hands each event to one reader only) and a watcher that comes late misses nothing.
+of them and a watcher that comes late misses nothing. Beside that, `take` hands each event to one reader only, as a
+kernel module does.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
@@ -55,8 +56,9 @@ class EventQueue:
     LIMIT = 4096
     """Events kept. A snapshot has a handful; the bound is for a device whose size keeps changing."""
 
-    def __init__(self, events: Iterable[Event] = ()) -> None:
+    def __init__(self, events: Iterable[Event] = (), delivered: Iterable[int] = ()) -> None:
         self._events: list[Event] = list(events)
+        self._delivered = set(delivered)
         self._changed = threading.Condition()
         self._closed = False
 
@@ -91,6 +93,27 @@ class EventQueue:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self.last > after, timeout)
             return [event for event in self._events if event.sequence > after]
+
+    def take(self, timeout: float | None, codes: Collection[int]) -> Event | None:
+        """The oldest event with one of these codes that nobody took yet; nobody else is given it.
+
+        Waits up to `timeout` seconds (None: for ever) for one; None when none came, or the queue is closed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._undelivered(codes) is not None, timeout)
+            event = None if self._closed else self._undelivered(codes)
+            if event is not None:
+                self._delivered.add(event.sequence)
+            return event
+
+    def _undelivered(self, codes: Collection[int]) -> Event | None:
+        return next((event for event in self._events
+                     if event.code in codes and event.sequence not in self._delivered), None)  # fmt: skip
+
+    def delivered(self) -> list[int]:
+        """Sequence numbers of the kept events that were taken."""
+        with self._changed:
+            return [event.sequence for event in self._events if event.sequence in self._delivered]
 
     def close(self) -> None:
         """Tell every reader that no more events will come; called when the snapshot is destroyed."""

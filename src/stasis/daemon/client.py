@@ -204,6 +204,23 @@ class Client:
         answer = self._call("WaitEvents", id=snapshot, after=after, timeout_ms=milliseconds)
         return [model.from_dict(Event, entry) for entry in answer.get("events", [])]
 
+    def take_event(self, snapshot: str, *, timeout: float | None = None, codes: Sequence[int]) -> Event | None:
+        """The oldest event with one of these codes that nobody took yet; nobody else is given it.
+
+        Waits up to `timeout` seconds (None: for ever); None when none came. NotFoundError with ESRCH if the snapshot
+        is gone, or goes meanwhile.
+        """
+        milliseconds = None if timeout is None else int(timeout * 1000)
+        event = self._call("TakeEvent", id=snapshot, codes=list(codes), timeout_ms=milliseconds).get("event")
+        return None if event is None else model.from_dict(Event, event)
+
+    def image_node(self, snapshot: str, device: str) -> str:
+        """A block device node for the image of a device, which goes with the snapshot; made if there is none.
+
+        Raises UnsupportedError or PermissionDeniedError where the host cannot make one, StateError before the take.
+        """
+        return str(self._call("MakeImageNode", id=snapshot, device=device)["node"])
+
     def watch(self, snapshot: str, *, after: int = 0) -> Iterator[Event]:
         """All events numbered above `after` as they happen; ends when the snapshot is destroyed.
 

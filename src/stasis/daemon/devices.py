@@ -140,6 +140,9 @@ class DeviceKeeper:
                 return
             device = self.find(name)
             self._refuse_member(device, force)
+            self._remove_node(device)
+            if self.memberships.snapshot_of(name) is not None:
+                self.memberships.device_lost(name, errno.ENODEV, "detached by force")
             slot = self.slot(device)
             if slot.gone or device.failure is not None:
                 self.end(device)
@@ -157,18 +160,19 @@ class DeviceKeeper:
 
     def _refuse_member(self, device: ServedDevice, force: bool) -> None:
         uuid = self.memberships.snapshot_of(device.name)
-        if uuid is None:
-            return
-        if not force:
+        if uuid is not None and not force:
             raise BusyError(f"{device.name} is in the snapshot {uuid}",
                             hint=f"stasis snapshot destroy {uuid}, or --force, which makes its image unreadable")
-        self.memberships.device_lost(device.name, errno.ENODEV, "detached by force")
 
-    def end(self, device: ServedDevice) -> None:
-        """Stop serving a device and keep its map."""
+    def _remove_node(self, device: ServedDevice) -> None:
+        """Raises BusyError while the node is in use: before the image of a snapshot was given up for nothing."""
         if device.node is not None:
             nodes.remove(device.node)
             device.set_node(None)
+
+    def end(self, device: ServedDevice) -> None:
+        """Stop serving a device and keep its map."""
+        self._remove_node(device)
         device.stop_worker()
         device.close()
         device.record.attached = False

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from stasis.block.snapshot import SnapshotState
-from stasis.daemon import sockets
+from stasis.daemon import nodes, sockets
 from stasis.daemon.child import Child
 from stasis.daemon.devices import DeviceKeeper
 from stasis.daemon.image import ImageServer
@@ -25,6 +26,7 @@ class ImageKeeper:
         self._directories = directories
         self._devices = devices
         self._lock = lock
+        self._making = threading.Lock()
 
     def listen(self, snapshot: Snapshot) -> None:
         """Bind the sockets of the images before anything is taken: it can fail, and clients may queue."""
@@ -51,6 +53,9 @@ class ImageKeeper:
             member.image_pid, member.image_start_time = child.pid, child.start_time
             if snapshot.state is not SnapshotState.DESTROYING:
                 snapshot.save()
+            node = member.node
+        if node is not None:
+            nodes.reconnect(node)
 
     def start(self, snapshot: Snapshot, member: Member) -> None:
         """Start the server of one member. Raises DaemonError."""
@@ -70,6 +75,36 @@ class ImageKeeper:
             "bitmaps": [{"name": f"since-{since}", "since": since} for since in epochs if since <= last],
         }
         return configuration, [fd for fd in (*device.descriptors.values(), snapshot.diff.fd) if fd is not None]
+
+    def node(self, find: Callable[[], tuple[Snapshot, Member]]) -> str:
+        """Path of a node for the image that `find` finds, made if there is none.
+
+        It is made without the daemon's lock, since a node reads from its image at once; `find` is called again after.
+        Raises what `find` and `nodes.make` raise; nothing is left behind then.
+        """
+        with self._making:
+            with self._lock:
+                snapshot, member = find()
+                if member.node is not None and nodes.is_present(member.node):
+                    return str(member.node["node"])
+                self.remove_node(member)
+                uri, export = self.uri(snapshot, member), image_export(member.name, snapshot.id)
+            state = nodes.make(str(uri), member.size, export, self._directories)
+            with self._lock:
+                try:
+                    snapshot, member = find()
+                except BaseException:
+                    nodes.abandon(state)
+                    raise
+                member.node = state
+                snapshot.save()
+            return str(state["node"])
+
+    def remove_node(self, member: Member) -> None:
+        """Take the node of an image apart, whoever uses it."""
+        if member.node is not None:
+            nodes.abandon(member.node)
+            member.node = None
 
     def uri(self, snapshot: Snapshot, member: Member) -> str | None:
         """URI of an image, None until it is taken."""

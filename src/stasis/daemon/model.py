@@ -65,6 +65,8 @@ class Storage:
 class SnapshotDevice:
     """One device of a snapshot. `uri` is that of its image, once taken; `error_code` a negative errno or 0.
 
+    `node` is the image's kernel block device, if one was asked for.
+
     `generation` and `change_number` name the epoch that the snapshot ended; `chunk` is in bytes, `held_ns` how long the
     device's writes were held.
     """
@@ -80,6 +82,7 @@ class SnapshotDevice:
     wrapped: bool = False
     chunk: int = 0
     held_ns: int = 0
+    node: str | None = None
 
 
 @dataclass(frozen=True)

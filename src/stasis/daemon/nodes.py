@@ -7,9 +7,9 @@ import logging
 from typing import Any
 
 from stasis.daemon.paths import Directories
-from stasis.errors import StasisError
+from stasis.errors import BusyError, StasisError
 
-__all__ = ["make", "path_of", "reconnect", "remove", "remove_if_unused"]
+__all__ = ["abandon", "is_present", "make", "path_of", "reconnect", "remove", "remove_if_unused"]
 
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,28 @@ def remove(state: dict[str, Any]) -> None:
     from stasis.block import frontend
 
     frontend.disconnect(state)
+
+
+def abandon(state: dict[str, Any]) -> None:
+    """Take the node apart, under whoever uses it if need be: they get I/O errors. Only logs if that fails."""
+    from stasis.block import frontend
+
+    try:
+        remove(state)
+    except BusyError:
+        try:
+            frontend.abandon(state)
+        except (StasisError, OSError) as error:
+            log.error("%s is left behind: %s", path_of(state), error)
+    except (StasisError, OSError) as error:
+        log.error("%s is left behind: %s", path_of(state), error)
+
+
+def is_present(state: dict[str, Any]) -> bool:
+    """Whether the node still is the one that was made."""
+    from stasis.block import frontend
+
+    return frontend.is_present(state)
 
 
 def path_of(state: dict[str, Any] | None) -> str | None:

@@ -107,6 +107,12 @@ class ServedDevice:
         return {"origin_fd": self._origin_fd, "buffered_fd": self._buffered_fd if self._buffered_fd >= 0 else None}
 
     @property
+    def places(self) -> list[os.stat_result]:
+        """What no storage of its snapshots may be, or lie on: its origin, and its node."""
+        node = [] if self.node is None else [str(self.node["node"])]
+        return [os.fstat(self._origin_fd), *(os.stat(path) for path in node if os.path.exists(path))]
+
+    @property
     def minimum_io_size(self) -> int:
         return blockdev.minimum_io_size(self._origin_fd) if self.key[0] == "block" else 0
 

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -191,6 +192,25 @@ class Methods:
         timeout = None if timeout_ms is None else timeout_ms / 1000
         events, gone = self._snapshots.wait_events(snapshot.id, after or 0, timeout)
         return {"events": [event.as_dict() for event in events], "gone": gone}
+
+    @_method
+    def TakeEvent(self, id: str, codes: list[int], timeout_ms: int | None,  # noqa: A002
+                  _request: socket.socket) -> Answer:
+        deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1000
+        while not _hung_up(_request):  # an event must not be taken for somebody who is gone
+            left = POLL_SECONDS if deadline is None else min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
+            event, gone = self._snapshots.take_event(id, codes, left)
+            if event is not None:
+                return {"event": event.as_dict()}
+            if gone:
+                self._snapshots.find(id)
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+        return {}
+
+    @_method
+    def MakeImageNode(self, id: str, device: str) -> Answer:  # noqa: A002
+        return {"node": self._snapshots.image_node(id, device)}
 
     # -- maps -------------------------------------------------------------------------------------
 

@@ -41,6 +41,8 @@ class Member:
     image_pid: int | None = None
     image_start_time: int | None = None
     tcp: tuple[str, int] | None = None
+    node: dict[str, Any] | None = None
+    """State of the image's kernel node, as its maker wants it back."""
 
 
 @dataclass
@@ -94,6 +96,7 @@ class Snapshot:
         value["state"] = self.state.value
         value["members"] = [asdict(member) for member in self.members.values()]
         value["events"] = [event.as_dict() for event in self.events.events()[-EVENTS_KEPT:]]
+        value["delivered"] = self.events.delivered()
         statefile.write(self.directory / RECORD, value)
 
     @classmethod
@@ -111,7 +114,7 @@ class Snapshot:
         rest = dict(value)
         state = SnapshotState(rest.pop("state"))
         members = {entry["name"]: Member(**entry) for entry in rest.pop("members")}
-        events = EventQueue(Event(**entry) for entry in rest.pop("events"))
+        events = EventQueue((Event(**entry) for entry in rest.pop("events")), rest.pop("delivered", ()))
         if rest["id"] != directory.name:
             raise ValueError(f"it belongs to {rest['id']}")
         return cls(**rest, directory=directory, state=state, members=members, events=events)

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import uuid as uuids
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +117,7 @@ class SnapshotKeeper:
 
     def open_storage(self, snapshot: Snapshot, fd: int | None) -> None:
         """Make the difference storage ready. StorageError and its kin."""
-        stats = [os.fstat(self.devices.find(name).origin_fd) for name in snapshot.members]
+        stats = [place for name in snapshot.members for place in self.devices.find(name).places]
         target = snapshot.storage if fd is None else fd
         snapshot.diff = DiffStorage.create(target, snapshot.header_path, self.devices.settings(),
                                            limit=snapshot.limit, origins=stats)
@@ -140,7 +140,7 @@ class SnapshotKeeper:
                 raise StateError(f"snapshot {snapshot.id} is already taken", errno=errno.EALREADY,
                                  hint="create another snapshot for this device")
             if snapshot.diff is not None:
-                refuse_origins(snapshot.diff.fd, [os.fstat(device.origin_fd)], snapshot.storage)
+                refuse_origins(snapshot.diff.fd, device.places, snapshot.storage)
             snapshot.members[name] = Member(name, device.record.path)
             snapshot.save()
             return snapshot
@@ -228,6 +228,8 @@ class SnapshotKeeper:
         """Take apart whatever there is of it."""
         if snapshot.state is not SnapshotState.DESTROYING:
             snapshot.state = SnapshotState.DESTROYING
+        for member in snapshot.members.values():
+            self.images.remove_node(member)
         for image in snapshot.images.values():
             image.stop()
         for member in snapshot.members.values():
@@ -299,6 +301,7 @@ class SnapshotKeeper:
         """Make the image answer EIO: by its worker, or on the table itself when no worker writes to it."""
         channel = self.devices.find(name).channel
         if error == errno.ENODEV:
+            self.images.remove_node(snapshot.members[name])
             snapshot.images[name].stop()  # it has the origin open, which goes back to its owner
         try:
             if channel is not None:
@@ -336,6 +339,31 @@ class SnapshotKeeper:
         with self.lock:
             queue = self.find(uuid).events
         return queue.wait(after, timeout), queue.closed
+
+    def take_event(self, uuid: str, codes: Collection[int], timeout: float | None) -> tuple[Event | None, bool]:
+        """The oldest event with one of these codes that nobody took yet; and whether the snapshot is gone."""
+        with self.lock:
+            snapshot = self.find(uuid)
+        event = snapshot.events.take(timeout, codes)
+        with self.lock:
+            if event is not None and snapshot.id in self.snapshots:
+                snapshot.save()
+        return event, snapshot.events.closed
+
+    def image_node(self, uuid: str, name: str) -> str:
+        """Path of a node for the image of a device, made if there is none. Called without the lock.
+
+        Raises NotFoundError, StateError before the take, and what `nodes.make` raises.
+        """
+        return self.images.node(lambda: self._member(uuid, name))
+
+    def _member(self, uuid: str, name: str) -> tuple[Snapshot, Member]:
+        snapshot = self.find(uuid)
+        if name not in snapshot.members:
+            raise NotFoundError(f"{name} is not in the snapshot {snapshot.id}")
+        if not snapshot.is_taken:
+            raise StateError(f"snapshot {uuid} is not taken yet", hint=f"stasis snapshot take {uuid}")
+        return snapshot, snapshot.members[name]
 
     def command(self, device: ServedDevice, command: str, argument: Mapping[str, Any]) -> dict[str, Any]:
         """A filter command of a device."""

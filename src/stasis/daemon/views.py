@@ -81,6 +81,7 @@ def _member(keeper: SnapshotKeeper, shown: Snapshot, member: Member) -> model.Sn
         wrapped=member.wrapped,
         chunk=1 << member.chunk_shift if member.chunk_shift else 0,
         held_ns=member.held_ns,
+        node=nodes.path_of(member.node),
     )
 
 

@@ -19,7 +19,7 @@ from stasis.errors import PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import process
 from stasis.nbd.uri import NbdUri
 
-__all__ = ["Node", "connect", "disconnect", "is_present", "probe", "reconnect"]
+__all__ = ["Node", "abandon", "connect", "disconnect", "is_present", "probe", "reconnect"]
 
 NOTHING_TO_USE = "this host has no way to make a block device of an NBD export"
 WHAT_TO_INSTALL = "load the kernel's NBD client (modprobe nbd), or install nbdublk or nbdfuse (Debian: libnbd-bin)"
@@ -33,6 +33,7 @@ class _FrontEnd(Protocol):
     def probe(self) -> bool: ...
     def connect(self, wish: Wish) -> Node: ...
     def disconnect(self, state: dict[str, Any]) -> None: ...
+    def abandon(self, state: dict[str, Any]) -> None: ...
     def is_present(self, state: dict[str, Any]) -> bool: ...
     def reconnect(self, state: dict[str, Any]) -> None: ...
 
@@ -101,6 +102,16 @@ def disconnect(state: dict[str, Any]) -> None:
     """
     if state["boot"] == process.boot_id():
         _by_kind(state["kind"]).disconnect(state)
+    shutil.rmtree(state["directory"], ignore_errors=True)
+
+
+def abandon(state: dict[str, Any]) -> None:
+    """Take a node apart under whoever uses it: what they read and write fails from now on.
+
+    A node that is mounted may stay visible until it is unmounted.
+    """
+    if state["boot"] == process.boot_id():
+        _by_kind(state["kind"]).abandon(state)
     shutil.rmtree(state["directory"], ignore_errors=True)
 
 

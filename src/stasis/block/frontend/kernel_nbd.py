@@ -18,7 +18,7 @@ from stasis.nbd import protocol as p
 from stasis.nbd.negotiation import Negotiated, negotiate
 from stasis.nbd.uri import NbdUri
 
-__all__ = ["KIND", "connect", "disconnect", "is_present", "probe", "reconnect"]
+__all__ = ["KIND", "abandon", "connect", "disconnect", "is_present", "probe", "reconnect"]
 
 KIND = "nbd"
 
@@ -141,6 +141,13 @@ def disconnect(state: dict[str, Any]) -> None:
     # The kernel drops the nodes of the partitions only when the empty device is looked at again.
     with contextlib.suppress(OSError):
         os.close(os.open(state["node"], os.O_RDONLY | os.O_CLOEXEC))
+
+
+def abandon(state: dict[str, Any]) -> None:
+    """Disconnect without asking who uses it."""
+    if is_present(state):
+        with contextlib.suppress(OSError):  # it went by itself meanwhile
+            nbd_netlink.disconnect(state["index"])
 
 
 def reconnect(state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ server cannot be connected again: nbdfuse does not try to.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ from stasis.block.frontend.node import Node, Wish, check_size, load_module, unus
 from stasis.errors import StasisError
 from stasis.linux import loop, mounts
 
-__all__ = ["KIND", "connect", "disconnect", "is_present", "probe", "reconnect"]
+__all__ = ["KIND", "abandon", "connect", "disconnect", "is_present", "probe", "reconnect"]
 
 KIND = "nbdfuse+loop"
 
@@ -104,6 +105,17 @@ def disconnect(state: dict[str, Any]) -> None:
             loop.detach(node)  # is done when we, its last user, close it
         wait_until(lambda: not loop.is_attached(node, file), END_WAIT)
     _end(Helper.of(state), mountpoint)
+
+
+def abandon(state: dict[str, Any]) -> None:
+    """End the server of the file. The loop device goes with its last user, and fails their I/O until then."""
+    node, mountpoint = state["node"], state["mountpoint"]
+    if loop.is_attached(node, os.path.join(mountpoint, FILE)):
+        with contextlib.suppress(OSError):  # its last user closed it meanwhile
+            loop.detach(node)
+    with contextlib.suppress(OSError):  # nbdfuse may have unmounted it
+        mounts.unmount(mountpoint, lazily=True)
+    Helper.of(state).end(END_WAIT)
 
 
 def is_present(state: dict[str, Any]) -> bool:

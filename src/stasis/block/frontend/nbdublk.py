@@ -11,7 +11,7 @@ from stasis.block.frontend.helper import END_WAIT, START_WAIT, Helper, Shape, is
 from stasis.block.frontend.node import Node, Wish, check_size, load_module, unused, wait_until
 from stasis.errors import StasisError
 
-__all__ = ["KIND", "connect", "disconnect", "is_present", "probe", "reconnect"]
+__all__ = ["KIND", "abandon", "connect", "disconnect", "is_present", "probe", "reconnect"]
 
 KIND = "nbdublk"
 
@@ -58,6 +58,11 @@ def disconnect(state: dict[str, Any]) -> None:
         with unused(state["node"]):
             pass  # flushed; the end of the program waits until its device is not open, so it is not held longer
     helper.end(END_WAIT)
+
+
+def abandon(state: dict[str, Any]) -> None:
+    """End the program; the driver fails what is under way."""
+    Helper.of(state).end(END_WAIT)
 
 
 def is_present(state: dict[str, Any]) -> bool:
