@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stasis.cli import output
@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from stasis.cli.options import Groups
     from stasis.process.files.options import FileOptions
 
-__all__ = ["add"]
+__all__ = ["COMMANDS"]
 
 PAGE = 4096
 
 
-def add(group: Groups) -> None:
-    """Add the commands to `stasis process`."""
+def _add_check(group: Groups) -> None:
     command = add_command(group, "check", check, "Tell what of a process tree a dump could not keep.",
                           "stasis process check 4711")  # fmt: skip
     _add_target(command)
     _add_file_options(command)
+
+
+def _add_dump(group: Groups) -> None:
     command = add_command(group, "dump", dump, "Write a process and its descendants to an image set, and end them.", """
 stasis process dump 4711 --images /var/tmp/images
 stasis process dump 4711 --images /var/tmp/images --leave-running
@@ -43,6 +45,9 @@ stasis process dump 4711 --images /var/tmp/images --pre-copy 5
     command.add_argument("--parent", metavar="DIR", help="the last pre-dump: write only what was written since")
     command.add_argument("--pre-copy", metavar="N", type=_rounds, default=0,
                          help="copy memory in at most N rounds before the processes are stopped (0)")
+
+
+def _add_pre_dump(group: Groups) -> None:
     command = add_command(group, "pre-dump", pre_dump, "Copy the memory of running processes ahead of a dump.", """
 stasis process pre-dump 4711 --images /var/tmp/images-1
 stasis process pre-dump 4711 --images /var/tmp/images-2 --parent /var/tmp/images-1
@@ -51,6 +56,9 @@ stasis process dump 4711 --images /var/tmp/images-3 --parent /var/tmp/images-2
     _add_target(command)
     command.add_argument("--images", metavar="DIR", required=True, help="the directory to make; mode 0700")
     command.add_argument("--parent", metavar="DIR", help="the pre-dump before: write only what was written since")
+
+
+def _add_restore(group: Groups) -> None:
     command = add_command(group, "restore", restore, "Bring the processes of an image set back.", """
 stasis process restore --images /var/tmp/images
 stasis process restore --images /var/tmp/images --attach
@@ -67,6 +75,10 @@ stasis process restore --images /var/tmp/images --map-path /srv/app.log=/tmp/app
     command.add_argument("--inherit-fd", metavar="FD=NAME", action="append", default=[], type=_inherited,
                          help="use descriptor FD of this command for what the images call NAME, as in 3=pipe:[4711]; "
                               "may be repeated")
+
+
+COMMANDS = {"check": _add_check, "dump": _add_dump, "pre-dump": _add_pre_dump, "restore": _add_restore}
+"""What adds each command to `stasis process`."""
 
 
 def _add_file_options(command: argparse.ArgumentParser) -> None:
@@ -176,6 +188,7 @@ def _warn(warnings: list[str]) -> None:
 
 def restore(arguments: argparse.Namespace) -> int:
     """stasis process restore"""
+    gc.disable()  # the processes wait for it, and what it would look through are modules: 5 ms of 60
     from stasis.process.files.options import FileOptions
     from stasis.process.restore.job import RestoreOptions
     from stasis.process.restore.job import restore as restore_tree
@@ -184,12 +197,14 @@ def restore(arguments: argparse.Namespace) -> int:
                              files=FileOptions(inherited=dict(arguments.inherit_fd), tcp=arguments.tcp))  # fmt: skip
     result = restore_tree(arguments.images, options)
     if arguments.pidfile:
-        Path(arguments.pidfile).write_text(f"{result.pid}\n")
+        with open(arguments.pidfile, "w") as file:
+            file.write(f"{result.pid}\n")
     if arguments.json:
         output.print_json(result)
     elif not arguments.attach:
         print(result.pid)
     if not arguments.attach:
+        gc.freeze()  # as much again when Python ends
         return ExitCode.OK
     status = os.waitstatus_to_exitcode(os.waitpid(result.pid, 0)[1])
     return status if status >= 0 else 128 - status

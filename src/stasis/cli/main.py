@@ -30,16 +30,18 @@ first steps:
 """
 
 
-def build_parser(group: str = "") -> argparse.ArgumentParser:
-    """The parser of the whole command line, or of one module of GROUPS and what stands before its commands."""
+def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of the whole command line; where it is known, at least what these words of one need."""
     parser = Parser(prog="stasis", description="Snapshot block devices while they are written, and know what changed.",
                     epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"stasis {stasis.__version__}",
                         help="print the version")
     add_directories(parser)
     groups = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for name in [group] if group else [*GROUPS, "extras"]:
-        importlib.import_module(f"stasis.cli.{name}").add(groups)
+    for name in words[:1] if words and words[0] in GROUPS else [*GROUPS, "extras"]:
+        module = importlib.import_module(f"stasis.cli.{name}")
+        wanted = [word for word in words[1:2] if word in getattr(module, "COMMANDS", ())]
+        module.add(groups, *wanted)
     return parser
 
 
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in given
     try:
-        parsed = build_parser(given[0] if given and given[0] in GROUPS else "").parse_args(given)
+        parsed = build_parser(given).parse_args(given)
         result: int | None = parsed.run(parsed)
         sys.stdout.flush()
         return result or ExitCode.OK

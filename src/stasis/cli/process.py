@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from stasis.cli.options import Groups
     from stasis.process.images.summary import Summary, Task
 
-__all__ = ["add"]
+__all__ = ["COMMANDS", "add"]
 
 
-def add(groups: Groups) -> None:
-    """Add the group and its commands."""
+def add(groups: Groups, command: str = "") -> None:
+    """Add the group and its commands, or one of them: all of them take longer than a small process's restore."""
     group = add_group(groups, "process", "Checkpoint process trees in CRIU's image format, and look at the images.")
-    checkpoint.add(group)
+    for add_one in [COMMANDS[command]] if command else COMMANDS.values():
+        add_one(group)
+
+
+def _add_show(group: Groups) -> None:
     command = add_command(group, "show", show, "Show the tasks, memory, files and sockets of an image set.", """
 stasis process show images
 stasis process show images --files --memory
@@ -30,6 +34,9 @@ stasis process show images --files --memory
     command.add_argument("images", metavar="DIR", help="the image set's directory")
     command.add_argument("--files", action="store_true", help="list each task's descriptors, and its cwd and root")
     command.add_argument("--memory", action="store_true", help="list each task's mappings")
+
+
+def _add_decode(group: Groups) -> None:
     command = add_command(group, "decode", decode, "Print an image as JSON, as crit decode does.", """
 stasis process decode images/core-17.img --pretty
 stasis process decode images/files.img --output files.json
@@ -38,11 +45,17 @@ stasis process decode images/files.img --output files.json
     command.add_argument("--output", metavar="FILE", help="the file to write; standard output if not given")
     command.add_argument("--pretty", action="store_true",
                          help="addresses in hexadecimal, flags and devices by name; encode reads both forms")
+
+
+def _add_encode(group: Groups) -> None:
     command = add_command(group, "encode", encode, "Make an image out of the JSON that decode printed.", """
 stasis process encode files.json --output images/files.img
 """)
     command.add_argument("document", metavar="FILE", help="the JSON document; - for standard input")
     command.add_argument("--output", metavar="FILE", help="the image to write; standard output if not given")
+
+
+COMMANDS = {**checkpoint.COMMANDS, "show": _add_show, "decode": _add_decode, "encode": _add_encode}
 
 
 def decode(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import resource
+import signal
 import struct
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,7 @@ MOST_TIMER_IDS = 4096
 
 def give_process_state(remote: Remote, task: TaskCoreEntry) -> None:
     """All but what needs its threads."""
-    for number, wanted in zip(SIGNALS, task.sigactions, strict=False):
-        action = ACTION.pack(wanted.sigaction, wanted.flags, wanted.restorer, wanted.mask)
-        remote.call("rt_sigaction", number, remote.put(action), 0, 8)
+    _act_on_signals(remote, task)
     for siginfo in task.signals_s.signals if task.signals_s else ():
         number = struct.unpack_from("<i", siginfo.siginfo)[0]
         remote.call("rt_sigqueueinfo", remote.pid, number, remote.put(siginfo.siginfo))
@@ -38,6 +37,16 @@ def give_process_state(remote: Remote, task: TaskCoreEntry) -> None:
     if task.personality != int(procfs.read(remote.pid, "personality"), 16):
         remote.call("personality", task.personality)
     _limit(remote.pid, task)
+
+
+def _act_on_signals(remote: Remote, task: TaskCoreEntry) -> None:
+    """Only where something is to be done or undone; SIGCHLD has flags that count without an action."""
+    fields = procfs.status(remote.pid)
+    acted_on = int(fields["SigCgt"], 16) | int(fields["SigIgn"], 16) | 1 << (signal.SIGCHLD - 1)
+    for number, wanted in zip(SIGNALS, task.sigactions, strict=False):
+        if wanted.sigaction or acted_on >> (number - 1) & 1:
+            action = ACTION.pack(wanted.sigaction, wanted.flags, wanted.restorer, wanted.mask)
+            remote.call("rt_sigaction", number, remote.put(action), 0, 8)
 
 
 def make_timers(remote: Remote, task: TaskCoreEntry) -> None:
