@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from stasis.linux import libc
+from stasis.linux import ioctl, libc
 
 __all__ = [
     "Vectored",
@@ -18,6 +18,7 @@ __all__ = [
     "open_unnamed",
     "punch_hole",
     "reopen",
+    "set_immutable",
     "start_writeback",
     "sync_filesystem",
     "transfer_rest",
@@ -38,6 +39,11 @@ FALLOC_FL_ZERO_RANGE = 0x10
 SYNC_FILE_RANGE_WAIT_BEFORE = 1
 SYNC_FILE_RANGE_WRITE = 2
 SYNC_FILE_RANGE_WAIT_AFTER = 4
+
+# include/uapi/linux/fs.h; the size in the number is that of long, what is read and written is an int
+FS_IOC_GETFLAGS = ioctl.IOR("f", 1, ctypes.sizeof(ctypes.c_long))
+FS_IOC_SETFLAGS = ioctl.IOW("f", 2, ctypes.sizeof(ctypes.c_long))
+FS_IMMUTABLE_FL = 0x10
 
 # include/uapi/linux/fcntl.h
 AT_FDCWD = -100
@@ -210,3 +216,19 @@ def create_memfd(name: str, size: int, seal_shrink: bool = True) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def set_immutable(path: str, immutable: bool) -> None:
+    """Have the file system refuse every change of a file, root's included, or allow them again.
+
+    Raises OSError: EPERM without CAP_LINUX_IMMUTABLE, ENOTTY or EOPNOTSUPP where the file system has no such flag.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        flags = bytearray(8)
+        ioctl.call(fd, "FS_IOC_GETFLAGS", FS_IOC_GETFLAGS, flags)
+        value = int.from_bytes(flags[:4], "little")
+        value = value | FS_IMMUTABLE_FL if immutable else value & ~FS_IMMUTABLE_FL
+        ioctl.call(fd, "FS_IOC_SETFLAGS", FS_IOC_SETFLAGS, bytearray(value.to_bytes(8, "little")))
+    finally:
+        os.close(fd)

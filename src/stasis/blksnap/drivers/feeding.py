@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Difference storage for modules that want to be told sectors (blksnap to v5): a file of ours, handed over bit by bit.
+
+The module writes to these sectors behind the back of the file system. So the file must stay where it is: it has a name
+that outlives this process, it is immutable for everybody as soon as it is handed over, and files whose contents the
+file system keeps elsewhere or in another form (copy-on-write, compressed, encrypted, not yet placed) are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from stasis.blksnap.drivers.base import DriverEvent, Held
+from stasis.blksnap.kernel import Kernel
+from stasis.errors import StasisError, StorageError
+from stasis.linux import blockdev, fiemap, files
+
+__all__ = ["Feeder"]
+
+PORTION = 1 << 30
+"""Bytes of the first portion where the module does not say how much it wants (diff_storage_minimum)."""
+UNFIT = (
+    fiemap.FIEMAP_EXTENT_UNKNOWN
+    | fiemap.FIEMAP_EXTENT_DELALLOC
+    | fiemap.FIEMAP_EXTENT_ENCODED
+    | fiemap.FIEMAP_EXTENT_DATA_ENCRYPTED
+    | fiemap.FIEMAP_EXTENT_SHARED
+)
+
+Append = Callable[[Held, tuple[int, int], Sequence[tuple[int, int]]], None]
+
+
+class Feeder:
+    """Gives the snapshots of one module their storage. What it must remember is in each snapshot's notes."""
+
+    def __init__(self, kernel: Kernel, append: Append) -> None:
+        """`append` hands ranges (offset, length) in bytes of the device with that number over to the module."""
+        self._kernel = kernel
+        self._append = append
+
+    def begin(self, held: Held, event: DriverEvent | None) -> None:
+        """Hand over the first portion: what the event of a new snapshot asks for. StorageError."""
+        path = held.storage
+        try:
+            mode = os.stat(path).st_mode
+            if stat.S_ISBLK(mode):
+                self._whole_device(held)
+                return
+            name = str(Path(path) / f"stasis-{held.uuid}.diff") if stat.S_ISDIR(mode) else path
+            held.notes.update(file=name, made=stat.S_ISDIR(mode), filled=0)
+        except OSError as error:
+            raise _unusable(path, error) from error
+        wanted = event.requested if event is not None and event.requested else PORTION
+        if not self._grow(held, wanted):
+            raise StorageError(f"the limit of {path} leaves no room for difference storage", hint="raise --limit")
+
+    def _whole_device(self, held: Held) -> None:
+        number = self._kernel.number(held.storage)
+        assert number is not None
+        with open(os.open(held.storage, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC), "rb", buffering=0) as device:
+            size = blockdev.size(device.fileno())
+            self._append(held, number, [(0, size)])
+        held.notes.update(filled=size)
+
+    def feed(self, held: Held, event: DriverEvent) -> DriverEvent | None:
+        """Answer a call for more: None, or the event that says why there is no more."""
+        if "file" in held.notes:
+            with contextlib.suppress(StasisError, OSError):
+                if self._grow(held, event.requested):
+                    return None
+        if held.notes.get("no_space"):
+            return None
+        held.notes["no_space"] = True
+        return DriverEvent("no_space", event.time, requested=int(held.notes.get("filled", 0)))
+
+    def _grow(self, held: Held, wanted: int) -> bool:
+        """Hand over `wanted` more bytes, or what the limit leaves; False if it leaves nothing."""
+        filled = int(held.notes["filled"])
+        space = os.statvfs(os.path.dirname(held.notes["file"]) or ".")
+        limit = held.limit if held.limit is not None else filled + space.f_bavail * space.f_frsize
+        unit = 1 << 20
+        length = min(-(-wanted // unit) * unit, (limit - filled) // unit * unit)
+        if length <= 0:
+            return False
+        number, ranges = _place(held.notes["file"], filled, length, create=filled == 0)
+        held.notes["filled"] = filled + length
+        self._append(held, number, ranges)
+        return True
+
+    def end(self, held: Held) -> None:
+        """The snapshot is gone: its file may be changed again, and goes if we made it."""
+        name = held.notes.get("file")
+        if name is None:
+            return
+        with contextlib.suppress(OSError):
+            files.set_immutable(name, False)
+            if held.notes.get("made"):
+                os.unlink(name)
+
+
+def _place(name: str, offset: int, length: int, *, create: bool) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Reserve a stretch of the file: number of its device, and where the stretch lies there."""
+    try:
+        if not create:
+            files.set_immutable(name, False)
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, offset, length)
+            os.fsync(fd)
+            found = list(fiemap.extents(fd, offset, length, flags=fiemap.FIEMAP_FLAG_SYNC))
+            device = os.fstat(fd).st_dev
+        finally:
+            os.close(fd)
+        files.set_immutable(name, True)
+    except OSError as error:
+        raise _unusable(name, error) from error
+    ranges = [_clipped(one, offset, offset + length) for one in found]
+    if any(one.flags & UNFIT for one in found) or sum(size for _, size in ranges) != length:
+        raise StorageError(f"{name} has no fixed place on its disk", hint="name a directory on ext4 or XFS")
+    return (os.major(device), os.minor(device)), ranges
+
+
+def _clipped(extent: fiemap.FileExtent, start: int, end: int) -> tuple[int, int]:
+    low, high = max(extent.logical, start), min(extent.logical + extent.length, end)
+    return extent.physical + low - extent.logical, high - low
+
+
+def _unusable(path: str, error: OSError) -> StorageError:
+    return StorageError(f"{path} cannot be used: {error.strerror}", errno=error.errno or 0,
+                        hint="name a directory, file or block device on another disk")
