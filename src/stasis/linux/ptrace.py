@@ -28,6 +28,7 @@ __all__ = [
     "poll_stop",
     "registers",
     "rseq_configuration",
+    "seccomp_filters",
     "seize",
     "set_fpu_state",
     "set_options",
@@ -54,6 +55,8 @@ PTRACE_LISTEN = 0x4208
 PTRACE_PEEKSIGINFO = 0x4209
 PTRACE_GETSIGMASK = 0x420A
 PTRACE_SETSIGMASK = 0x420B
+PTRACE_SECCOMP_GET_FILTER = 0x420C
+PTRACE_SECCOMP_GET_METADATA = 0x420D
 PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
 
 PTRACE_PEEKSIGINFO_SHARED = 1
@@ -69,6 +72,7 @@ WALL = 0x40000000  # include/uapi/linux/wait.h
 SIGINFO_BYTES = 128  # include/uapi/asm-generic/siginfo.h, SI_MAX_SIZE
 FPU_BYTES_MAX = 1 << 16
 MASK_BYTES = 8
+SOCK_FILTER_BYTES = 8  # include/uapi/linux/filter.h
 
 _ptrace = libc.libc.ptrace
 _ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
@@ -277,3 +281,24 @@ def rseq_configuration(tid: int) -> RseqConfiguration | None:
             return None
         raise
     return found
+
+
+def seccomp_filters(tid: int) -> list[tuple[bytes, int]]:
+    """(program as struct sock_filter, SECCOMP_FILTER_FLAG_*) of each filter of a stopped thread, the oldest first.
+
+    Needs CAP_SYS_ADMIN (EACCES).
+    """
+    found: list[tuple[bytes, int]] = []
+    while True:
+        try:
+            count = _call(PTRACE_SECCOMP_GET_FILTER, tid, len(found), 0, "PTRACE_SECCOMP_GET_FILTER")
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return found
+            raise
+        buffer = ctypes.create_string_buffer(count * SOCK_FILTER_BYTES)
+        _call(PTRACE_SECCOMP_GET_FILTER, tid, len(found), ctypes.addressof(buffer), "PTRACE_SECCOMP_GET_FILTER")
+        metadata = (ctypes.c_uint64 * 2)(len(found), 0)
+        _call(PTRACE_SECCOMP_GET_METADATA, tid, ctypes.sizeof(metadata), ctypes.addressof(metadata),
+              "PTRACE_SECCOMP_GET_METADATA")  # fmt: skip
+        found.append((buffer.raw, int(metadata[1])))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 from stasis.linux import ptrace
 from stasis.process.remote import PAGE, RemoteThread
+from stasis.process.seccomp import seize_options
 
 if TYPE_CHECKING:
     from stasis.process.journal import Entry, Journal
@@ -123,7 +124,7 @@ def _stop(tid: int) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     while True:
         try:
-            ptrace.seize(tid)
+            ptrace.seize(tid, seize_options(tid))
             break
         except PermissionError:
             if time.monotonic() > deadline:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 from stasis.errors import StasisError, UnsupportedError
 from stasis.linux import procfs, ptrace
 from stasis.process.errors import refusal
+from stasis.process.seccomp import seize_options
 
 if TYPE_CHECKING:
     from stasis.linux.procfs import Stat
@@ -143,11 +144,8 @@ class Tree:
         return bool(new)
 
     def _seize(self, task: Task, tid: int) -> Thread | None:
-        options = ptrace.PTRACE_O_TRACESYSGOOD
         try:
-            if procfs.status(task.pid, tid).get("Seccomp", "0") != "0":
-                options |= ptrace.PTRACE_O_SUSPEND_SECCOMP
-            ptrace.seize(tid, options)
+            ptrace.seize(tid, seize_options(tid))
         except OSError as error:
             if isinstance(error, ProcessLookupError) or self._ended(task, tid):
                 return None

@@ -12,6 +12,7 @@ from stasis.process.dump.tasks import ns_pid
 from stasis.process.findings import Findings
 from stasis.process.fpu import lost_components
 from stasis.process.kinship import Kin, unmakeable
+from stasis.process.seccomp import why_lost
 from stasis.process.tree import Task, Tree
 
 __all__ = ["check_tree"]
@@ -59,8 +60,8 @@ def _check_task(task: Task, ours: dict[str, int], findings: Findings) -> None:
 def _check_threads(task: Task, findings: Findings) -> None:
     for thread in task.threads:
         where = f"thread {thread.tid}"
-        if procfs.status(task.pid, thread.tid).get("Seccomp", "0") != "0":
-            findings.add(task.pid, "seccomp", "system call filters are not supported yet")
+        if reason := why_lost(thread.tid):
+            findings.add(task.pid, "seccomp", reason)
         if ptrace.registers(thread.tid).cs != USER_CS:
             findings.add(task.pid, where, "it runs 32 bit code, which is not supported")
         for lost in lost_components(ptrace.fpu_state(thread.tid)):

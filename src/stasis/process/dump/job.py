@@ -34,6 +34,7 @@ from stasis.process.images.schema.tasks import CoreEntry, FsEntry, March, Pstree
 from stasis.process.images.setwriter import ImageSetWriter
 from stasis.process.journal import Journal
 from stasis.process.remote import Remote
+from stasis.process.seccomp import FilterTable
 from stasis.process.tree import Task, Tree
 
 __all__ = ["DumpOptions", "DumpResult", "check", "dump"]
@@ -173,6 +174,7 @@ class _Dump:
         self._out, self._journal, self._layouts = out, journal, layouts
         self._tracking = tracking
         self._ids = ObjectIds()
+        self._filters = FilterTable()
         self._shared: set[int] = set()
         self._connections = connections
         self._options = files
@@ -216,6 +218,8 @@ class _Dump:
                 mtype=March.X86_64, thread_info=thread_info(remote, thread.tid),
                 thread_core=thread_core(remote, thread.tid),
             )  # fmt: skip
+            assert core.thread_core is not None
+            core.thread_core.seccomp_filter = self._filters.last_of(thread.tid)
             if thread.tid == task.pid:
                 core.tc, core.ids = task_core(remote, task), ids
             self._out.write("core", core, number=thread.tid)
@@ -229,7 +233,7 @@ class _Dump:
                 threads=[thread.tid for thread in task.threads] or [task.pid],
             ))  # fmt: skip
         self._files.finish()
-        self._out.image("seccomp").begin()
+        self._filters.write(self._out)
         ours = FIRST_ID - 1
         root_ids = TaskKobjIdsEntry(vm_id=ours, files_id=ours, fs_id=ours, sighand_id=ours)
         for name, number in namespace_ids(os.getpid()).items():

@@ -26,6 +26,7 @@ from stasis.process.restore.plan import TaskPlan, read_tree
 from stasis.process.restore.spawn import Ready, spawn
 from stasis.process.restore.tasks import arm_timers, give_process_state, make_timers, set_dumpable
 from stasis.process.restore.threads import give_state, make_threads
+from stasis.process.seccomp import Filters
 from stasis.process.tree import TaskState
 
 __all__ = ["RestoreOptions", "RestoreResult", "restore"]
@@ -87,7 +88,7 @@ def _mapper(map_paths: Mapping[str, str]) -> Callable[[str], str]:
 
 def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> None:
     living = [plan for plan in root.walk() if not plan.is_zombie]
-    roll = Roll()
+    roll, filters = Roll(), Filters(files.images)
     with Guardian(Journal(), roll.end), adopting() as end_all:
         try:
             ready = spawn(root, files, chain)
@@ -95,7 +96,7 @@ def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> None:
             for plan in living:
                 _seize(plan.pid)
             for plan in living:
-                _become(plan, ready[plan.pid], chain)
+                _become(plan, ready[plan.pid], chain, filters)
             let_all_live(files, [(plan.pid, plan.ids.files_id) for plan in living if plan.ids is not None])
             _let_go(living, roll)
         except BaseException as error:
@@ -114,7 +115,7 @@ def _seize(pid: int) -> None:
         raise StasisError(f"process {pid} ended before it was restored")
 
 
-def _become(plan: TaskPlan, ready: Ready, chain: list[ImageSet]) -> None:
+def _become(plan: TaskPlan, ready: Ready, chain: list[ImageSet], filters: Filters) -> None:
     """Make a process what the image says."""
     assert plan.mm is not None
     task = plan.core.tc
@@ -125,7 +126,7 @@ def _become(plan: TaskPlan, ready: Ready, chain: list[ImageSet]) -> None:
         make_threads(remote, [tid for tid in plan.entry.threads if tid != plan.pid])
         make_timers(remote, task)
         for tid, core in plan.cores.items():
-            give_state(remote, tid, core)
+            give_state(remote, tid, core, filters)
         set_dumpable(remote, plan.mm)
         remote.leader.signal_mask = task.blk_sigset
         arm_timers(remote, task)

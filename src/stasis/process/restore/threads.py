@@ -15,6 +15,7 @@ from stasis.process.dump.threads import PR_GET_SECUREBITS, REAL_TIME, STACK, cre
 if TYPE_CHECKING:
     from stasis.process.images.schema.tasks import CoreEntry, CredsEntry, ThreadCoreEntry
     from stasis.process.remote import Remote
+    from stasis.process.seccomp import Filters
 
 __all__ = ["give_state", "make_threads"]
 
@@ -44,7 +45,7 @@ def make_threads(remote: Remote, tids: list[int]) -> None:
         remote.thread(tid)
 
 
-def give_state(remote: Remote, tid: int, core: CoreEntry) -> None:
+def give_state(remote: Remote, tid: int, core: CoreEntry, filters: Filters) -> None:
     """Everything that a thread has; its registers take effect when `remote` is closed."""
     info, own = core.thread_info, core.thread_core
     assert info is not None
@@ -60,6 +61,7 @@ def give_state(remote: Remote, tid: int, core: CoreEntry) -> None:
         number = struct.unpack_from("<i", siginfo.siginfo)[0]
         remote.call("rt_tgsigqueueinfo", remote.pid, tid, number, remote.put(siginfo.siginfo), tid=tid)
     _schedule(tid, own)
+    filters.install(remote, tid, own)
     if own.creds is not None:
         _give_credentials(remote, tid, own.creds)
     remote.call("prctl", PR_SET_PDEATHSIG, own.pdeath_sig or 0, tid=tid)
