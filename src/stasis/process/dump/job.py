@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -25,11 +26,15 @@ from stasis.process.dump.tasks import task_core, zombie_core
 from stasis.process.dump.threads import thread_core, thread_info
 from stasis.process.dump.tracking import Tracking
 from stasis.process.files.connections import Connections
+from stasis.process.files.kinds import all_kinds
 from stasis.process.files.options import FileOptions
 from stasis.process.files.table import FileTable, check_descriptors
 from stasis.process.findings import Finding, Findings
 from stasis.process.guardian import Guardian
+from stasis.process.images.codec import prepare
+from stasis.process.images.schema.files import FdinfoEntry, FileEntry
 from stasis.process.images.schema.inventory import InventoryEntry
+from stasis.process.images.schema.memory import MmEntry
 from stasis.process.images.schema.tasks import CoreEntry, FsEntry, March, PstreeEntry, TaskKobjIdsEntry
 from stasis.process.images.setwriter import ImageSetWriter
 from stasis.process.journal import Journal
@@ -92,7 +97,10 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     journal, connections = Journal(), Connections(chosen.files.network_lock)
     if chosen.pre_copy:
         _refuse_early(pid, chosen)
+    prepare(CoreEntry, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry)
+    all_kinds(chosen.files)
     with (
+        _without_pauses(),
         ImageSetWriter(images) as out,
         continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout) as (tracking, warnings),
         Guardian(journal, partial(shutil.rmtree, out.staging, ignore_errors=True), directory=out.staging,
@@ -114,7 +122,7 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
             os.fspath(images), [task.pid for task in tree.tasks], sum(len(task.threads) for task in tree.tasks),
             writing.pages, frozen - started, written - frozen, writing.pages_seconds, warnings + writing.warnings,
         )  # fmt: skip
-        if chosen.leave_running or chosen.leave_stopped:
+        if connections.count and (chosen.leave_running or chosen.leave_stopped):
             connections.release()
         if chosen.leave_running:
             tree.thaw()  # nothing is to be ended for the images' sake: the disk may take its time
@@ -122,6 +130,18 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
         connections.keep()
         _let_go(tree, chosen)
         return result
+
+
+@contextmanager
+def _without_pauses() -> Iterator[None]:
+    """Nobody looks for garbage while the tree stands still."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _refuse_early(pid: int, options: DumpOptions) -> None:

@@ -28,7 +28,7 @@ from stasis.process.images.wire import (
     zigzag,
 )
 
-__all__ = ["FieldError", "decode", "encode"]
+__all__ = ["FieldError", "decode", "encode", "prepare"]
 
 MAX_DEPTH = 64
 MAX_MESSAGES = 1 << 20  # in one record; the kernel's default allows a task 65530 mappings
@@ -91,6 +91,15 @@ def _writers(cls: type[Message]) -> dict[str, tuple[Field, bytes, Writer]]:
         found = {name: (field, _tag(field), _writer(field)) for name, field in cls.fields_by_name.items()}
         _WRITERS[cls] = found
     return found
+
+
+def prepare(*classes: type[Message]) -> None:
+    """Make now what the first message of a class needs to be written, and all that it consists of: up to 0.5 ms each,
+    which a tree that stands still need not wait for."""
+    for cls in classes:
+        if cls not in _WRITERS:
+            _writers(cls)
+            prepare(*(field.of for field in cls.fields_by_name.values() if field.kind == "message" and field.of))
 
 
 def _tag(field: Field) -> bytes:
