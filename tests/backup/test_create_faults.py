@@ -129,14 +129,15 @@ def test_what_cannot_be_read_fails_the_backup_and_says_where(
     assert repository.backups() == []
 
 
+@pytest.mark.parametrize("changed", [3 * BLOCK, CHUNK - BLOCK])
 def test_what_cannot_be_read_is_skipped_if_asked_for_and_not_built_upon(
-    disk: FakeDisk, repository: Repository, options: CreateOptions
+    disk: FakeDisk, repository: Repository, options: CreateOptions, changed: int
 ) -> None:
     options = dataclasses.replace(options, skip_unreadable=True)
     good = create([disk.snapshot()], repository, options).backups[0]
-    disk.write(3 * CHUNK, b"make it be read")
+    disk.write(3 * CHUNK, bytes([7]) * changed)
     snapshot = disk.snapshot()
-    bad = 3 * CHUNK + 7 * BLOCK
+    bad = 3 * CHUNK + 2 * BLOCK
     snapshot.before_read = bad_sector(bad)
     result = create([snapshot], repository, options)
     (partial,) = result.backups

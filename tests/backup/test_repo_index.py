@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stasis.backup.repo import index as index_
-from stasis.backup.repo.index import NAMES_PER_SEGMENT, ZERO, Index, IndexBuilder
+from stasis.backup.repo.delta import with_bit, without_bit
+from stasis.backup.repo.index import NAMES_PER_SEGMENT, ZERO, Index, IndexBuilder, is_whole
 
 CHUNK = 65536
 
@@ -31,7 +32,7 @@ class Segments:
 
     def load(self, name: bytes, length: int) -> bytes:
         self.loads += 1
-        assert len(self.kept[name]) == length
+        assert is_whole(self.kept[name], length)
         return self.kept[name]
 
     def index(self, size: int, names: tuple[bytes, ...]) -> Index:
@@ -42,7 +43,11 @@ class Segments:
 
 
 def chunk_name(number: int) -> bytes:
-    return hashlib.sha256(b"%d" % number).digest()
+    return without_bit(hashlib.sha256(b"%d" % number).digest())
+
+
+def delta_name(number: int) -> bytes:
+    return with_bit(hashlib.sha256(b"delta %d" % number).digest())
 
 
 @pytest.fixture(autouse=True)
@@ -50,23 +55,45 @@ def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_, "NAMES_PER_SEGMENT", 8)
 
 
-changes = st.dictionaries(st.integers(0, 39), st.integers(0, 5))
+changes = st.dictionaries(st.integers(0, 39), st.integers(-5, 5))  # a negative number stands for a delta
 
 
 @given(st.lists(changes, max_size=4), st.integers(1, 40))
 def test_a_history_of_indexes_is_a_history_of_dictionaries(history: list[dict[int, int]], count: int) -> None:
     segments, parent, model = Segments(), None, dict.fromkeys(range(count), ZERO)
+    bases: dict[int, bytes] = {}
     for change in history:
         builder = segments.builder(count * CHUNK, parent)
         for number, value in sorted(change.items()):
             if number < count:
-                model[number] = ZERO if value == 0 else chunk_name(value)
-                builder.set(number, model[number])
+                bases.pop(number, None)
+                model[number] = ZERO if value == 0 else chunk_name(value) if value > 0 else delta_name(value)
+                if value < 0:
+                    bases[number] = chunk_name(100 + number)
+                builder.set(number, model[number], bases.get(number))
                 builder.settled(number)
         parent = segments.index(count * CHUNK, builder.finish())
         assert list(parent.names()) == [model[number] for number in range(count)]
         assert [parent.name(number) for number in range(count)] == list(model.values())
         assert list(parent.names(3, 7)) == list(model.values())[3:10]
+        found = {8 * n + place: base for n in range(-(-count // 8)) for place, base in parent.bases(n).items()}
+        assert found == bases
+        assert set(parent.needed()) | {ZERO} == {*model.values(), *bases.values(), ZERO}
+
+
+def test_a_delta_has_a_base_and_nothing_else_has() -> None:
+    builder = Segments().builder(CHUNK)
+    with pytest.raises(ValueError, match="base"):
+        builder.set(0, delta_name(1))
+    with pytest.raises(ValueError, match="base"):
+        builder.set(0, chunk_name(1), chunk_name(2))
+
+
+@pytest.mark.parametrize("cut", [-32, -1, 1, 32])
+def test_a_segment_of_another_length_is_not_whole(cut: int) -> None:
+    content = chunk_name(1) + delta_name(2) + chunk_name(3)
+    assert is_whole(content, 64)
+    assert not is_whole(content[:cut] if cut < 0 else content + bytes(cut), 64)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.data())

@@ -159,7 +159,7 @@ def _renew(drafts: Sequence[Manifest], repository: Repository, lease: Lease) -> 
 def _check_complete(draft: Manifest, repository: Repository) -> None:
     """Raises RepositoryError if a chunk or segment of a backup is not there."""
     try:
-        missing = sum(not repository.has_chunk(name) for name in repository.index(draft).names())
+        missing = sum(not repository.has_chunk(name) for name in repository.index(draft).needed())
     except DamagedError:
         missing = 1
     if missing:

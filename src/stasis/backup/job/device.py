@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import stasis
 from stasis.backup.job.history import History
+from stasis.backup.job.parts import Part, split_changes
 from stasis.backup.job.pipeline import ZERO, Counters, Pipeline, RateLimit, Task
 from stasis.backup.job.plan import (
     ChunkRange,
@@ -28,7 +29,7 @@ from stasis.backup.job.resume import ResumeFile
 from stasis.backup.job.selfcheck import Sample, SampleOptions, check_sample
 from stasis.backup.job.state import DeviceState, make_folder, state_path
 from stasis.backup.source import Extent, PointInTimeSource
-from stasis.block.copy.plan import clip
+from stasis.block.copy.plan import clip, merge, total
 from stasis.errors import DamagedError, GenerationError, StasisError
 
 if TYPE_CHECKING:
@@ -92,21 +93,25 @@ class DeviceJob:
         self._parent: Index | None = None
         if self.decision.parent is not None:
             self._parent = self._repository.index(self.decision.parent)
-        self.reads = self._chunks_to_read()
+        try:
+            self.reads, self.parts = self._chunks_to_read()
+        except DamagedError as error:
+            self._give_up_parent(error)
 
     def _unknown(self, manifest: Manifest) -> str:
         mark = mark_of(manifest)
         return "" if self._state is None or mark is None else self._state.why_unknown(mark, manifest.time)
 
-    def _chunks_to_read(self) -> list[ChunkRange]:
+    def _chunks_to_read(self) -> tuple[list[ChunkRange], list[Part]]:
+        """Chunks to read whole, and those to read in part."""
         chunk_size = self._repository.chunk_size
-        if self.decision.changed is not None:
-            return touched_chunks(self.decision.changed, chunk_size)
+        if self.decision.changed is not None and self._parent is not None:
+            return split_changes(self.decision.changed, self._parent)
         size = self.source.size
         if size is None:
-            return []
+            return [], []
         zeroes = covered_chunks(self.source.zero_extents(), chunk_size, size)
-        return untouched_chunks(zeroes, -(-size // chunk_size))
+        return untouched_chunks(zeroes, -(-size // chunk_size)), []
 
     @property
     def bytes_to_read(self) -> int:
@@ -114,7 +119,7 @@ class DeviceJob:
         if self.source.size is None:
             return 0
         extents = chunk_extents(self.reads, self._repository.chunk_size, self.source.size)
-        return sum(length for _, length in extents)
+        return total(extents) + sum(part.length for part in self.parts)
 
     # -- doing --------------------------------------------------------------------------------------------------------
 
@@ -127,9 +132,9 @@ class DeviceJob:
             self._open_resume()
             self._store()
         except DamagedError as error:
-            if self._parent is None or self.options.kind != "auto":
-                raise
-            self._become_full(f"the backup {self._parent_id()} cannot be built upon: {error.message}")
+            before = self.bytes_to_read
+            self._give_up_parent(error)
+            self._progress.expect(self.bytes_to_read - before)
             self._open_resume()
             self._store()
         if disturbed := self.source.disturbed():
@@ -138,11 +143,15 @@ class DeviceJob:
     def _parent_id(self) -> str:
         return self.decision.parent.id[:8] if self.decision.parent is not None else ""
 
+    def _give_up_parent(self, error: DamagedError) -> None:
+        """Make a full backup, if the kind was left open, because what the parent needs is damaged."""
+        if self._parent is None or self.options.kind != "auto":
+            raise error
+        self._become_full(f"the backup {self._parent_id()} cannot be built upon: {error.message}")
+
     def _become_full(self, reason: str) -> None:
-        before = self.bytes_to_read
         self.decision, self._parent = Decision("full", reason=reason), None
-        self.reads = self._chunks_to_read()
-        self._progress.expect(self.bytes_to_read - before)
+        self.reads, self.parts = self._chunks_to_read()
         if self._resume is not None:
             self._resume.close()
 
@@ -195,7 +204,9 @@ class DeviceJob:
         except StasisError as error:  # no backup of this host goes on from an older mark, with or without it
             self.warnings.append(f"the change map of {self.source.name} could not be told: {error.message}")
         self.warnings.append(f"change tracking is wrong, so a full backup is made: {self.distrusted}")
+        before = self.bytes_to_read
         self._become_full(f"change tracking was found to be wrong: {self.distrusted}")
+        self._progress.expect(self.bytes_to_read - before)
 
     def _open_resume(self) -> None:
         """Take up the record of an interrupted run, as far as it still holds, and go on with it."""
@@ -220,10 +231,11 @@ class DeviceJob:
         builder = self._repository.index_builder(size, self._parent)
         limit = RateLimit(self.options.rate) if self.options.rate else None
         task = Task(self.source, builder, size, self._repository.chunk_size,
-                    ReadErrors(self.source.path, self.options.skip_unreadable), self._resume, limit)
+                    ReadErrors(self.source.path, self.options.skip_unreadable), self._resume, limit,
+                    self._parent)
         pipeline = Pipeline(self._repository, task, self._progress)
         self._counters = pipeline.counters
-        pipeline.run(self.reads)
+        pipeline.run(self.reads, self.parts)
         self._segments = builder.finish() if size is not None else builder.finish(self.source.size)
 
     def remember(self) -> None:
@@ -271,6 +283,7 @@ class DeviceJob:
             "bytes_unreadable": self.bytes_unreadable,
             "chunks_total": -(-size // self._repository.chunk_size),
             "chunks_new": counters.chunks_new,
+            "deltas": counters.deltas,
             "chunks_resumed": counters.chunks_resumed,
             "seconds": round(time.monotonic() - self._started),
         }
@@ -278,12 +291,12 @@ class DeviceJob:
     @property
     def bytes_unreadable(self) -> int:
         """Bytes that could not be read, for which zeroes are stored."""
-        return sum(length for _, length in self._counters.unreadable)
+        return total(merge(self._counters.unreadable))
 
     def _note(self) -> str:
         parts = [f"full because {self.decision.reason}"] if self.decision.reason else []
         if self._counters.unreadable:
-            ranges = sorted(self._counters.unreadable)
+            ranges = merge(self._counters.unreadable)
             shown = ", ".join(f"{offset}+{length}" for offset, length in ranges[:RANGES_IN_NOTE])
             more = f" and {len(ranges) - RANGES_IN_NOTE} more" if len(ranges) > RANGES_IN_NOTE else ""
             parts.append(f"zeroes stand for what could not be read (offset+length): {shown}{more}")

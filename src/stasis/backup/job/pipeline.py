@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from stasis.backup.job.parts import DeltaMaker, Part
 from stasis.backup.job.plan import ChunkRange, chunk_extents
 from stasis.backup.job.reading import ReadErrors, read_chunks
 from stasis.backup.job.resume import ResumeFile
@@ -25,7 +26,7 @@ from stasis.linux.iobuffer import IoBuffer
 
 if TYPE_CHECKING:
     from stasis.backup.progress import Progress
-    from stasis.backup.repo import IndexBuilder, Repository
+    from stasis.backup.repo import Index, IndexBuilder, Repository, StoredChunk
 
 __all__ = ["ZERO", "Counters", "Pipeline", "RateLimit", "Task", "lanes_and_window"]
 
@@ -47,8 +48,24 @@ class Counters:
     bytes_read: int = 0
     bytes_stored: int = 0
     chunks_new: int = 0
+    deltas: int = 0
     chunks_resumed: int = 0
     unreadable: list[Extent] = field(default_factory=list)
+
+    def count(self, stored: StoredChunk) -> None:
+        """Count an object that went to the repository."""
+        if stored.new:
+            self.chunks_new += 1
+            self.bytes_stored += stored.stored_bytes
+
+    def add(self, other: Counters) -> None:
+        """Add what a thread did."""
+        self.bytes_read += other.bytes_read
+        self.bytes_stored += other.bytes_stored
+        self.chunks_new += other.chunks_new
+        self.deltas += other.deltas
+        self.chunks_resumed += other.chunks_resumed
+        self.unreadable += other.unreadable
 
 
 def lanes_and_window(chunk_size: int, parallelism: int) -> tuple[int, int]:
@@ -82,7 +99,10 @@ class RateLimit:
 
 @dataclass
 class Task:
-    """One source's chunks and where their names go. `size` is None where only the end of the source tells."""
+    """One source's chunks and where their names go. `size` is None where only the end of the source tells.
+
+    parent: the index of the backup that parts are deltas against, None where there are no parts.
+    """
 
     source: PointInTimeSource
     builder: IndexBuilder
@@ -91,6 +111,7 @@ class Task:
     errors: ReadErrors
     resume: ResumeFile | None = None
     limit: RateLimit | None = None
+    parent: Index | None = None
 
 
 class Pipeline:
@@ -104,13 +125,19 @@ class Pipeline:
             self.window = max(1, min(self.window, task.limit.rate // STEPS_PER_SECOND // task.chunk_size))
         self.lock = threading.Lock()
 
-    def run(self, reads: Iterable[ChunkRange]) -> None:
-        """Read and store the chunks; the whole stream if that has no known size.
+    def run(self, reads: Iterable[ChunkRange], parts: Iterable[Part] = ()) -> None:
+        """Read and store the chunks, and parts of others; the whole stream if that has no known size.
 
         Raises what a thread raised first. In each case no thread runs any more when it returns.
         """
         crew: Crew[Batch] = Crew(lambda: _Lane(self), self.lanes)
-        crew.run(self._batches(reads), 0, lambda _: self.task.builder.settled(self._final(crew.position)))
+        crew.run(self._batches(reads, parts), 0, lambda _: self.task.builder.settled(self._final(crew.position)))
+
+    def count(self, done: Counters) -> None:
+        """Add what a thread did. May be called from any thread."""
+        with self.lock:
+            self.counters.add(done)
+        self.progress.add(done.bytes_read, items=0)
 
     def _final(self, position: int) -> int:
         """Chunks below this are final. Batches behind the end of a stream settle nothing."""
@@ -118,9 +145,9 @@ class Pipeline:
             return min(position, self.task.source.position // self.task.chunk_size)
         return position
 
-    def _batches(self, reads: Iterable[ChunkRange]) -> Iterator[Batch]:
+    def _batches(self, reads: Iterable[ChunkRange], parts: Iterable[Part]) -> Iterator[Batch]:
         if not isinstance(self.task.source, StreamSource):
-            yield from pack(reads, self.window)
+            yield from pack(reads, parts, self.window, self.task.chunk_size)
             return
         for batch in open_ended(self.window):
             if self.task.source.size is not None:
@@ -136,11 +163,16 @@ class _Lane:
         self._reader = self._task.source.open_reader()
         self._buffer = IoBuffer(pipeline.window * self._task.chunk_size)
         self._writer = pipeline.repository.chunk_writer()
+        parent = self._task.parent
+        self._deltas = None if parent is None else DeltaMaker(pipeline.repository, parent, self._writer)
 
     def handle(self, batch: Batch) -> None:
         """Read and store a batch, and enter the names."""
         runs: list[Run] = []
         reads = self._take_over(batch.reads, runs)
+        if batch.parts and self._deltas is not None:
+            for number in self._read_and_store_parts(batch.parts, self._deltas):
+                self._read_and_store([(number, 1)], runs)
         if reads:
             self._read_and_store(reads, runs)
         enter = self._task.builder.set
@@ -175,33 +207,48 @@ class _Lane:
                     left[-1] = (left[-1][0], left[-1][1] + 1)
                 else:
                     left.append((number, 1))
-        with self._pipeline.lock:
-            self._pipeline.counters.chunks_resumed += len(runs)
+        self._pipeline.count(Counters(chunks_resumed=len(runs)))
         self._pipeline.progress.skip(len(runs) * self._task.chunk_size)
         return left
 
     def _read_and_store(self, reads: Sequence[ChunkRange], runs: list[Run]) -> None:
         task = self._task
         extents, unreadable = self._read(reads)
+        done = Counters(unreadable=unreadable)
         # Hot: once per chunk, in all threads.
         store, view, chunk_size, position = self._writer.store, self._buffer.view, task.chunk_size, 0
-        new = stored_bytes = 0
         for (first, _), (_, size) in zip(reads, extents, strict=True):
             names = []
             for at in range(position, position + size, chunk_size):
                 stored = store(view[at : min(at + chunk_size, position + size)])
                 names.append(stored.name)
-                if stored.new:
-                    new, stored_bytes = new + 1, stored_bytes + stored.stored_bytes
+                done.count(stored)
             runs.append((first, names))
             position += size
-        with self._pipeline.lock:
-            counters = self._pipeline.counters
-            counters.bytes_read += position
-            counters.bytes_stored += stored_bytes
-            counters.chunks_new += new
-            counters.unreadable += unreadable
-        self._pipeline.progress.add(position, items=0)
+        done.bytes_read = position
+        self._pipeline.count(done)
+
+    def _read_and_store_parts(self, parts: Sequence[Part], deltas: DeltaMaker) -> list[int]:
+        """Store parts and enter them into the index; returns the chunks that are to be stored whole after all."""
+        task, position = self._task, 0
+        extents = [extent for part in parts for extent in part.extents]
+        done = Counters(bytes_read=sum(part.length for part in parts))
+        if task.limit is not None:
+            task.limit.wait(done.bytes_read)
+        done.unreadable = read_chunks(self._reader, extents, self._buffer.view, task.chunk_size, task.errors)
+        whole = []
+        for part in parts:
+            stored = deltas.store(part, self._buffer.view[position : position + part.length])
+            position += part.length
+            if stored is None:
+                whole.append(part.number)
+                continue
+            chunk, base = stored
+            task.builder.set(part.number, chunk.name, base)
+            done.count(chunk)
+            done.deltas += base is not None
+        self._pipeline.count(done)
+        return whole
 
     def _read(self, reads: Sequence[ChunkRange]) -> tuple[list[Extent], list[Extent]]:
         """Fill the buffer; (what was read, what of it could not be read)."""

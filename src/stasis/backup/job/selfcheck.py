@@ -68,6 +68,7 @@ class _Checker:
 
     def __init__(self, source: PointInTimeSource, repository: Repository, parent: Index) -> None:
         self._source, self._repository, self._parent = source, repository, parent
+        self._fetcher = repository.chunk_reader()
 
     def compare_chunks(self, reader: SourceReader, chunks: Sequence[Extent]) -> list[Extent]:
         """Whole chunks, by name."""
@@ -90,7 +91,7 @@ class _Checker:
         from stasis.backup.repo.objects import Kind, object_name
 
         repository, name = self._repository, self._parent.name(number)
-        if repository.chunk_name(data) != name:
+        if repository.chunk_name(data) != self._fetcher.content_name(name, len(data)):
             return False
         if repository.store.cheap_lookup and not repository.has_chunk(name):
             raise repository.codec().missing(object_name(Kind.CHUNK, name))
@@ -102,11 +103,10 @@ class _Checker:
         if not blocks:
             return different
         chunk_size = self._parent.chunk_size
-        fetcher = self._repository.chunk_reader()
         with IoBuffer(chunk_size) as held, IoBuffer(max(length for _, length in blocks)) as room:
             for offset, length in blocks:
                 number, at = divmod(offset, chunk_size)
-                fetcher.fetch(self._parent.name(number), held.view[: self._parent.chunk_length(number)])
+                self._fetcher.fetch(self._parent.name(number), held.view[: self._parent.chunk_length(number)])
                 reader.read_into([(offset, length)], room.view)
                 # bytes, because Python compares views element by element
                 if bytes(room.view[:length]) != bytes(held.view[at : at + length]):

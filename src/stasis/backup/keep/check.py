@@ -20,6 +20,7 @@ from stasis.backup.keep.threads import in_threads
 from stasis.backup.keep.used import manifests, mark_chunks, mark_segments
 from stasis.backup.progress import Progress
 from stasis.backup.repo import Manifest, Repository
+from stasis.backup.repo.delta import is_delta
 from stasis.backup.repo.index import NAME_BYTES, ZERO
 from stasis.backup.repo.objects import FRAME_BYTES, Header, Kind, object_name
 from stasis.backup.repo.store import ObjectInfo
@@ -85,7 +86,13 @@ class _Verifier:
         self._head = memoryview(bytearray(FRAME_BYTES))
 
     def verify(self, name: bytes) -> None:
-        """Raises DamagedError. All chunks but the last one of a device are whole, so that length is tried first."""
+        """Raises DamagedError. All chunks but the last one of a device are whole, so that length is tried first.
+
+        A delta is looked at by itself: its base is another one of the objects.
+        """
+        if is_delta(name):
+            self._reader.delta(name)
+            return
         try:
             self._reader.fetch(name, self._content)
         except DamagedError:

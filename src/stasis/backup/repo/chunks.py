@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stasis.backup.repo import delta as delta_
+from stasis.backup.repo.delta import Delta, is_delta, with_bit, without_bit
 from stasis.backup.repo.index import ZERO
 from stasis.backup.repo.objects import FRAME_BYTES, HEADER_BYTES, TAG_BYTES, Codec, Keys, Kind, object_name
 from stasis.backup.repo.presence import Presence
-from stasis.backup.repo.store import Store
+from stasis.backup.repo.store import Buffer, Store
 from stasis.errors import DamagedError, NotFoundError
 
 __all__ = ["ChunkReader", "ChunkWriter", "Namer", "StoredChunk", "object_name"]
@@ -35,11 +37,21 @@ class Namer:
     def __call__(self, data: memoryview | bytes | bytearray) -> bytes:
         """Name of a chunk, ZERO where it holds nothing but zeroes."""
         # Comparing digests beats looking for a byte that is not zero: BLAKE3 reads 8 GB/s here, memoryview's == 0.1.
-        name = self._keys.digest(Kind.CHUNK, data)
-        length = len(data)
+        return self.from_digest(self._keys.digest(Kind.CHUNK, data), len(data))
+
+    def from_digest(self, digest: bytes, length: int) -> bytes:
+        """The same, from the digest of `length` bytes."""
         if length not in self._zeroes:
             self._zeroes[length] = self._keys.digest(Kind.CHUNK, bytes(length))
-        return ZERO if name == self._zeroes[length] else name
+        return ZERO if digest == self._zeroes[length] else without_bit(digest)
+
+    def digest(self, data: memoryview) -> bytes:
+        """Digest of a chunk; without a key plain BLAKE3."""
+        return self._keys.digest(Kind.CHUNK, data)
+
+    def of_delta(self, content: bytes) -> bytes:
+        """Name of a delta."""
+        return with_bit(self._keys.digest(Kind.DELTA, content))
 
 
 class ChunkWriter:
@@ -53,12 +65,23 @@ class ChunkWriter:
 
     def store(self, data: memoryview) -> StoredChunk:
         """Store a chunk unless it is there. Raises StorageError and others of the store."""
-        name = self._namer(data)
-        if name == ZERO or self._presence.has(name):
+        digest = self._namer.digest(data)
+        name = self._namer.from_digest(digest, len(data))
+        if name == ZERO:
             return StoredChunk(name, 0)
-        where = object_name(Kind.CHUNK, name)
-        # Without a key the name is the plain digest of the content, so that it is not computed twice.
-        parts = self._codec.seal_parts(Kind.CHUNK, where, data, None if self._codec.encrypted else name)
+        # Without a key it is the plain digest of the content, so that it is not computed twice.
+        return self._store_object(Kind.CHUNK, name, data, None if self._codec.encrypted else digest)
+
+    def store_delta(self, delta: Delta) -> StoredChunk:
+        """Store what makes a chunk of another one that is stored whole."""
+        content = delta_.encode(delta)
+        return self._store_object(Kind.DELTA, self._namer.of_delta(content), content, None)
+
+    def _store_object(self, kind: Kind, name: bytes, data: Buffer, digest: bytes | None) -> StoredChunk:
+        if self._presence.has(name):
+            return StoredChunk(name, 0)
+        where = object_name(kind, name)
+        parts = self._codec.seal_parts(kind, where, data, digest)
         new = self._store.stage(where, *parts)
         self._presence.stored(name)
         return StoredChunk(name, sum(map(len, parts)) if new else 0)
@@ -78,13 +101,54 @@ class ChunkReader:
         self._frame = memoryview(bytearray(0))
         self._head = memoryview(bytearray(HEADER_BYTES))
         self._tag = memoryview(bytearray(TAG_BYTES))
+        self._room = memoryview(bytearray(0))
         self._readable = not codec.encrypted and not codec.compresses
 
     def fetch(self, name: bytes, into: memoryview) -> None:
         """The chunk `name`, which is as long as `into`. Raises DamagedError, and leaves zeroes in `into` then."""
-        if name == ZERO:
-            into[:] = bytes(len(into))
-            return
+        try:
+            if name == ZERO:
+                into[:] = bytes(len(into))
+            elif is_delta(name):
+                self._fetch_delta(name, into)
+            else:
+                self._fetch_whole(name, into)
+        except DamagedError:
+            into[:] = bytes(len(into))  # not even who ignores the error gets it as data
+            raise
+
+    def content_name(self, name: bytes, length: int) -> bytes:
+        """The name that the content of a chunk of `length` bytes has where it is stored whole, to compare it with that
+        of data at hand; reads only deltas. Raises DamagedError."""
+        if not is_delta(name):
+            return name
+        if len(self._room) < length:
+            self._room = memoryview(bytearray(length))
+        self.fetch(name, self._room[:length])
+        return self._namer(self._room[:length])
+
+    def delta(self, name: bytes) -> Delta:
+        """A delta as it is stored. Raises DamagedError."""
+        where = object_name(Kind.DELTA, name)
+        try:
+            content = self._codec.unseal(Kind.DELTA, where, self._store.get(where))
+            if self._namer.of_delta(content) != name:
+                raise self._codec.damaged(where, "its content has another digest")
+            return delta_.decode(content)
+        except NotFoundError as error:
+            raise self._codec.missing(where) from error
+        except ValueError as error:
+            raise self._codec.damaged(where, str(error)) from error
+
+    def _fetch_delta(self, name: bytes, into: memoryview) -> None:
+        delta = self.delta(name)
+        self._fetch_whole(delta.base, into)
+        try:
+            delta.apply(into)
+        except ValueError as error:
+            raise self._codec.damaged(object_name(Kind.DELTA, name), str(error)) from error
+
+    def _fetch_whole(self, name: bytes, into: memoryview) -> None:
         where = object_name(Kind.CHUNK, name)
         try:
             found = self._fetch_readable(where, into) if self._readable else self._fetch(where, into)
@@ -93,9 +157,6 @@ class ChunkReader:
                 raise self._codec.damaged(where, "its content has another digest")
         except NotFoundError as error:
             raise self._codec.missing(where) from error
-        except DamagedError:
-            into[:] = bytes(len(into))  # not even who ignores the error gets it as data
-            raise
 
     def _fetch(self, where: str, into: memoryview) -> bytes:
         if len(self._frame) < len(into) + FRAME_BYTES:
@@ -111,4 +172,4 @@ class ChunkReader:
         size = self._store.get_into(where, [self._head, into, self._tag])
         if size != len(into) + FRAME_BYTES:
             return self._fetch(where, into)  # it says what is wrong
-        return self._codec.verify_in_place(Kind.CHUNK, where, self._head, into, self._tag)
+        return without_bit(self._codec.verify_in_place(Kind.CHUNK, where, self._head, into, self._tag))

@@ -3,15 +3,20 @@
 
 Segments are content-addressed objects like chunks. A later backup shares those in which nothing changed, so that an
 incremental backup writes as much index as it has changes, and memory holds a few segments whatever the size.
+
+Behind its names a segment has the name of the base of each delta among them, in their order: what a backup needs can be
+told from its segments alone.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-__all__ = ["NAMES_PER_SEGMENT", "NAME_BYTES", "ZERO", "Index", "IndexBuilder"]
+from stasis.backup.repo.delta import DELTA_BIT, is_delta
+
+__all__ = ["NAMES_PER_SEGMENT", "NAME_BYTES", "ZERO", "Index", "IndexBuilder", "is_whole"]
 
 NAME_BYTES = 32
 NAMES_PER_SEGMENT = 4096
@@ -20,8 +25,8 @@ SEGMENT_BYTES = NAME_BYTES * NAMES_PER_SEGMENT
 CACHED_SEGMENTS = 32
 UNKNOWN_SIZE = 1 << 62
 
-Load = Callable[[bytes, int], bytes]  # name and length of a segment; its names one behind the other
-Save = Callable[[bytes], bytes]  # the names; the name of the segment
+Load = Callable[[bytes, int], bytes]  # name of a segment, and how long its names are; its content
+Save = Callable[[bytes], bytes]  # the content; the name of the segment
 
 
 class Index:
@@ -63,8 +68,22 @@ class Index:
         """Names of the segments; ZERO for one that names nothing but ZERO."""
         return self._segments
 
+    def needed(self) -> Iterator[bytes]:
+        """Names of all that the chunks are made of, bases of deltas included."""
+        for number in range(len(self._segments)):
+            yield from _split(self._content(number))
+
     def segment(self, number: int) -> bytes:
         """All names of a segment, one behind the other."""
+        return self._content(number)[: segment_length(self.count, number)]
+
+    def bases(self, number: int) -> Mapping[int, bytes]:
+        """Base of each delta in a segment, by the place of its name."""
+        length = segment_length(self.count, number)
+        content = self._content(number)
+        return dict(zip(_deltas(content[:length]), _split(content[length:]), strict=True))
+
+    def _content(self, number: int) -> bytes:
         name = self._segments[number]
         length = segment_length(self.count, number)
         if name == ZERO:
@@ -74,12 +93,12 @@ class Index:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        names = self._load(name, length)
+        content = self._load(name, length)
         with self._lock:
-            self._cache[key] = names
+            self._cache[key] = content
             while len(self._cache) > CACHED_SEGMENTS:
                 self._cache.popitem(last=False)
-        return names
+        return content
 
 
 class IndexBuilder:
@@ -92,7 +111,7 @@ class IndexBuilder:
         self._chunk_size = chunk_size
         self._parent = parent if parent is not None and parent.chunk_size == chunk_size else None
         self._save = save
-        self._open: dict[int, bytearray] = {}
+        self._open: dict[int, _OpenSegment] = {}
         self._done: dict[int, bytes] = {}
         self._lock = threading.Lock()
         self._misfit = self._short_chunk()
@@ -106,10 +125,12 @@ class IndexBuilder:
         same = self._parent.chunk_length(last) == length or self._parent.name(last) == ZERO
         return None if same else last
 
-    def set(self, number: int, name: bytes) -> None:
-        """Put a chunk in its place. Raises ValueError when its segment is settled."""
+    def set(self, number: int, name: bytes, base: bytes | None = None) -> None:
+        """Put a chunk in its place; `base` is given with a delta. Raises ValueError when its segment is settled."""
         if not 0 <= number < self.count or len(name) != NAME_BYTES:
             raise IndexError(number)
+        if is_delta(name) != (base is not None):
+            raise ValueError("a base belongs to a delta")
         segment, place = divmod(number, NAMES_PER_SEGMENT)
         with self._lock:
             if segment in self._done:
@@ -118,7 +139,17 @@ class IndexBuilder:
                 self._open[segment] = self._inherited(segment)
             if number == self._misfit:
                 self._misfit = None
-            self._open[segment][place * NAME_BYTES : (place + 1) * NAME_BYTES] = name
+            self._open[segment].set(place, name, base)
+
+    def name(self, number: int) -> bytes:
+        """What stands in a place now: what was set, or as in the parent. ValueError when its segment is settled."""
+        segment, place = divmod(number, NAMES_PER_SEGMENT)
+        with self._lock:
+            if segment in self._done:
+                raise ValueError(f"segment {segment} is settled already")
+            if segment not in self._open:
+                self._open[segment] = self._inherited(segment)
+            return bytes(self._open[segment].names[place * NAME_BYTES : (place + 1) * NAME_BYTES])
 
     def settled(self, below: int) -> None:
         """No chunk with a number below this is set any more: what is complete is written and forgotten."""
@@ -126,8 +157,8 @@ class IndexBuilder:
             ready = sorted(n for n in self._open if min((n + 1) * NAMES_PER_SEGMENT, self.count) <= below)
             taken = [(number, self._open.pop(number)) for number in ready]
             self._done.update(dict.fromkeys(ready, ZERO))  # refuses later sets; replaced below
-        for number, names in taken:
-            self._done[number] = self._saved(names)
+        for number, segment in taken:
+            self._done[number] = self._saved(segment)
 
     def finish(self, size: int | None = None) -> tuple[bytes, ...]:
         """Names of all segments, for the manifest. `size`: what it turned out to be; no chunk behind it was set."""
@@ -141,8 +172,8 @@ class IndexBuilder:
     def _cut(self, size: int) -> None:
         self.size, self.count = size, -(-size // self._chunk_size)
         with self._lock:
-            for number, names in self._open.items():
-                del names[segment_length(self.count, number) :]
+            for number, segment in self._open.items():
+                del segment.names[segment_length(self.count, number) :]
 
     def _finished(self, number: int) -> bytes:
         if number in self._done:
@@ -156,15 +187,48 @@ class IndexBuilder:
             return names[number]
         return self._saved(self._inherited(number))
 
-    def _inherited(self, number: int) -> bytearray:
-        names = bytearray(segment_length(self.count, number))
+    def _inherited(self, number: int) -> _OpenSegment:
+        segment = _OpenSegment(bytearray(segment_length(self.count, number)))
         if self._parent is not None and number < len(self._parent.segment_names()):
-            old = self._parent.segment(number)[: len(names)]
-            names[: len(old)] = old
-        return names
+            old = self._parent.segment(number)[: len(segment.names)]
+            segment.names[: len(old)] = old
+            segment.bases.update(self._parent.bases(number))
+        return segment
 
-    def _saved(self, names: bytearray) -> bytes:
-        return self._save(bytes(names)) if any(names) else ZERO
+    def _saved(self, segment: _OpenSegment) -> bytes:
+        return self._save(segment.content()) if any(segment.names) else ZERO
+
+
+class _OpenSegment:
+    """A segment that is being filled."""
+
+    def __init__(self, names: bytearray) -> None:
+        self.names = names
+        self.bases: dict[int, bytes] = {}
+
+    def set(self, place: int, name: bytes, base: bytes | None) -> None:
+        self.names[place * NAME_BYTES : (place + 1) * NAME_BYTES] = name
+        if base is not None:
+            self.bases[place] = base
+
+    def content(self) -> bytes:
+        return b"".join((self.names, *(self.bases[place] for place in _deltas(self.names))))
+
+
+def is_whole(content: bytes, length: int) -> bool:
+    """Whether this is the content of a segment whose names take `length` bytes."""
+    return len(content) == length + NAME_BYTES * sum(1 for _ in _deltas(content[:length]))
+
+
+def _deltas(names: bytes | bytearray) -> Iterator[int]:
+    """Places of the names of deltas."""
+    last_bytes = names[NAME_BYTES - 1 :: NAME_BYTES]
+    if last_bytes and max(last_bytes) >= DELTA_BIT:
+        yield from (place for place, byte in enumerate(last_bytes) if byte >= DELTA_BIT)
+
+
+def _split(names: bytes) -> Iterator[bytes]:
+    return (names[start : start + NAME_BYTES] for start in range(0, len(names), NAME_BYTES))
 
 
 def segment_length(count: int, number: int) -> int:

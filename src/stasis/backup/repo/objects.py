@@ -51,9 +51,10 @@ class Kind(IntEnum):
     MANIFEST = 5
     TAGS = 6
     LOCK = 7
+    DELTA = 8
 
 
-FOLDERS = {Kind.CHUNK: "chunks", Kind.SEGMENT: "segments"}
+FOLDERS = {Kind.CHUNK: "chunks", Kind.SEGMENT: "segments", Kind.DELTA: "chunks"}
 
 
 def object_name(kind: Kind, name: bytes) -> str:

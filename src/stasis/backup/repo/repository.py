@@ -13,7 +13,7 @@ from stasis.backup.repo import config as config_
 from stasis.backup.repo import keys, lease, locks, manifest, tags
 from stasis.backup.repo.chunks import ChunkReader, ChunkWriter, Namer
 from stasis.backup.repo.config import Config
-from stasis.backup.repo.index import ZERO, Index, IndexBuilder
+from stasis.backup.repo.index import ZERO, Index, IndexBuilder, is_whole
 from stasis.backup.repo.keys import KeySlot, Secret, Secrets
 from stasis.backup.repo.lease import Lease
 from stasis.backup.repo.locks import LockInfo
@@ -134,7 +134,7 @@ class Repository:
         return IndexBuilder(size, self.chunk_size, parent, self._save_segment)
 
     def segment(self, name: bytes) -> bytes:
-        """A segment: the names of chunks one behind the other. Raises DamagedError."""
+        """A segment: the names of chunks one behind the other, then those of bases. Raises DamagedError."""
         where = object_name(Kind.SEGMENT, name)
         names = self._load(Kind.SEGMENT, where)
         if self._keys.digest(Kind.SEGMENT, names) != name:
@@ -142,10 +142,10 @@ class Repository:
         return names
 
     def _load_segment(self, name: bytes, length: int) -> bytes:
-        names = self.segment(name)
-        if len(names) != length:
+        content = self.segment(name)
+        if not is_whole(content, length):
             raise self.codec().damaged(object_name(Kind.SEGMENT, name), "it is not as long as the device needs")
-        return names
+        return content
 
     def _save_segment(self, names: bytes) -> bytes:
         name = self._keys.digest(Kind.SEGMENT, names)

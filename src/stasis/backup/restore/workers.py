@@ -108,12 +108,18 @@ class DifferenceWriter:
         name = self._name(found)
         if name == chunk.name:
             return
-        if self._on_stranger is not None and chunk.base not in (None, name):
-            raise self._on_stranger(chunk)
-        self._reader.fetch(chunk.name, self._buffer.view[: chunk.length])
+        wanted = self._buffer.view[: chunk.length]
+        self._reader.fetch(chunk.name, wanted)
         done.chunks_fetched += 1
+        if self._on_stranger is not None and not self._is_expected(name, chunk, wanted):
+            raise self._on_stranger(chunk)
         for start, count in differing_runs(self._buffer.address, self._found.address, chunk.length):
             self._write(chunk.offset + start, start, count, done)
+
+    def _is_expected(self, name: bytes, chunk: Chunk, wanted: memoryview) -> bool:
+        """Whether the target holds the base, or the chunk itself: the name of a delta is none of its content."""
+        return (chunk.base in (None, name) or self._name(wanted) == name
+                or self._reader.content_name(chunk.base, chunk.length) == name)
 
     def _write(self, offset: int, start: int, count: int, done: Counts) -> None:
         zeroed = 0
@@ -147,6 +153,7 @@ class ReadBack:
 
     def __init__(self, repository: Repository, target: Target, explanation: str, hint: str) -> None:
         self._name = repository.chunk_name
+        self._reader = repository.chunk_reader()
         self._target = target
         self._explanation = explanation
         self._hint = hint
@@ -157,7 +164,7 @@ class ReadBack:
         for chunk in batch.chunks:
             found = self._found.view[: chunk.length]
             read_into(target.descriptor, found, chunk.offset)
-            if self._name(found) != chunk.name:
+            if self._name(found) != self._reader.content_name(chunk.name, chunk.length):
                 raise self._difference(chunk.offset, chunk.length)
         for offset, length in batch.zeroes:
             sparse = not target.is_block_device
