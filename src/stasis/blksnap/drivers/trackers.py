@@ -152,7 +152,7 @@ class TrackerDriver(BlksnapDriver):
         self.control_call("collect", held.uuid, v2.IOCTL_BLK_SNAP_SNAPSHOT_COLLECT_IMAGES, request)
         number = self._number(device)
         for info in array:
-            if (info.orig_dev_id.mj, info.orig_dev_id.mn) == number:
+            if (info.orig_dev_id.mj, info.orig_dev_id.mn) == number and info.image_dev_id.mj:
                 return Image(self._node(info.image_dev_id.mj, info.image_dev_id.mn))
         return Image(None)
 
