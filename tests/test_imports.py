@@ -20,6 +20,7 @@ RANKS = {
     "nbd": 3,
     "block": 4,
     "backup": 5,
+    "live": 5,
     "datto": 5,
     "blksnap": 5,
     "process": 5,

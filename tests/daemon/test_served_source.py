@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stasis.daemon import served_source
-from stasis.daemon.served_source import bounded_extents
+from stasis.backup.sources import numbers
+from stasis.backup.sources.numbers import bounded_extents
 
 BLOCK = 512
 
@@ -25,7 +25,7 @@ def test_extents_are_the_blocks_above_the_number(changes: bytes, since: int, sho
 @given(st.binary(max_size=400), st.integers(0, 3))
 def test_too_many_extents_are_joined_and_none_is_lost(changes: bytes, since: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(served_source, "MOST_EXTENTS", 4)
+        patch.setattr(numbers, "MOST_EXTENTS", 4)
         extents = bounded_extents(changes, since, BLOCK, len(changes) * BLOCK)
     assert len(extents) <= 5
     ends = [offset + length for offset, length in extents]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from stasis.backup.source import Extent, Mark, SourceReader
 from stasis.backup.sources import NbdReader, nbd_zero_extents
+from stasis.backup.sources.numbers import bounded_extents
 from stasis.backup.sources.raw import identity_of
 from stasis.daemon import client as daemon
 from stasis.errors import GenerationError, NotFoundError, StasisError, StateError, StorageError, UsageError
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from stasis.daemon.model import Device, MapInfo, Snapshot
 
 __all__ = ["PlannedSource", "ServedSource"]
-
-# More extents than this are joined over ever longer gaps: tracking may call too much changed, never too little.
-MOST_EXTENTS = 1 << 16
 
 
 class ServedSource:
@@ -172,23 +170,3 @@ def _refuse_corrupted(error_code: int, name: str) -> None:
     if error_code:
         raise StorageError(f"the snapshot image of {name} is lost: its difference storage was full or failed",
                            hint="give more with --limit, or another place with --storage", errno=-error_code)
-
-
-def bounded_extents(changes: bytes, since: int, block_size: int, size: int) -> list[Extent]:
-    """Byte ranges of the blocks whose number is above `since`, ascending; at most MOST_EXTENTS, or what one map joins
-    to over gaps that double until it fits."""
-    flags = changes.translate(bytes(value > since for value in range(256)))
-    unit = block_size
-    while flags.count(b"\0\1") >= MOST_EXTENTS:
-        flags = bytes(map(max, flags[::2], flags[1::2] + b"\0"))
-        unit *= 2
-    return [(first * unit, min(end * unit, size) - first * unit) for first, end in _runs(flags)]
-
-
-def _runs(flags: bytes) -> Iterator[tuple[int, int]]:
-    """(first, end) of the runs of ones."""
-    position = 0
-    while (first := flags.find(1, position)) >= 0:
-        stop = flags.find(0, first)
-        position = len(flags) if stop < 0 else stop
-        yield first, position

@@ -15,7 +15,17 @@ from pathlib import Path
 
 from stasis.linux import blockdev, libc, process
 
-__all__ = ["Mount", "file_holders", "file_uses", "holders_of", "mounts", "mounts_of", "relatives", "unmount"]
+__all__ = [
+    "Mount",
+    "file_holders",
+    "file_uses",
+    "holders_of",
+    "mounts",
+    "mounts_of",
+    "relatives",
+    "unescape",
+    "unmount",
+]
 
 # proc_pid_mountinfo(5): 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
 MOUNTINFO_DEVICE = 2
@@ -39,7 +49,7 @@ class Mount:
     device: int
 
 
-def _unescape(field: str) -> str:
+def unescape(field: str) -> str:
     """Undo the kernel's \\ooo for space, tab, newline and backslash."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
@@ -50,8 +60,8 @@ def _parse_mount(line: str) -> Mount:
     fstype, source, options = behind.split(" ")[:3]
     major, minor = fields[MOUNTINFO_DEVICE].split(":")
     return Mount(
-        source=_unescape(source),
-        target=_unescape(fields[MOUNTINFO_TARGET]),
+        source=unescape(source),
+        target=unescape(fields[MOUNTINFO_TARGET]),
         fstype=fstype,
         read_only="ro" in options.split(","),
         device=os.makedev(int(major), int(minor)),
@@ -143,7 +153,7 @@ def _kernel_users(rdev: int) -> Iterator[str]:
 
 
 def _swap_paths() -> list[str]:
-    return [_unescape(line.split()[0]) for line in _lines("/proc/swaps")[1:]]
+    return [unescape(line.split()[0]) for line in _lines("/proc/swaps")[1:]]
 
 
 def _stacked(rdev: int) -> Iterator[str]:

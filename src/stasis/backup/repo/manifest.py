@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["Manifest", "decode", "encode"]
 
 KINDS = ("full", "incremental", "differential")
-CONSISTENCIES = ("crash", "hooks")
+CONSISTENCIES = ("crash", "frozen", "hooks")
 
 
 @dataclass(frozen=True)

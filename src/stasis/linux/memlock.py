@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that stays in RAM (include/uapi/asm-generic/mman.h): what runs while a disk rests must not wait for it."""
+
+import ctypes
+
+from stasis.linux import libc
+
+__all__ = ["lock", "lock_all"]
+
+MCL_CURRENT = 1
+MCL_FUTURE = 2
+
+_mlock = libc.libc.mlock
+_mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+def lock_all() -> None:
+    """Keep all memory of this process in RAM, what it takes later too. EPERM or ENOMEM beyond RLIMIT_MEMLOCK."""
+    libc.check(libc.libc.mlockall(MCL_CURRENT | MCL_FUTURE), "mlockall")
+
+
+def lock(address: int, length: int) -> None:
+    """Keep length bytes at a page-aligned address in RAM, all of them taken now. EPERM, ENOMEM, EAGAIN."""
+    libc.check(_mlock(address, length), "mlock")

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies on a block device: the file systems that must rest for a copy of it, and in which order.
+
+Above a device are its partitions, what sysfs lists as holders (device mapper, md, bcache), loop devices over it, and
+loop devices over files in a file system that lies on any of these. A file system is frozen before the one below it,
+since it writes to that one until it rests: order is by the longest way up, highest first.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from stasis.errors import BusyError
+from stasis.linux import blockdev, mountns, mounts
+from stasis.linux.mountns import NamespaceMount
+
+__all__ = ["FileSystem", "Stack"]
+
+HIGHEST = 64  # more than any stack of devices; ends the search if sysfs ever shows a ring
+LIVES_ON_SEVERAL = Path("/sys/fs/btrfs")
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """A mounted file system: fd is open on it, device is the st_dev of its superblock, level its height above the
+    devices that are copied."""
+
+    target: str
+    fstype: str
+    read_only: bool
+    device: int
+    level: int
+    fd: int = field(compare=False)
+
+
+class Stack:
+    """Everything above some block devices at this moment; a context manager that closes the file systems."""
+
+    def __init__(self, devices: Iterable[int]) -> None:
+        """devices: numbers (st_rdev). Raises BusyError for a mounted file system that cannot be reached."""
+        self._mounts = mountns.all_mounts()
+        self.levels: dict[int, int] = dict.fromkeys(devices, 0)
+        self._systems: dict[int, int] = {}
+        self._climb()
+        self.file_systems: list[FileSystem] = []
+        try:
+            for device, level in sorted(self._systems.items(), key=lambda entry: -entry[1]):
+                self.file_systems.append(self._open(device, level))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file systems."""
+        while self.file_systems:
+            os.close(self.file_systems.pop().fd)
+
+    @property
+    def bare(self) -> list[int]:
+        """The devices that have nothing above them: programs use them without a file system, or nobody does."""
+        return [device for device in self.levels if not any(_upper_devices(device)) and not self._mounted_on(device)]
+
+    def holds(self, path: str) -> FileSystem | None:
+        """The file system of the stack that a path lies on (the nearest parent that exists); None if none does."""
+        here = mount_below(path, self._mounts)
+        return next((one for one in self.file_systems if here is not None and one.device == here.device), None)
+
+    def is_current(self) -> bool:
+        """Whether the same file systems are still mounted."""
+        known = dict(self._systems)
+        self._mounts = mountns.all_mounts()
+        self._systems = {}
+        self._climb()
+        return known.keys() == self._systems.keys()
+
+    # -- search -------------------------------------------------------------------------------------------------------
+
+    def _climb(self) -> None:
+        """Raise levels until nothing changes: the longest way counts."""
+        for _ in range(HIGHEST):
+            before = dict(self.levels), dict(self._systems)
+            for device, level in list(self.levels.items()):
+                for upper in _upper_devices(device):
+                    self._raise(self.levels, upper, level + 1)
+                for mounted in self._mounted_on(device):
+                    self._raise(self._systems, mounted, level + 1)
+            for node, below in _loops_over_files(self._mounts):
+                if below in self._systems:
+                    self._raise(self.levels, node, self._systems[below] + 1)
+            if before == (self.levels, self._systems):
+                return
+
+    @staticmethod
+    def _raise(levels: dict[int, int], key: int, level: int) -> None:
+        if level <= HIGHEST:
+            levels[key] = max(levels.get(key, 0), level)
+
+    def _mounted_on(self, device: int) -> set[int]:
+        """Superblocks on a block device: by number, by source (btrfs has a number of its own), by btrfs's own list."""
+        found = {mount.device for mount in self._mounts if mount.device == device}
+        sources = {mount.source for mount in self._mounts if mount.fstype == "btrfs"}
+        ours = {source for source in sources if _block_number(source) in _btrfs_family(device)}
+        return found | {mount.device for mount in self._mounts if mount.fstype == "btrfs" and mount.source in ours}
+
+    def _open(self, device: int, level: int) -> FileSystem:
+        """Open a file system by the first of its mounts that can be reached."""
+        shown = [mount for mount in self._mounts if mount.device == device]
+        for mount in shown:
+            try:
+                fd = mountns.open_mount(mount)
+            except OSError:
+                continue
+            return FileSystem(mount.target, mount.fstype, mount.read_only, device, level, fd)
+        where = f"{shown[0].target} of process {shown[0].pid}"
+        raise BusyError(f"the file system on {shown[0].source} is mounted on {where}, where it cannot be reached",
+                        hint="another mount hides it; unmount that, or mount the file system somewhere else too")
+
+
+def mount_below(path: str, known: Sequence[NamespaceMount]) -> NamespaceMount | None:
+    """The mount of our own namespace that a path, or its nearest parent that exists, lies on."""
+    where = os.path.abspath(path)
+    while not os.path.lexists(where) and where != "/":
+        where = os.path.dirname(where)
+    try:
+        fd = os.open(where, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        number = mountns.mount_id(fd)
+    finally:
+        os.close(fd)
+    return next((mount for mount in known if mount.mount_id == number), None)
+
+
+def _upper_devices(device: int) -> Iterator[int]:
+    """Partitions, holders, and loop devices over the device itself."""
+    directory = blockdev.sysfs_path(device)
+    if not (directory / "partition").exists():
+        yield from mounts.relatives(device)
+    for holder in sorted(directory.glob("holders/*")):
+        number = _number_in(holder)
+        if number is not None:
+            yield number
+    for node, backing in _loops():
+        if _block_number(backing) == device:
+            yield node
+
+
+def _loops_over_files(known: Sequence[NamespaceMount]) -> Iterator[tuple[int, int]]:
+    """(loop device, superblock of the file system that has its file)."""
+    for node, backing in _loops():
+        if _block_number(backing) is None and (below := mount_below(backing, known)) is not None:
+            yield node, below.device
+
+
+def _loops() -> Iterator[tuple[int, str]]:
+    """(number, path of the backing file or device) of each loop device in use."""
+    for path in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+        try:
+            backing = path.read_text(errors="surrogateescape").removesuffix("\n")
+        except OSError:
+            continue  # taken off in between
+        number = _number_in(path.parents[1])
+        if number is not None:
+            yield number, backing
+            yield from ((part, backing) for part in mounts.relatives(number))
+
+
+def _btrfs_family(device: int) -> set[int]:
+    """The device, and those that share a mounted btrfs with it (/sys/fs/btrfs/UUID/devices)."""
+    family = {device}
+    for devices in LIVES_ON_SEVERAL.glob("*/devices"):
+        members = {number for entry in devices.iterdir() if (number := _number_in(entry)) is not None}
+        if device in members:
+            family |= members
+    return family
+
+
+def _number_in(directory: Path) -> int | None:
+    try:
+        major, minor = (directory / "dev").read_text().split(":")
+    except (OSError, ValueError):
+        return None
+    return os.makedev(int(major), int(minor))
+
+
+def _block_number(path: str) -> int | None:
+    """The device number of a block device node; None for anything else."""
+    if not path.startswith("/"):
+        return None
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_rdev if stat.S_ISBLK(status.st_mode) else None
