@@ -19,6 +19,7 @@ from stasis.backup.progress import Progress
 from stasis.errors import DamagedError, ExitCode, RepositoryError, StasisError, UsageError
 
 if TYPE_CHECKING:
+    from stasis.backup.job.precopy import Precopy
     from stasis.backup.repo import Lease, Manifest, Repository
     from stasis.backup.source import PointInTimeSource
 
@@ -67,11 +68,12 @@ def plan(sources: Sequence[PointInTimeSource], repository: Repository, options: 
 
 def create(sources: Sequence[PointInTimeSource], repository: Repository, options: CreateOptions,
            progress: Progress | None = None, *, lease: Lease | None = None,
-           have_read: Callable[[], None] | None = None) -> CreateResult:
+           have_read: Callable[[], None] | None = None, precopy: Precopy | None = None) -> CreateResult:
     """Back up the sources.
 
     lease: a shared lock of the repository that the caller holds already; otherwise one is taken.
     have_read: called once nothing more is read, while there still is much to make durable.
+    precopy: what was copied already of those sources that were written to meanwhile; they are at rest by now.
 
     Raises GenerationError (the wanted kind cannot be made), LockedError, StorageError, RepositoryError, and StasisError
     for a source that cannot be read. Nothing is published then; what was stored is not stored or, where the source is
@@ -84,7 +86,7 @@ def create(sources: Sequence[PointInTimeSource], repository: Repository, options
     with contextlib.ExitStack() as stack:
         held = stack.enter_context(repository.lock_shared(PURPOSE)) if lease is None else lease
         warnings: list[str] = []
-        jobs = _jobs(sources, repository, options, progress, warnings)
+        jobs = _jobs(sources, repository, options, progress, warnings, precopy)
         backups = _run(jobs, repository, options, progress, held, have_read)
     warnings += [warning for job in jobs for warning in job.warnings]
     return CreateResult(options.set_id, tuple(backups), tuple(warnings), _exit_code(jobs))
@@ -113,12 +115,14 @@ def _run(jobs: Sequence[DeviceJob], repository: Repository, options: CreateOptio
 
 
 def _jobs(sources: Sequence[PointInTimeSource], repository: Repository, options: CreateOptions, progress: Progress,
-          warnings: list[str]) -> list[DeviceJob]:
+          warnings: list[str], precopy: Precopy | None = None) -> list[DeviceJob]:
+    begun: dict[int, DeviceJob] = {} if precopy is None else {id(job.source): job for job in precopy.jobs}
     history = History(repository, options.host, warnings.append)
     base = None if options.base is None else repository.resolve(options.base)
-    jobs = [DeviceJob(source, repository, options, history, progress) for source in sources]
+    jobs = [begun.get(id(source)) or DeviceJob(source, repository, options, history, progress) for source in sources]
     for job in jobs:
-        job.plan(base)
+        if id(job.source) not in begun:
+            job.plan(base)
     return jobs
 
 

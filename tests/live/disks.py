@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loop devices with mounted file systems, programs that write to them, and backups of them without a command line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stasis.backup.job import CreateOptions, CreateResult, SampleOptions, create
+from stasis.backup.job.precopy import Precopy
+from stasis.backup.progress import Progress
+from stasis.backup.repo import Repository
+from stasis.live.liveset import FreezeReport, LiveSet
+from stasis.live.options import LiveOptions
+from stasis.live.source import LiveSource
+from stasis.live.stash import Budget
+from tests.backup.stored import content_of
+from tests.live.difftracker import DiffTracker
+
+__all__ = ["MIB", "Backup", "Disk", "back_up", "formatted", "loop", "mounted", "tool", "writing"]
+
+MIB = 1 << 20
+MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"], "btrfs": ["mkfs.btrfs", "-q", "-f"],
+        "vfat": ["mkfs.vfat"]}
+SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB, "vfat": 32 * MIB}  # about the least that each takes
+CHECK = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check", "--readonly"]}
+
+
+def tool(*command: str | Path) -> str:
+    """Run a program; its output. It has to succeed."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@contextlib.contextmanager
+def loop(image: Path) -> Iterator[str]:
+    node = tool("losetup", "--find", "--show", "--partscan", image).strip()
+    try:
+        yield node
+    finally:
+        tool("losetup", "--detach", node)
+
+
+@contextlib.contextmanager
+def mounted(node: str | Path, directory: Path, *options: str) -> Iterator[Path]:
+    directory.mkdir(exist_ok=True)
+    tool("mount", *options, node, directory)
+    try:
+        yield directory
+    finally:
+        tool("umount", directory)
+
+
+@dataclass
+class Disk:
+    """A file system on a loop device. directory: where it is mounted."""
+
+    kind: str
+    image: Path
+    node: str
+    directory: Path
+
+
+@contextlib.contextmanager
+def formatted(kind: str, where: Path, name: str = "disk") -> Iterator[Disk]:
+    """A new file system on a loop device over a file in `where`, mounted."""
+    image = where / f"{name}.img"
+    with image.open("wb") as file:
+        file.truncate(SIZES[kind])
+    tool(*MAKE[kind], image)
+    with loop(image) as node, mounted(node, where / name) as directory:
+        yield Disk(kind, image, node, directory)
+
+
+@contextlib.contextmanager
+def writing(write: Callable[[int], None]) -> Iterator[threading.Event]:
+    """`write` is called with 0, 1, ... in a thread until the end; what it raises is raised. Calls set the event."""
+    stop, wrote, failures = threading.Event(), threading.Event(), list[BaseException]()
+
+    def work() -> None:
+        number = 0
+        try:
+            while not stop.is_set():
+                write(number)
+                number += 1
+                wrote.set()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert wrote.wait(30) or failures
+        yield wrote
+    finally:
+        stop.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@dataclass
+class Backup:
+    """A backup and what the device's file held at the freeze."""
+
+    result: CreateResult
+    contents: list[bytes]
+    stored: list[bytes]
+    report: FreezeReport
+    rounds: int = 0
+
+
+@dataclass
+class Setup:
+    """What a test may change about a backup."""
+
+    options: LiveOptions = field(default_factory=lambda: LiveOptions(max_freeze=20, busy_freeze=30))
+    kind: str = "auto"
+    skip_unreadable: bool = False
+    at_freeze: Callable[[], None] = lambda: None
+
+
+def back_up(repository: Repository, state: Path, disks: list[tuple[str, Path, DiffTracker]],
+            setup: Setup | None = None) -> Backup:
+    """Back up (node, backing file, tracking) in one set. The files are copied while everything rests."""
+    setup = setup or Setup()
+    options = CreateOptions(host="host", kind=setup.kind, state_dir=state, skip_unreadable=setup.skip_unreadable,
+                            sample=SampleOptions(share=0.5))
+    budget = Budget(setup.options.memory)
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(LiveSource(os.path.basename(node), node, tracking, budget,
+                                                  skip_unreadable=setup.skip_unreadable))
+                   for node, _, tracking in disks]
+        group = stack.enter_context(LiveSet(sources, setup.options))
+        progress = Progress()
+        precopy = Precopy(sources, repository, options, progress)
+        stack.callback(precopy.close)
+        precopy.run(group, setup.options.rounds)
+
+        def inside() -> list[bytes]:
+            setup.at_freeze()
+            return [image.read_bytes() for _, image, _ in disks]
+
+        contents = group.take(inside)
+        precopy.settle()
+        result = create(sources, repository, options, progress, precopy=precopy)
+    return Backup(result, contents, [content_of(repository, backup) for backup in result.backups], group.report)
