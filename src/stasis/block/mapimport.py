@@ -40,7 +40,10 @@ class ForeignMap:
 
 
 def store(path: Path, foreign: ForeignMap) -> None:
-    """Put the map in the place of the file, at once: whoever has the old one open keeps reading that."""
+    """Put the map in the place of the file, at once: whoever has the old one open keeps reading that.
+
+    Nothing is made durable: what the modules know ends with the boot, and so does the generation.
+    """
     count = foreign.block_count
     changes = bytes((max(foreign.number, 1),)) * count if foreign.changes is None else foreign.changes
     if len(changes) != count or not 0 <= foreign.number < layout.HIGHEST_NUMBER:
@@ -55,8 +58,6 @@ def store(path: Path, foreign: ForeignMap) -> None:
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as file:
         file.write(body)
-        file.flush()
-        os.fsync(fd)
     os.replace(temporary, path)
 
 

@@ -14,10 +14,13 @@ from typing import Any
 from stasis.daemon import statefile
 from stasis.errors import StateError, UsageError
 
-__all__ = ["DeviceRecord", "OriginKey", "default_name", "load", "origin_key", "save", "valid_name"]
+__all__ = ["SERVED", "DeviceRecord", "OriginKey", "default_name", "load", "origin_key", "save", "valid_name"]
 
 OriginKey = tuple[str, int, int]
 """What tells two origins apart: ("block", rdev, 0) or ("file", st_dev, st_ino)."""
+
+SERVED = "stasis"
+"""Driver of the devices that are served here; others are those of kernel modules."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 DAMAGED = "stasis device detach NAME --forget removes it; the next attach starts a new generation"
@@ -38,6 +41,9 @@ class DeviceRecord:
     bitmaps: list[int] = field(default_factory=list)
     attached: bool = True
     """False once it was detached; the map stays, and `path` tells what it is a map of."""
+    driver: str = SERVED
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the driver of a kernel module wants back after a restart."""
 
 
 def valid_name(name: str) -> str:
