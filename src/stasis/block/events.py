@@ -94,17 +94,18 @@ class EventQueue:
             self._changed.wait_for(lambda: self._closed or self.last > after, timeout)
             return [event for event in self._events if event.sequence > after]
 
-    def take(self, timeout: float | None, codes: Collection[int]) -> Event | None:
-        """The oldest event with one of these codes that nobody took yet; nobody else is given it.
-
-        Waits up to `timeout` seconds (None: for ever) for one; None when none came, or the queue is closed.
-        """
+    def take(self, codes: Collection[int]) -> Event | None:
+        """The oldest event with one of these codes that nobody took yet, which nobody else is given; None without."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._undelivered(codes) is not None, timeout)
             event = None if self._closed else self._undelivered(codes)
             if event is not None:
                 self._delivered.add(event.sequence)
             return event
+
+    def wait_to_take(self, codes: Collection[int], timeout: float | None) -> None:
+        """Wait up to `timeout` seconds (None: for ever) until `take` has something, or the queue is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._undelivered(codes) is not None, timeout)
 
     def _undelivered(self, codes: Collection[int]) -> Event | None:
         return next((event for event in self._events

@@ -68,8 +68,8 @@ class Engine(Protocol):
     def events(self, uuid: str) -> EventQueue:
         """The events of a snapshot. NotFoundError."""
 
-    def take_event(self, uuid: str, codes: Collection[int], timeout: float | None) -> tuple[Event | None, bool]:
-        """The oldest event with one of these codes that nobody took yet; and whether the snapshot is gone."""
+    def take_event(self, uuid: str, codes: Collection[int]) -> Event | None:
+        """The oldest event with one of these codes that nobody took yet, at once; None without. NotFoundError."""
 
     def image_node(self, uuid: str, name: str) -> str:
         """Path of a block device for the image of a device."""
@@ -139,8 +139,8 @@ class ServedEngine:
         with self._snapshots.lock:
             return self._snapshots.find(uuid).events
 
-    def take_event(self, uuid: str, codes: Collection[int], timeout: float | None) -> tuple[Event | None, bool]:
-        return self._snapshots.take_event(uuid, codes, timeout)
+    def take_event(self, uuid: str, codes: Collection[int]) -> Event | None:
+        return self._snapshots.take_event(uuid, codes)
 
     def image_node(self, uuid: str, name: str) -> str:
         return self._snapshots.image_node(uuid, name)

@@ -196,16 +196,17 @@ class Methods:
     @_method
     def TakeEvent(self, id: str, codes: list[int], timeout_ms: int | None,  # noqa: A002
                   _request: socket.socket) -> Answer:
+        with self._snapshots.lock:
+            queue = self._snapshots.find(id).events
         deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1000
         while not _hung_up(_request):  # an event must not be taken for somebody who is gone
-            left = POLL_SECONDS if deadline is None else min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
-            event, gone = self._snapshots.take_event(id, codes, left)
+            event = self._snapshots.take_event(id, codes)
             if event is not None:
                 return {"event": event.as_dict()}
-            if gone:
-                self._snapshots.find(id)
-            if deadline is not None and time.monotonic() >= deadline:
+            left = POLL_SECONDS if deadline is None else min(POLL_SECONDS, deadline - time.monotonic())
+            if left <= 0:
                 break
+            queue.wait_to_take(codes, left)
         return {}
 
     @_method

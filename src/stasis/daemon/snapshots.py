@@ -340,15 +340,14 @@ class SnapshotKeeper:
             queue = self.find(uuid).events
         return queue.wait(after, timeout), queue.closed
 
-    def take_event(self, uuid: str, codes: Collection[int], timeout: float | None) -> tuple[Event | None, bool]:
-        """The oldest event with one of these codes that nobody took yet; and whether the snapshot is gone."""
+    def take_event(self, uuid: str, codes: Collection[int]) -> Event | None:
+        """The oldest event with one of these codes that nobody took yet, None without. The next daemon knows of it."""
         with self.lock:
             snapshot = self.find(uuid)
-        event = snapshot.events.take(timeout, codes)
-        with self.lock:
-            if event is not None and snapshot.id in self.snapshots:
+            event = snapshot.events.take(codes)
+            if event is not None:
                 snapshot.save()
-        return event, snapshot.events.closed
+            return event
 
     def image_node(self, uuid: str, name: str) -> str:
         """Path of a node for the image of a device, made if there is none. Called without the lock.
