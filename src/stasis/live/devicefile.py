@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a state directory knows of a tracked device: `live/NAME/device.json`, beside its map and its lock.
+
+The byte-by-byte part is the change map (docs/formats/change-map.md); this file is docs/formats/live-device.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stasis.errors import BusyError, NotFoundError, StateError
+from stasis.linux import process
+from stasis.live.identity import Identity
+
+__all__ = ["DeviceFile", "Record", "find", "names", "root"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A tracked device; `given` is the path that the user named it by, which may be a link that survives a reboot."""
+
+    given: str
+    identity: Identity
+    block_shift: int
+    slot: int
+    table: int
+    """Number of the table in the kernel, which changes when the programs are loaded anew."""
+    boot: str
+    bio_based: bool
+    misses: int
+    """Missed runs of the programs that note writes in flight, when tracking began."""
+
+    @property
+    def this_boot(self) -> bool:
+        """Whether the kernel's part is of this boot."""
+        return self.boot == process.boot_id()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def on(self, slot: int, table: int, misses: int) -> Record:
+        """The same device in another slot of this boot."""
+        return replace(self, slot=slot, table=table, misses=misses, boot=process.boot_id())
+
+
+def root(state: Path) -> Path:
+    """Where the tracked devices of a state directory are."""
+    return state / "live"
+
+
+def names(state: Path) -> list[str]:
+    """Names of the tracked devices."""
+    directory = root(state)
+    return sorted(path.parent.name for path in directory.glob("*/device.json")) if directory.is_dir() else []
+
+
+def find(state: Path, device: str) -> str:
+    """The name of a tracked device from its name or a path. NotFoundError if it is not tracked."""
+    known = names(state)
+    if device in known:
+        return device
+    real = os.path.realpath(device)
+    for name in known:
+        record = DeviceFile(state, name).read()
+        if device == record.given or real == record.identity.path:
+            return name
+    raise NotFoundError(f"{device} is not tracked", hint=f"stasis track start {device}")
+
+
+class DeviceFile:
+    """The files of one tracked device."""
+
+    def __init__(self, state: Path, name: str) -> None:
+        self.name, self.directory = name, root(state) / name
+        self.map = self.directory / "map"
+
+    def read(self) -> Record:
+        """What is recorded. NotFoundError, or StateError if it is damaged."""
+        path = self.directory / "device.json"
+        try:
+            fields = json.loads(path.read_text())
+            return Record(**{**fields, "identity": Identity(**fields["identity"])})
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{self.name} is not tracked", hint=f"stasis track start /dev/{self.name}") from error
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise StateError(f"the state file {path} cannot be read: {error}",
+                             hint=f"stasis track stop {self.name}, and start again") from error
+
+    def write(self, record: Record) -> None:
+        """Replace what is recorded, atomically."""
+        temporary = self.directory / "device.new"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w") as file:
+            file.write(json.dumps(record.as_dict()))
+            file.flush()
+            os.fsync(fd)
+        os.replace(temporary, self.directory / "device.json")
+
+    def lock(self, *, wait: bool = False) -> int:
+        """Nobody else switches or reads this device's bitmaps as long as the descriptor is open. BusyError."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            os.close(fd)
+            raise BusyError(f"the tracking of {self.name} is in use by another command",
+                            hint="wait for the backup that runs") from error
+        return fd
+
+    def remove(self) -> None:
+        """Forget the device."""
+        for name in ("device.json", "device.new", "map", "map.new", "lock"):
+            (self.directory / name).unlink(missing_ok=True)
+        self.directory.rmdir()
