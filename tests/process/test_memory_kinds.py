@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stasis.errors import ExitCode
-from tests.process.programs import compiled, cycle, running, stasis
+from tests.process.programs import cycle
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
 
@@ -117,26 +116,6 @@ int main(void) {
 }
 """
 
-GUARDED = r"""
-int main(void) {
-    char *memory = mmap(0, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    memset(memory, 1, 65536);
-    if (madvise(memory + 8192, 8192, 102)) touch("none");
-    set_up();
-    return content();
-}
-"""
-
-
 @pytest.mark.parametrize("code", [SHARED, KINDS], ids=["shared", "kinds"])
 def test_memory_is_what_it_was(tmp_path: Path, code: str) -> None:
     cycle(tmp_path, code)
-
-
-def test_guard_pages_are_named(tmp_path: Path) -> None:
-    with running(tmp_path, compiled(tmp_path, GUARDED)) as program:
-        if (tmp_path / "none").exists():
-            pytest.skip("needs Linux 6.13")
-        said = stasis("dump", program.pid, "--images", tmp_path / "images", status=ExitCode.UNSUPPORTED)
-        assert "guard pages" in said
-        program.finish()

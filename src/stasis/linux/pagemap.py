@@ -17,6 +17,7 @@ PAGE = 4096
 PAGEMAP_SCAN = 0xC0606610
 PM_SCAN_WP_MATCHING, PM_SCAN_CHECK_WPASYNC = 1, 2
 PAGE_IS_WRITTEN, PAGE_IS_FILE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_PFNZERO = 2, 4, 8, 16, 32
+PAGE_IS_GUARD = 1 << 8
 ARGUMENT = struct.Struct("<12Q")
 REGION = struct.Struct("<3Q")
 REGIONS = 1024
@@ -37,6 +38,7 @@ class PageScanner:
     def __init__(self, pid: int) -> None:
         self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self.has_scan = True
+        self._unreadable = PAGE_IS_GUARD  # told since Linux 6.15 (commit a516403787e0); they count as swapped
 
     def __enter__(self) -> "PageScanner":
         return self
@@ -75,12 +77,18 @@ class PageScanner:
 
     def _regions(self, start: int, end: int, flags: int, left_out: int, told: int) -> Iterator[tuple[int, int, int]]:
         regions = ctypes.create_string_buffer(REGIONS * REGION.size)
-        refused = left_out | PAGE_IS_PFNZERO
         wanted = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
         while start < end:
+            refused = left_out | PAGE_IS_PFNZERO | self._unreadable
             argument = bytearray(ARGUMENT.pack(ARGUMENT.size, flags, start, end, 0, ctypes.addressof(regions), REGIONS,
                                                0, refused, refused, wanted, told or wanted))  # fmt: skip
-            count = fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument)
+            try:
+                count = fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._unreadable:
+                    raise
+                self._unreadable = 0
+                continue
             for number in range(count):
                 first, last, categories = REGION.unpack_from(regions, number * REGION.size)
                 yield first, last - first, categories

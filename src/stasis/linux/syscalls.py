@@ -11,9 +11,10 @@ NUMBERS = {
     "umask": 95, "getrlimit": 97, "setgid": 106, "setpgid": 109, "setsid": 112, "setgroups": 116, "setresuid": 117,
     "setresgid": 119, "setfsuid": 122, "setfsgid": 123, "capset": 126, "rt_sigqueueinfo": 129, "sigaltstack": 131,
     "personality": 135, "sched_setparam": 142, "sched_setscheduler": 144, "mlock": 149, "chroot": 161, "gettid": 186,
-    "arch_prctl": 158, "prctl": 157, "io_setup": 206, "set_tid_address": 218, "timer_create": 222, "timer_settime": 223,
-    "timer_gettime": 224, "timer_getoverrun": 225, "timer_delete": 226, "set_robust_list": 273, "openat": 257,
-    "preadv": 295, "pwritev": 296, "rt_tgsigqueueinfo": 297, "prlimit64": 302, "seccomp": 317, "userfaultfd": 323,
-    "membarrier": 324, "mlock2": 325, "rseq": 334, "pidfd_open": 434, "clone3": 435, "process_madvise": 440,
+    "arch_prctl": 158, "prctl": 157, "io_setup": 206, "io_destroy": 207, "set_tid_address": 218, "timer_create": 222,
+    "timer_settime": 223, "timer_gettime": 224, "timer_getoverrun": 225, "timer_delete": 226, "set_robust_list": 273,
+    "openat": 257, "preadv": 295, "pwritev": 296, "rt_tgsigqueueinfo": 297, "prlimit64": 302, "seccomp": 317,
+    "userfaultfd": 323, "membarrier": 324, "mlock2": 325, "rseq": 334, "pidfd_open": 434, "clone3": 435,
+    "process_madvise": 440,
 }  # fmt: skip
 """Name and number, for x86-64."""

@@ -196,6 +196,7 @@ class _Dump:
         self._ids = ObjectIds()
         self._filters = FilterTable()
         self._shared: set[int] = set()
+        self._segments: dict[int, tuple[int, Mapping]] = {}
         self._connections = connections
         self._options = files
         self._files = FileTable(out, files, connections)
@@ -227,6 +228,8 @@ class _Dump:
         started = time.monotonic()
         self.pages += dump_private_pages(remote, found, self._out, partial(self._tracking.changes, task))
         for vma in found:
+            if vma.entry.status & mm.VmaStatus.SYSVIPC:
+                self._segments[vma.entry.shmid] = task.pid, vma.mapping
             if vma.entry.status & mm.VmaStatus.ANON_SHARED and vma.entry.shmid not in self._shared:
                 self._shared.add(vma.entry.shmid)
                 self.pages += dump_shared_pages(task.pid, vma, self._out)
@@ -253,6 +256,10 @@ class _Dump:
                 threads=[thread.tid for thread in task.threads] or [task.pid],
             ))  # fmt: skip
         self._files.finish()
+        if self._segments:
+            from stasis.process.sysvshm import write_segments
+
+            self.pages += write_segments(self._segments, namespace_ids(os.getpid())["ipc_ns_id"], self._out)
         self._filters.write(self._out)
         ours = FIRST_ID - 1
         root_ids = TaskKobjIdsEntry(vm_id=ours, files_id=ours, fs_id=ours, sighand_id=ours)

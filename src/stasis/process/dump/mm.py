@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from stasis.linux import procfs
 from stasis.linux.guardpages import guard_pages
+from stasis.linux.taskmem import TaskMemory
 from stasis.process.files.options import FileOptions
 from stasis.process.files.regular import why_lost
-from stasis.process.images.schema.memory import MmEntry, VmaEntry
+from stasis.process.images.schema.memory import AioRingEntry, MmEntry, VmaEntry
 
 if TYPE_CHECKING:
     from stasis.linux.procfs import Mapping
@@ -25,7 +26,8 @@ __all__ = ["PathFiles", "Vma", "VmaStatus", "check_mappings", "mm_entry", "vmas"
 
 # include/uapi/linux/mman.h, include/uapi/asm-generic/mman.h
 PROT = {"r": 1, "w": 2, "x": 4}
-MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_GROWSDOWN = 1, 2, 0x20, 0x100
+MAP_SHARED, MAP_PRIVATE, MAP_DROPPABLE, MAP_ANONYMOUS, MAP_GROWSDOWN = 1, 2, 8, 0x20, 0x100
+MAP_TYPE, MAP_HUGE_SHIFT = 0xF, 26
 MAP_BY_FLAG = {"gd": MAP_GROWSDOWN, "lo": 0x2000, "nr": 0x4000, "ht": 0x40000}
 MADV_BY_FLAG = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
 
@@ -33,9 +35,12 @@ PR_GET_DUMPABLE, PR_GET_THP_DISABLE = 3, 42
 VSYSCALL = 0xFFFFFFFFFF600000
 DELETED = " (deleted)"
 REFUSED = {
-    "/memfd:": "memory shared through a memfd", "/SYSV": "System V shared memory", "/[aio]": "an asynchronous I/O ring",
-    "anon_inode:": "a mapping of an anonymous inode", "/anon_hugepage": "huge pages", "socket:": "a mapped socket",
+    "anon_inode:[io_uring]": "an io_uring", "anon_inode:": "a mapping of an anonymous inode",
+    "socket:": "a mapped socket",
 }  # fmt: skip
+HUGE = "/anon_hugepage" + DELETED
+SHARED_IDS = 1 << 31
+"""Ids of shared memory begin here: those of System V segments, which are small, have theirs in the same images."""
 
 
 class VmaStatus:
@@ -43,6 +48,7 @@ class VmaStatus:
 
     REGULAR, STACK, VSYSCALL, VDSO, HEAP = 0x1, 0x2, 0x4, 0x8, 0x20
     FILE_PRIVATE, FILE_SHARED, ANON_SHARED, ANON_PRIVATE, VVAR = 0x40, 0x80, 0x100, 0x200, 0x1000
+    SYSVIPC, AIORING, MEMFD, GUARD = 0x400, 0x2000, 0x4000, 0x10000
 
 
 class PathFiles(Protocol):
@@ -62,7 +68,7 @@ class Vma(NamedTuple):
     def has_private_pages(self) -> bool:
         """Whether contents are dumped with the task itself."""
         private = VmaStatus.FILE_PRIVATE | VmaStatus.ANON_PRIVATE | VmaStatus.VDSO
-        return bool(self.entry.status & private)
+        return bool(self.entry.status & private) and self.entry.flags & MAP_TYPE != MAP_DROPPABLE
 
 
 def check_mappings(pid: int, mappings: Sequence[Mapping], findings: Findings) -> None:
@@ -77,33 +83,77 @@ def check_mappings(pid: int, mappings: Sequence[Mapping], findings: Findings) ->
             _check_file(pid, mapping, where, findings)
         if "io" in mapping.flags and not mapping.path.startswith("[v"):
             findings.add(pid, where, "it is the memory of a device")
-        if "gu" in mapping.flags and _has_guards(pid, mapping):
-            findings.add(pid, where, "guard pages (MADV_GUARD_INSTALL) are not supported yet")
-        if "dp" in mapping.flags:
-            findings.add(pid, where, "droppable memory is not supported yet")
-        if "ht" in mapping.flags:
-            findings.add(pid, where, "huge pages are not supported yet")
+        if "gu" in mapping.flags and guards_of(pid, mapping) is None:
+            findings.add(pid, where, "this kernel does not tell where it has guard pages (MADV_GUARD_INSTALL)")
+        if kind_of(mapping) == VmaStatus.AIORING:
+            _check_ring(pid, mapping, where, findings)
         if "sl" in mapping.flags and not mapping.path.startswith("[v"):
             findings.add(pid, where, "it is sealed, and an image has no place for that")
 
 
+    if any(kind_of(mapping) == VmaStatus.SYSVIPC for mapping in mappings):
+        from stasis.process.sysvshm import check_segments
+
+        check_segments(pid, mappings, findings)
+
+
+def _check_ring(pid: int, mapping: Mapping, where: str, findings: Findings) -> None:
+    from stasis.process.aio import why_lost as why_ring_lost
+
+    memory = TaskMemory(pid)
+    try:
+        if reason := why_ring_lost(memory, mapping):
+            findings.add(pid, where, reason)
+    finally:
+        memory.close()
+
+
+def _rings(remote: Remote, found: Sequence[Vma]) -> list[AioRingEntry]:
+    mappings = [vma.mapping for vma in found if vma.entry.status & VmaStatus.AIORING]
+    if not mappings:
+        return []
+    from stasis.process.aio import ring_of
+
+    return [ring_of(remote.memory, mapping) for mapping in mappings]
+
+
 def _check_file(pid: int, mapping: Mapping, where: str, findings: Findings) -> None:
     """A deleted file is taken along, if it is not too large."""
-    if mapping.path.startswith("/") and mapping.path.endswith(DELETED) and not _is_shared_anonymous(mapping):
+    if mapping.path.startswith("/memfd:") and mapping.is_shared and "mw" in mapping.flags:
+        from stasis.process.files.memfd import why_mapping_lost
+
+        if reason := why_mapping_lost(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"):
+            findings.add(pid, where, reason)
+        return
+    is_file = kind_of(mapping) & (VmaStatus.FILE_SHARED | VmaStatus.FILE_PRIVATE)
+    if is_file and mapping.path.endswith(DELETED) and not mapping.path.startswith("/memfd:"):
         link = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
         reason, option = why_lost(pid, os.readlink(link), os.stat(link), FileOptions().ghost_limit)
         if reason:
             findings.add(pid, where, reason, option)
 
 
-def _has_guards(pid: int, mapping: Mapping) -> bool:
-    """Whether there are any now: the flag stays when they are taken out."""
+def guards_of(pid: int, mapping: Mapping) -> list[tuple[int, int]] | None:
+    """(start, end) of what is guarded now: the flag stays when guards are taken out. None: the kernel cannot tell."""
     try:
-        return any(True for _ in guard_pages(pid, mapping.start, mapping.end))
+        return list(guard_pages(pid, mapping.start, mapping.end))
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.ENOTTY):
             raise
-        return True  # a kernel that cannot tell
+        return None
+
+
+def kind_of(mapping: Mapping) -> int:
+    """The bit of VmaStatus that says where contents come from."""
+    if mapping.path in ("[vdso]", "[vsyscall]") or mapping.path.startswith("[vvar"):
+        return {"[vdso]": VmaStatus.VDSO, "[vsyscall]": VmaStatus.VSYSCALL}.get(mapping.path, VmaStatus.VVAR)
+    if mapping.path.startswith("/SYSV") and mapping.path.endswith(DELETED):
+        return VmaStatus.SYSVIPC
+    if mapping.path == "/[aio]" + DELETED:
+        return VmaStatus.AIORING
+    if mapping.path.startswith("/") and not _is_shared_anonymous(mapping) and mapping.path != HUGE:
+        return VmaStatus.FILE_SHARED if mapping.is_shared else VmaStatus.FILE_PRIVATE
+    return VmaStatus.ANON_SHARED if mapping.is_shared else VmaStatus.ANON_PRIVATE
 
 
 def _is_shared_anonymous(mapping: Mapping) -> bool:
@@ -111,31 +161,35 @@ def _is_shared_anonymous(mapping: Mapping) -> bool:
 
 
 def vmas(pid: int, mappings: Sequence[Mapping], files: PathFiles) -> list[Vma]:
-    """All mappings with their messages."""
-    return [Vma(mapping, _entry(pid, mapping, files)) for mapping in mappings]
+    """All mappings with their messages, and behind them one for each run of guard pages."""
+    found = [Vma(mapping, _entry(pid, mapping, files)) for mapping in mappings]
+    for mapping in mappings:
+        for start, end in (guards_of(pid, mapping) or ()) if "gu" in mapping.flags else ():
+            entry = VmaEntry(start=start, end=end, pgoff=0, shmid=0, prot=0, flags=0, status=VmaStatus.GUARD, fd=-1)
+            found.append(Vma(mapping, entry))
+    return found
 
 
 def _entry(pid: int, mapping: Mapping, files: PathFiles) -> VmaEntry:
-    status = VmaStatus.REGULAR
-    flags = MAP_SHARED if mapping.is_shared else MAP_PRIVATE
+    kind = kind_of(mapping)
+    status = VmaStatus.REGULAR | kind
+    flags = MAP_SHARED if mapping.is_shared else MAP_DROPPABLE if "dp" in mapping.flags else MAP_PRIVATE
     shmid, offset = 0, mapping.offset
-    if mapping.path in ("[vdso]", "[vsyscall]") or mapping.path.startswith("[vvar"):
-        status |= {"[vdso]": VmaStatus.VDSO, "[vsyscall]": VmaStatus.VSYSCALL}.get(mapping.path, VmaStatus.VVAR)
-        flags |= MAP_ANONYMOUS
-        offset = 0
-    elif mapping.path.startswith("/") and not _is_shared_anonymous(mapping):
-        status |= VmaStatus.FILE_SHARED if mapping.is_shared else VmaStatus.FILE_PRIVATE
+    if kind & (VmaStatus.FILE_SHARED | VmaStatus.FILE_PRIVATE):
+        status |= VmaStatus.MEMFD if mapping.path.startswith("/memfd:") else 0
         shmid = files.path_file(pid, f"map_files/{mapping.start:x}-{mapping.end:x}", _open_flags(mapping))
-    elif mapping.is_shared:
-        status |= VmaStatus.ANON_SHARED
+    elif kind in (VmaStatus.ANON_SHARED, VmaStatus.SYSVIPC):
         flags |= MAP_ANONYMOUS
-        shmid = mapping.inode
+        shmid = mapping.inode + SHARED_IDS if kind == VmaStatus.ANON_SHARED else mapping.inode
     else:
-        status |= VmaStatus.ANON_PRIVATE | {"[heap]": VmaStatus.HEAP, "[stack]": VmaStatus.STACK}.get(mapping.path, 0)
+        status |= {"[heap]": VmaStatus.HEAP, "[stack]": VmaStatus.STACK}.get(mapping.path, 0)
         flags |= MAP_ANONYMOUS
         offset = 0
     for name, bit in MAP_BY_FLAG.items():
         flags |= bit if name in mapping.flags else 0
+    if mapping.path == HUGE:
+        size = os.stat(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}").st_blksize
+        flags |= (size.bit_length() - 1) << MAP_HUGE_SHIFT
     return VmaEntry(
         start=mapping.start, end=mapping.end, pgoff=offset, shmid=shmid,
         prot=sum(PROT[letter] for letter in mapping.permissions[:3] if letter in PROT), flags=flags, status=status,
@@ -159,7 +213,8 @@ def mm_entry(remote: Remote, task: Task, found: Sequence[Vma], exe_id: int) -> M
         mm_brk=remote.call("brk", 0), mm_arg_start=stat.arg_start, mm_arg_end=stat.arg_end,
         mm_env_start=stat.env_start, mm_env_end=stat.env_end, exe_file_id=exe_id,
         mm_saved_auxv=list(struct.unpack(f"<{len(auxv) // 8}Q", auxv)), vmas=[vma.entry for vma in found],
-        dumpable=remote.call("prctl", PR_GET_DUMPABLE), thp_disabled=_thp_disabled(remote) or None,
+        dumpable=remote.call("prctl", PR_GET_DUMPABLE), aios=_rings(remote, found),
+        thp_disabled=_thp_disabled(remote) or None,
     )  # fmt: skip
 
 

@@ -68,8 +68,9 @@ def dump_shared_pages(pid: int, vma: Vma, out: ImageSetWriter) -> int:
     return write_shared(f"/proc/{pid}/map_files/{vma.entry.start:x}-{vma.entry.end:x}", vma.entry.shmid, out)
 
 
-def write_shared(path: str, number: int, out: ImageSetWriter) -> int:
-    """Write what a file in memory holds as the pages of `number`. Returns pages."""
+def write_shared(path: str, number: int, out: ImageSetWriter, last_page: bytes = b"") -> int:
+    """Write what a file in memory holds as the pages of `number`. Where it ends within a page, `last_page` is that
+    page: a file's descriptor gives nothing behind its end, and a mapping does. Returns pages."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     pages = 0
     try:
@@ -77,7 +78,10 @@ def write_shared(path: str, number: int, out: ImageSetWriter) -> int:
             for start, end in data_segments(fd):
                 pagemap.add(start, (end - start) // PAGE, PE_PRESENT)
                 pages += (end - start) // PAGE
-                _send(fd, pagemap.fd, start, end)
+                whole = min(end, os.fstat(fd).st_size // PAGE * PAGE)
+                _send(fd, pagemap.fd, start, whole)
+                if whole < end:
+                    os.write(pagemap.fd, last_page or os.pread(fd, PAGE, whole).ljust(PAGE, b"\0"))
     finally:
         os.close(fd)
     return pages

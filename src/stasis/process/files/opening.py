@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stasis.errors import UnsupportedError
@@ -82,8 +82,9 @@ class FileSet:
                 raise damaged(path, 0, f"there cannot be a descriptor {entry.fd}")
             numbers.add(entry.fd)
 
-    def open_all(self, tables: Sequence[int]) -> None:
-        """Make every open file description that the tables have, behind all numbers that they use.
+    def open_all(self, tables: Sequence[int], mapped: Iterable[int] = ()) -> None:
+        """Make every open file description that the tables have, behind all numbers that they use. `mapped`: ids of
+        files that memory is made from, of which those without a path are made as well.
 
         In the first process of the tree, before it makes the others: what they share they then inherit.
         """
@@ -92,6 +93,9 @@ class FileSet:
         self.base = max([entry.fd for entry in entries], default=-1) + 1 + ROOM
         for entry in entries:
             self.open(entry.id)
+        for number in mapped:
+            if self.entry(number).type == FdTypes.MEMFD:
+                self.open(number)
         for kind in self._kinds.values():
             kind.connect(self)
         for kind in self._kinds.values():
@@ -117,7 +121,9 @@ class FileSet:
         return self._kinds[entry.type]
 
     def open_path(self, number: int, flags: int | None = None) -> int:
-        """A new description of a file that is known by its path, by default as the entry says."""
+        """A new description of a file that is known by its path, or is in memory; by default as the entry says."""
+        if self.entry(number).type == FdTypes.MEMFD and number in self._made:
+            return os.open(f"/proc/self/fd/{self._made[number]}", (flags or 0) | os.O_CLOEXEC)
         entry = self.regular(number)
         path = self.map_path(entry.name)
         return open_by_entry(entry, self._ghosts.path(entry, path) or path, flags)

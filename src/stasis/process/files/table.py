@@ -91,6 +91,12 @@ class FileTable:
         key = status.st_dev, status.st_ino, flags, name
         if key not in self._by_path:
             number = self._by_path[key] = self.new_id()
+            if name.startswith("/memfd:"):
+                from stasis.process.files.memfd import Memfds
+
+                memfds = next(kind for kind in self._kinds if isinstance(kind, Memfds))
+                self.out.write("files", memfds.mapped(f"/proc/{pid}/{link}", name, status, flags, number))
+                return number
             if status.st_nlink == 0:
                 self.ghosts.keep(number, f"/proc/{pid}/{link}", status)
             entry = path_entry(number, current_name(pid, name, status), status, flags)

@@ -68,11 +68,20 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
                 files.check(plan.ids.files_id)
         chain = opened.chain()
         try:
-            _restore(root, files, chain)
+            with _segments(opened, chain):
+                _restore(root, files, chain)
         finally:
             for parent in chain[1:]:
                 parent.close()
     return RestoreResult(root.pid, [plan.pid for plan in root.walk()])
+
+
+def _segments(images: ImageSet, chain: list[ImageSet]) -> contextlib.AbstractContextManager[None]:
+    if not images.numbers("ipcns-shm"):
+        return contextlib.nullcontext()
+    from stasis.process.sysvshm import segments_of
+
+    return segments_of(images, chain)
 
 
 def _mapper(map_paths: Mapping[str, str]) -> Callable[[str], str]:

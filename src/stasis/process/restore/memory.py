@@ -35,7 +35,9 @@ IOVEC = struct.Struct("<QQ")
 MOST_VECTORS = 1024  # UIO_MAXIOV
 LARGEST_READ = 1 << 30
 LOCKED = MAP_BY_FLAG["lo"]
-SPECIAL = VmaStatus.VDSO | VmaStatus.VVAR | VmaStatus.VSYSCALL
+MADV_GUARD_INSTALL = 102
+OTHERS = VmaStatus.SYSVIPC | VmaStatus.AIORING
+SPECIAL = VmaStatus.VDSO | VmaStatus.VVAR | VmaStatus.VSYSCALL | VmaStatus.GUARD | OTHERS
 FROM_FILE = VmaStatus.FILE_PRIVATE | VmaStatus.FILE_SHARED
 
 
@@ -47,11 +49,15 @@ def replace_memory(remote: Remote, mm: MmEntry, ready: Ready, chain: list[ImageS
     remote.call("munmap", behind, USER_END - behind)
     _map_vdso(remote, mm)
     regular = [vma for vma in mm.vmas if not vma.status & SPECIAL]
+    guards = [vma for vma in mm.vmas if vma.status & VmaStatus.GUARD]
     with MemoryReader(chain, remote.pid) as reader:
         filled = {vma.start for vma in regular if _has_pages(vma, reader)}
         for vma in regular:
             _map(remote, vma, ready, fills=vma.start in filled)
+        _map_others(remote, mm)
         _fill(remote, [vma for vma in regular if vma.start in filled], reader)
+    for vma in guards:
+        remote.call("madvise", vma.start, vma.end - vma.start, MADV_GUARD_INSTALL)
     for vma in regular:
         _finish(remote, vma, fills=vma.start in filled)
     _describe(remote, mm, ready)
@@ -83,6 +89,18 @@ def _map_vdso(remote: Remote, mm: MmEntry) -> None:
 
 def _has_pages(vma: VmaEntry, reader: MemoryReader) -> bool:
     return not vma.flags & MAP_SHARED and any(True for _ in reader.sources(vma.start, vma.end))
+
+
+def _map_others(remote: Remote, mm: MmEntry) -> None:
+    """What mmap(2) does not make; their modules are for those who have such."""
+    if any(vma.status & VmaStatus.SYSVIPC for vma in mm.vmas):
+        from stasis.process.sysvshm import attach
+
+        attach(remote, [vma for vma in mm.vmas if vma.status & VmaStatus.SYSVIPC])
+    if mm.aios:
+        from stasis.process.aio import make_rings
+
+        make_rings(remote, mm.aios)
 
 
 def _map(remote: Remote, vma: VmaEntry, ready: Ready, *, fills: bool) -> None:

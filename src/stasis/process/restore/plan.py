@@ -22,7 +22,7 @@ PAGE = 4096
 USER_END = 1 << 47
 SUPPORTED_VMAS = (
     VmaStatus.ANON_PRIVATE | VmaStatus.ANON_SHARED | VmaStatus.FILE_PRIVATE | VmaStatus.FILE_SHARED | VmaStatus.VDSO
-    | VmaStatus.VVAR | VmaStatus.VSYSCALL
+    | VmaStatus.VVAR | VmaStatus.VSYSCALL | VmaStatus.SYSVIPC | VmaStatus.AIORING | VmaStatus.GUARD
 )  # fmt: skip
 
 
@@ -100,9 +100,10 @@ def _check_memory(images: ImageSet, plan: TaskPlan) -> None:
     for vma in plan.mm.vmas:
         if vma.status & VmaStatus.VSYSCALL:
             continue
-        if vma.start % PAGE or vma.end % PAGE or not end <= vma.start < vma.end <= USER_END:
+        is_guard = bool(vma.status & VmaStatus.GUARD)  # they come behind all others, and lie within them
+        if vma.start % PAGE or vma.end % PAGE or not (0 if is_guard else end) <= vma.start < vma.end <= USER_END:
             raise damaged(path, 0, f"there cannot be memory from {vma.start:#x} to {vma.end:#x}")
-        end = vma.end
+        end = end if is_guard else vma.end
         if not vma.status & SUPPORTED_VMAS:
             raise UnsupportedError(
                 f"process {plan.pid} has memory at {vma.start:#x} of a kind that cannot be restored yet "

@@ -271,7 +271,9 @@ def _join_group(pgid: int, crew: _Crew) -> None:
 
 def _open_everything(crew: _Crew) -> None:
     """What processes share is opened by the first one, and inherited by the others."""
-    crew.files.open_all(sorted({one.ids.files_id for one in crew.root.walk() if one.ids is not None}))
+    living = [one for one in crew.root.walk() if one.ids is not None]
+    mapped = {number for one in living for number, _ in _mapped_files(one)}
+    crew.files.open_all(sorted({one.ids.files_id for one in living if one.ids is not None}), sorted(mapped))
     crew.shared_fd = {
         number: crew.files.move(fd) for number, fd in make_shared(list(crew.root.walk()), crew.chain).items()
     }
@@ -341,13 +343,16 @@ def _shared_of(plan: TaskPlan, crew: _Crew) -> dict[int, int]:
     return {number: fd for number, fd in crew.shared_fd.items() if number in used}
 
 
-def _open_mapped(plan: TaskPlan, files: FileSet) -> list[tuple[int, int, int]]:
-    """(id, open flags, descriptor) of every file that the memory is made from, the program included."""
+def _mapped_files(plan: TaskPlan) -> set[tuple[int, int]]:
+    """(id, open flags) of every file that the memory is made from, the program included."""
     assert plan.mm is not None
     of_file = VmaStatus.FILE_PRIVATE | VmaStatus.FILE_SHARED
-    wanted = {(vma.shmid, vma.fdflags or 0) for vma in plan.mm.vmas if vma.status & of_file}
-    wanted.add((plan.mm.exe_file_id, os.O_RDONLY))
-    found = []
-    for number, flags in sorted(wanted):
-        found.append((number, flags, files.move(files.open_path(number, flags))))
+    found = {(vma.shmid, vma.fdflags or 0) for vma in plan.mm.vmas if vma.status & of_file}
+    found.add((plan.mm.exe_file_id, os.O_RDONLY))
     return found
+
+
+def _open_mapped(plan: TaskPlan, files: FileSet) -> list[tuple[int, int, int]]:
+    """The same with a descriptor of this process."""
+    wanted = sorted(_mapped_files(plan))
+    return [(number, flags, files.move(files.open_path(number, flags))) for number, flags in wanted]
