@@ -64,16 +64,14 @@ def encode(message: Message) -> bytes:
 
 def _encode_into(out: bytearray, message: Message) -> None:
     values = message.__dict__
-    for name, (field, tag, write) in _writers(type(message)).items():
+    for name, (required, write) in _writers(type(message)).items():
         value = values.get(name)
         if value is None:
-            if field.required:
+            if required:
                 raise FieldError(f"{type(message).__name__}.{name} is required")
             continue
         try:
-            for item in value if field.repeated else (value,):
-                out += tag
-                write(out, item)
+            write(out, value)
         except (TypeError, AttributeError, UnicodeEncodeError, struct.error) as error:
             raise FieldError(f"{type(message).__name__}.{name} cannot hold {value!r:.80}") from error
         except OverflowError as error:
@@ -82,13 +80,14 @@ def _encode_into(out: bytearray, message: Message) -> None:
 
 
 Writer = Callable[[bytearray, Any], None]
-_WRITERS: dict[type[Message], dict[str, tuple[Field, bytes, Writer]]] = {}
+_WRITERS: dict[type[Message], dict[str, tuple[bool, Writer]]] = {}
 
 
-def _writers(cls: type[Message]) -> dict[str, tuple[Field, bytes, Writer]]:
+def _writers(cls: type[Message]) -> dict[str, tuple[bool, Writer]]:
+    """Of each field whether it is required, and what appends its tag and value, or all values of a repeated one."""
     found = _WRITERS.get(cls)
     if found is None:
-        found = {name: (field, _tag(field), _writer(field)) for name, field in cls.fields_by_name.items()}
+        found = {name: (field.required, _writer(field)) for name, field in cls.fields_by_name.items()}
         _WRITERS[cls] = found
     return found
 
@@ -118,21 +117,42 @@ def _writer(field: Field) -> Writer:
     if field.kind == "fixed64":
         return _number_writer(field, _FIXED64.pack)
     if field.kind == "message":
-        return _write_message(field.of)
+        return _tagged(field, _write_message(field.of))
     if field.kind == "string":
-        return _write_string
-    return _write_bytes if field.kind == "bytes" else _number_writer(field, varint)
+        return _tagged(field, _write_string)
+    return _tagged(field, _write_bytes) if field.kind == "bytes" else _number_writer(field, varint)
+
+
+def _tagged(field: Field, write: Writer) -> Writer:
+    tag = _tag(field)
+
+    def write_one(out: bytearray, value: Any) -> None:
+        out += tag
+        write(out, value)
+
+    def write_all(out: bytearray, values: Any) -> None:
+        for value in values:
+            write_one(out, value)
+
+    return write_all if field.repeated else write_one
 
 
 def _number_writer(field: Field, form: Callable[[int], bytes]) -> Writer:
+    """Repeated numbers are written at once: the registers of a thread are hundreds."""
     low, behind = _RANGES[field.kind]
+    tag = _tag(field)
 
-    def write(out: bytearray, value: int) -> None:
+    def write_one(out: bytearray, value: int) -> None:
         if not low <= value < behind:
             raise OverflowError(f"{value} is no {field.kind}")
-        out += form(value)
+        out += tag + form(value)
 
-    return write
+    def write_all(out: bytearray, values: list[int]) -> None:
+        if values and not low <= min(values) <= max(values) < behind:
+            raise OverflowError(f"{min(values)} or {max(values)} is no {field.kind}")
+        out += b"".join([tag + form(value) for value in values])
+
+    return write_all if field.repeated else write_one
 
 
 def _write_string(out: bytearray, value: str) -> None:
