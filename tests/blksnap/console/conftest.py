@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,10 +107,10 @@ def _pattern(text: str, known: Mapping[str, str]) -> str:
 
 
 @pytest.fixture
-def blksnap(stasis: Stasis, short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tool]:
+def blksnap(stasis: Stasis, short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
     """The tool on directories of its own; everything it started ends with the test."""
     for name in ("STASIS_RUN_DIR", "STASIS_STATE_DIR"):
         monkeypatch.setenv(name, stasis.environment[name])
     directory = short_dir / "bin"
     directory.mkdir()
-    yield Tool(stasis, directory)
+    return Tool(stasis, directory)

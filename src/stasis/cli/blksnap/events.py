@@ -99,11 +99,12 @@ def snapshot_watcher(session: Session) -> None:
     uuid = session.require_uuid()
     _say(session, "Start snapshot watcher.")
     try:
-        _watch(session, uuid)
+        with failing("Failed to get event from snapshot"):
+            _watch(session, uuid)
     except StasisError as error:
         if not session.as_json:
-            print(f"Failed to get event from snapshot: {os.strerror(error.errno)}", file=sys.stderr)
-        raise StasisError("Snapshot watcher failed.", hint=error.message, errno=error.errno) from error
+            print(error.message, file=sys.stderr)
+        raise StasisError("Snapshot watcher failed.", hint=error.hint, errno=error.errno) from error
     _say(session, "Snapshot watcher finished")
 
 
