@@ -95,12 +95,12 @@ class FileTable:
                 from stasis.process.files.memfd import Memfds
 
                 memfds = next(kind for kind in self._kinds if isinstance(kind, Memfds))
-                self.out.write("files", memfds.mapped(f"/proc/{pid}/{link}", name, status, flags, number))
+                self.out.image("files").append(memfds.mapped(f"/proc/{pid}/{link}", name, status, flags, number))
                 return number
             if status.st_nlink == 0:
                 self.ghosts.keep(number, f"/proc/{pid}/{link}", status)
             entry = path_entry(number, current_name(pid, name, status), status, flags)
-            self.out.write("files", FileEntry(type=FdTypes.REG, id=number, reg=entry))
+            self.out.image("files").append(FileEntry(type=FdTypes.REG, id=number, reg=entry))
         return self._by_path[key]
 
     def dump_descriptors(self, pid: int, files_id: int) -> None:
@@ -109,12 +109,13 @@ class FileTable:
         if files_id in self._tables:
             return
         self._tables.add(files_id)
-        self.out.image("fdinfo", files_id).begin()
-        for descriptor in self.descriptors[pid]:
-            number, kind = self._description(descriptor)
-            self._locks.keep(descriptor, number)
-            flags = FD_CLOEXEC if descriptor.close_on_exec else 0
-            self.out.write("fdinfo", FdinfoEntry(id=number, flags=flags, type=kind, fd=descriptor.fd), number=files_id)
+        with self.out.image("fdinfo", files_id) as image:
+            image.begin()
+            for descriptor in self.descriptors[pid]:
+                number, kind = self._description(descriptor)
+                self._locks.keep(descriptor, number)
+                flags = FD_CLOEXEC if descriptor.close_on_exec else 0
+                image.append(FdinfoEntry(id=number, flags=flags, type=kind, fd=descriptor.fd))
 
     def number_of(self, descriptor: Descriptor) -> int:
         """Id of the open file description behind a descriptor, dumped if it is new."""
@@ -136,7 +137,7 @@ class FileTable:
         finally:
             os.close(fd)
         if entry is not None:
-            self.out.write("files", entry)
+            self.out.image("files").append(entry)
         known.append((descriptor, number, kind.type))
         return number, kind.type
 
