@@ -51,6 +51,22 @@ while done < size:
     done += os.preadv(fd, [view[done:done + (1 << 30)]], done)
 print(time.monotonic() - started)
 """
+EVENTFUL = """
+import ctypes, os, select, socket, sys, threading, time
+libc = ctypes.CDLL(None)
+waiting = select.epoll()
+signals = (ctypes.c_ulong * 16)(1 << 9)
+watching = libc.inotify_init()
+libc.inotify_add_watch(watching, b"/tmp", 0x100)
+for fd in libc.eventfd(3, 0), libc.timerfd_create(1, 0), libc.signalfd(-1, signals, 0), watching:
+    assert fd >= 0
+    waiting.register(fd, select.EPOLLIN)
+pipe, pair, itself = os.pipe(), socket.socketpair(), os.pidfd_open(os.getpid())
+for number in range(4):
+    threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()
+open(sys.argv[1], "w").close()
+time.sleep(1e6)
+"""
 
 
 @contextmanager
@@ -133,6 +149,28 @@ def small(bench: Bench) -> list[Row]:
         value_row("process-frozen-small", "frozen time of a small task", frozen, 15.0, "ms"),
         value_row("process-start-small", "restore of a small task beyond the interpreter's start", started, 60.0, "ms"),
     ]
+
+
+@group("process-frozen-events", suite="process")
+def events(bench: Bench) -> list[Row]:
+    """A task with five threads, a pipe, a socket pair and a descriptor of each kind of event: how long it stands
+    still."""
+    frozen = []
+    with bench.lab.scope() as lab:
+        nothing, told = subprocess.DEVNULL, lab.path("told")
+        for _ in range(ROUNDS):
+            told.unlink(missing_ok=True)
+            process = subprocess.Popen([sys.executable, "-c", EVENTFUL, str(told)], start_new_session=True,
+                                       stdin=nothing, stdout=nothing, stderr=nothing)  # fmt: skip
+            try:
+                _until(told.exists)
+                frozen.append(_dump(lab, process.pid)["frozen_seconds"] * 1000)
+            finally:
+                process.kill()
+                process.wait()
+        shutil.rmtree(lab.directory / "images")
+    title = "frozen time of a task with 5 threads and every event descriptor"
+    return [value_row("process-frozen-events", title, frozen, 25.0, "ms")]
 
 
 @group("process-restore", "process-memory", suite="process")

@@ -45,6 +45,7 @@ def main() -> int:
         for group in groups:
             print(f"{group.suite}: {group.name}: {', '.join(group.rows)}")
         return 0
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode; the first start writes it
     output = options.output or HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d-%H%M}-{options.suite}.json"
     rows = report.load(output) if options.keep else []
     with open_lab(options.directory) as lab:
