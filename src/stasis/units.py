@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes as people write them, in binary units: `64K`, `1.5G`, `2TiB`.
+"""Sizes as people write them, in binary units: `64K`, `1.5G`, `2TiB`; and times: `200ms`, `2s`.
 
 Every size that a user gives or reads goes through here, so that `64K` means the same everywhere.
 """
@@ -10,10 +10,12 @@ import re
 
 from stasis.errors import UsageError
 
-__all__ = ["format_size", "parse_size"]
+__all__ = ["format_size", "parse_seconds", "parse_size"]
 
 _FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,20}))?\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_TIME = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s|m)?", re.ASCII)
+_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0}
 _LARGEST = (1 << 63) - 1  # loff_t: no file or device is larger
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -33,6 +35,14 @@ def parse_size(text: str) -> int:
     if size > _LARGEST:
         raise UsageError(f"{text!r} is larger than any device", hint="The largest size is 8388607T.")
     return size
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds meant by `text`: a number with `ms`, `s` (or nothing) or `m`. Raises UsageError."""
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text[:80]!r} is not a time", hint="Write a number with ms, s or m, as in 200ms.")
+    return float(match[1]) * _SECONDS[match[2] or "s"]
 
 
 def format_size(size: int) -> str:

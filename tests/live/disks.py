@@ -22,7 +22,7 @@ from stasis.live.stash import Budget
 from tests.backup.stored import content_of
 from tests.live.difftracker import DiffTracker
 
-__all__ = ["MIB", "Backup", "Disk", "back_up", "formatted", "loop", "mounted", "tool", "writing"]
+__all__ = ["CHECK", "MIB", "Backup", "Disk", "Setup", "back_up", "formatted", "loop", "mounted", "tool", "writing"]
 
 MIB = 1 << 20
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"], "btrfs": ["mkfs.btrfs", "-q", "-f"],

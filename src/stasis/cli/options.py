@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from stasis.errors import UsageError
-from stasis.units import parse_size
+from stasis.units import parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from stasis.daemon.client import Client
 
 __all__ = ["Command", "Parser", "add_command", "add_group", "byte_range", "connect", "number_list", "percentage",
-           "size"]
+           "seconds", "size"]
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -70,6 +70,11 @@ def add_tls(parser: argparse.ArgumentParser, what: str) -> None:
 def size(text: str) -> int:
     """A size with K, M, G or T, in bytes."""
     return parse_size(text)
+
+
+def seconds(text: str) -> float:
+    """A time with ms, s or m, in seconds."""
+    return parse_seconds(text)
 
 
 def byte_range(text: str) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from stasis.backup.progress import Progress
 from stasis.daemon.signals import interrupted_by_sigterm
 from stasis.daemon.sources import SnapshotStorage, SourceSet
 from stasis.errors import ExitCode
+from stasis.live.options import LiveOptions
 
 if TYPE_CHECKING:
     from stasis.backup.repo import Repository
@@ -33,7 +34,7 @@ class BackupJob:
     sources: words as on the command line of `backup create`; name: another name for the only source.
     host: None is this host's name. kind, base, tags, sample, skip_unreadable, rate: see `CreateOptions`.
     before, after: shell commands around the snapshot point.
-    wait: seconds to wait for a prune that runs.
+    wait: seconds to wait for a prune that runs. live: how live devices may be treated.
     """
 
     sources: Sequence[str]
@@ -49,13 +50,14 @@ class BackupJob:
     skip_unreadable: bool = False
     rate: int | None = None
     wait: float = 0
+    live: LiveOptions = field(default_factory=LiveOptions)
     run_dir: str | Path | None = None
     state_dir: str | Path | None = None
 
     def open_sources(self) -> SourceSet:
         """The sources; nothing is taken or locked yet."""
-        return SourceSet(self.sources, name=self.name, storage=self.storage, run_dir=self.run_dir,
-                         state_dir=self.state_dir)
+        return SourceSet(self.sources, name=self.name, storage=self.storage, live=self.live,
+                         skip_unreadable=self.skip_unreadable, run_dir=self.run_dir, state_dir=self.state_dir)
 
     def options(self, sources: SourceSet) -> CreateOptions:
         """What the backup itself is told."""
@@ -71,7 +73,7 @@ def plan_backup(job: BackupJob, repository: Repository) -> list[Plan]:
 
 
 def back_up(job: BackupJob, repository: Repository, progress: Progress | None = None) -> CreateResult:
-    """Take a snapshot of the sources and store it.
+    """Take a snapshot of the sources and store it. Live devices are copied while they are written before that.
 
     Whatever ends it, signals included, the snapshot is destroyed and the second hook has run. A hook that failed after
     the snapshot makes the exit code FAILURE, if it was OK. Raises what `SourceSet`, `Hooks` and `create` raise.
@@ -82,6 +84,8 @@ def back_up(job: BackupJob, repository: Repository, progress: Progress | None = 
         hooks = Hooks(job.before, job.after, sources.names, options.set_id)
         with repository.lock_shared(PURPOSE, wait=job.wait) as lease, contextlib.ExitStack() as stack:
             stack.callback(hooks.after, failed=True)
+            progress = progress or Progress()
+            precopy = sources.begin_live(repository, options, progress)
             hooks.before()
             taken = sources.take()
             if sources.is_instant:
@@ -91,7 +95,8 @@ def back_up(job: BackupJob, repository: Repository, progress: Progress | None = 
                 hooks.after()
                 sources.release()
 
-            result = create(taken, repository, options, progress, lease=lease, have_read=have_read)
+            result = create(taken, repository, options, progress, lease=lease, have_read=have_read,
+                            precopy=precopy)
     if not hooks.warnings:
         return result
     return replace(result, warnings=(*result.warnings, *hooks.warnings), exit_code=result.exit_code or ExitCode.FAILURE)

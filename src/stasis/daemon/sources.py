@@ -2,12 +2,14 @@
 """What the words on a command line mean as sources of a backup, and the snapshot that makes them one instant.
 
     NAME          a served device; else an image file of that name in the working directory
-    PATH          an image file or block device; the served device if it is the origin of one
+    PATH          an image file or block device; the served device if it is the origin of one, the live one if it is
+                  tracked
     UUID:NAME     a device of a snapshot that exists already
     -             standard input
 
-All served devices go into one snapshot. It is destroyed at the end on every path; a run that was killed leaves it to
-the next run of the same device, which finds its UUID in the device's lock.
+All served devices go into one snapshot, which is taken while the live ones are frozen. It is destroyed at the end on
+every path; a run that was killed leaves it to the next run of the same device, which finds its UUID in the device's
+lock.
 """
 
 from __future__ import annotations
@@ -25,15 +27,21 @@ from stasis.backup.job.state import RunLock
 from stasis.backup.source import PointInTimeSource
 from stasis.backup.sources import RawSource, StreamSource
 from stasis.daemon import client as daemon
+from stasis.daemon.live_sources import LiveSources, is_tracked
 from stasis.daemon.paths import resolve
 from stasis.daemon.record import default_name, origin_key, valid_name
 from stasis.daemon.served_source import PlannedSource, ServedSource
 from stasis.daemon.signals import deferred_interrupts
 from stasis.errors import BusyError, NotFoundError, StasisError, UsageError
+from stasis.live.options import LiveOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stasis.backup.job import CreateOptions
+    from stasis.backup.job.precopy import Precopy
+    from stasis.backup.progress import Progress
+    from stasis.backup.repo import Repository
     from stasis.daemon.model import Device, Snapshot
 
 __all__ = ["SnapshotStorage", "SourceSet"]
@@ -53,22 +61,26 @@ class SnapshotStorage:
 
 @dataclass
 class _Wanted:
-    """One source, before anything is opened. `device` is set for what the daemon serves."""
+    """One source, before anything is opened. `device` is set for what the daemon serves, `live` for what is tracked."""
 
     name: str
     path: str
     device: Device | None = None
     snapshot: Snapshot | None = None
+    live: bool = False
 
 
 class SourceSet:
     """The sources of one run: names first, then `lock`, then `take`; a context manager that undoes it all."""
 
     def __init__(self, words: Sequence[str], *, name: str | None = None, storage: SnapshotStorage | None = None,
+                 live: LiveOptions | None = None, skip_unreadable: bool = False,
                  run_dir: str | Path | None = None, state_dir: str | Path | None = None) -> None:
         """Understand the words. Raises UsageError, NotFoundError, DaemonError."""
         self.directories = resolve(run_dir, state_dir)
         self._storage = storage or SnapshotStorage()
+        self._live_options, self._skip_unreadable = live or LiveOptions(), skip_unreadable
+        self._live: LiveSources | None = None
         self._client: daemon.Client | None = None
         self._devices: list[Device] | None = None
         self._stack = contextlib.ExitStack()
@@ -89,8 +101,8 @@ class SourceSet:
 
     @property
     def is_instant(self) -> bool:
-        """Whether all sources are snapshots, so that nothing need rest any longer once they are taken."""
-        return all(wanted.device is not None for wanted in self._wanted)
+        """Whether all sources are one instant, so that nothing need rest any longer once they are taken."""
+        return all(wanted.device is not None or wanted.live for wanted in self._wanted)
 
     def __enter__(self) -> SourceSet:
         return self
@@ -114,7 +126,7 @@ class SourceSet:
             return _Wanted(device.name, device.path, device)
         if not os.path.exists(word):
             raise NotFoundError(f"there is no served device and no file {word}", hint=FOUND)
-        return _Wanted(default_name(word), word)
+        return _Wanted(default_name(word), word, live=is_tracked(word, self.directories.state))
 
     def _existing(self, uuid: str, name: str) -> _Wanted:
         client = self._connect(start=True)
@@ -186,13 +198,49 @@ class SourceSet:
 
     # -- the instant --------------------------------------------------------------------------------------------------
 
+    def begin_live(self, repository: Repository, options: CreateOptions, progress: Progress) -> Precopy | None:
+        """Copy live devices while they are written, until little is left; None without any. Raises BusyError."""
+        live = self._open_live()
+        if live is None:
+            return None
+        precopy = live.begin(repository, options, progress)
+        live.refuse_writes(self._written_in_the_freeze())
+        return precopy
+
+    def _open_live(self) -> LiveSources | None:
+        wanted = [(one.name, one.path) for one in self._wanted if one.live]
+        if wanted and self._live is None:
+            self._live = self._stack.enter_context(LiveSources(
+                wanted, self.directories.state, self._live_options, skip_unreadable=self._skip_unreadable))
+        return self._live
+
+    def _written_in_the_freeze(self) -> list[tuple[str, str]]:
+        """(what, path) of all that is written when a snapshot of the served devices is taken."""
+        served = [one for one in self._wanted if one.device is not None and one.snapshot is None]
+        if not served:
+            return []
+        written = [("the served device", one.path) for one in served]
+        if self._storage.path != "memory":
+            written.append(("the difference storage", self._storage.path))
+        return [*written, ("the state directory", str(self.directories.state)),
+                ("the run directory", str(self.directories.run))]
+
     def take(self) -> list[PointInTimeSource]:
-        """Take the snapshot and open everything. Raises BusyError, StorageError and what else `take` raises."""
+        """Take the snapshot, at rest with the live devices, and open everything.
+
+        Raises BusyError, StorageError and what else `take` raises.
+        """
         names = [wanted.device.name for wanted in self._wanted if wanted.device and wanted.snapshot is None]
-        taken = self._take(names) if names else None
+        made = self._make(names) if names else None
+        if self._live is None:
+            taken = self._take(made)
+        else:
+            with deferred_interrupts():  # a file system is not left frozen for the time of an exception
+                taken = self._live.take(lambda: self._take(made))
         return [self._open(wanted, taken) for wanted in self._wanted]
 
-    def _take(self, names: Sequence[str]) -> Snapshot:
+    def _make(self, names: Sequence[str]) -> str:
+        """A snapshot of served devices that is yet to be taken; its UUID."""
         client = self._client
         assert client is not None
         with deferred_interrupts():
@@ -201,7 +249,13 @@ class SourceSet:
             self._taken = made.id
             for lock in self._locks.values():
                 lock.write({"snapshot": made.id})
-        return client.take(made.id)
+        return made.id
+
+    def _take(self, made: str | None) -> Snapshot | None:
+        if made is None:
+            return None
+        assert self._client is not None
+        return self._client.take(made)
 
     def _create(self, client: daemon.Client, names: Sequence[str]) -> Snapshot:
         try:
@@ -236,6 +290,8 @@ class SourceSet:
             return ServedSource(self._client, snapshot, wanted.device, wanted.name, kind)
         if wanted.path == "-":
             return StreamSource(wanted.name, 0)
+        if wanted.live and (live := self._open_live()) is not None:
+            return live.sources[wanted.name]
         return self._stack.enter_context(RawSource(wanted.name, wanted.path))
 
     def planned(self) -> list[PointInTimeSource]:

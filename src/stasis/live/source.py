@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from stasis.backup.source import Extent, Mark, OpenBase
 from stasis.backup.sources.raw import identity_of
 from stasis.block.copy.plan import clip, merge
-from stasis.errors import GenerationError, NotFoundError, StasisError, StateError
+from stasis.errors import GenerationError, NotFoundError, StasisError
 from stasis.linux import blockdev
 from stasis.linux.memory import view_at
+from stasis.live import tracker
 from stasis.live.direct import DirectReader, Place
 from stasis.live.stash import Budget, Stash
 from stasis.live.tracked import SwitchLike, Tracked
@@ -72,7 +73,7 @@ class LiveSource:
         if own is not None and mark.generation != own.generation:
             raise GenerationError(f"the tracking of {self.path} started over since the last backup: its generation is "
                                   f"now {own.generation[:8]}, and was {mark.generation[:8]}")
-        return self._tracking.changed_since(mark)
+        return self._tracking.changed_since(tracker.Mark(mark.generation, mark.number))
 
     def zero_extents(self) -> list[Extent]:
         """Not known of a device."""
@@ -100,6 +101,7 @@ class LiveSource:
         """End the epoch: `mark` names this moment, and `advance` tells what is written from now on."""
         if self._tracking.lost:
             self._tracking.begin_generation(NEW_GENERATION)
+        self._tracking.prepare_switch()
         mark = self._tracking.switch().settle()
         self.mark = Mark(mark.generation, mark.number)
 
@@ -148,13 +150,10 @@ class LiveSource:
     def settle(self, taken: float, consistency: str) -> None:
         """What was copied is the device at this instant (seconds since 1970). The freeze is over: this writes files.
 
-        StateError if tracking started over since `begin`.
+        GenerationError if tracking was lost.
         """
         assert self._switch is not None
-        mark, begun = self._switch.settle(), self.mark
-        if begun is not None and mark.generation != begun.generation:
-            raise StateError(f"the tracking of {self.path} started over while it was copied",
-                             hint="run the backup again")
+        mark = self._switch.settle()
         self.mark = Mark(mark.generation, mark.number)
         self.taken, self.consistency, self.settled = taken, consistency, True
 
@@ -224,7 +223,7 @@ class LiveSource:
         assert self.mark is not None
         if not extents:
             return None
-        changed = self._tracking.changed_since(self.mark)
+        changed = self.changed_since(self.mark)
         for offset, length in extents:
             if hit := clip(changed, offset, offset + length):
                 return hit[0]

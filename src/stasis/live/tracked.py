@@ -11,20 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from stasis.backup.source import Extent
+    from stasis.live.tracker import Mark
 
-__all__ = ["MarkLike", "SwitchLike", "Tracked"]
-
-
-class MarkLike(Protocol):
-    """A moment in the history of the device."""
-
-    @property
-    def generation(self) -> str:
-        """UUID within which numbers can be compared."""
-
-    @property
-    def number(self) -> int:
-        """The number of the epoch that ended then."""
+__all__ = ["SwitchLike", "Tracked"]
 
 
 class SwitchLike(Protocol):
@@ -34,14 +23,16 @@ class SwitchLike(Protocol):
     def extents(self) -> list[Extent]:
         """What was written between the last turn and the switch."""
 
-    def settle(self) -> MarkLike:
+    def settle(self) -> Mark:
         """Make the switch durable; writes files. GenerationError if tracking was lost up to it."""
 
 
 class Tracked(Protocol):
     """The tracking of one device. block_size is in bytes; lost says why nothing is known, "" if all is well."""
 
-    block_size: int
+    @property
+    def block_size(self) -> int:
+        """Unit of tracking."""
 
     @property
     def lost(self) -> str:
@@ -50,7 +41,7 @@ class Tracked(Protocol):
     def check(self) -> None:
         """GenerationError if changes may have been missed. Writes no file."""
 
-    def changed_since(self, mark: MarkLike, /) -> list[Extent]:
+    def changed_since(self, mark: Mark, /) -> list[Extent]:
         """What was written since the mark, up to now. GenerationError where that is not known."""
 
     def count_changed(self) -> int:

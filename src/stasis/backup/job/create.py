@@ -88,6 +88,7 @@ def create(sources: Sequence[PointInTimeSource], repository: Repository, options
         warnings: list[str] = []
         jobs = _jobs(sources, repository, options, progress, warnings, precopy)
         backups = _run(jobs, repository, options, progress, held, have_read)
+    warnings += precopy.warnings if precopy is not None else []
     warnings += [warning for job in jobs for warning in job.warnings]
     return CreateResult(options.set_id, tuple(backups), tuple(warnings), _exit_code(jobs))
 

@@ -9,7 +9,7 @@ chunks that are stored by then. docs/design/live-copy.md has the proof.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,7 @@ class MovingJob(DeviceJob):
         self._builder: IndexBuilder | None = None
         self._all_changed: list[Extent] = []
         self._is_first = True
+        self.figures: dict[str, int] = {}
 
     # -- in motion ----------------------------------------------------------------------------------------------------
 
@@ -147,6 +148,7 @@ class MovingJob(DeviceJob):
     def draft(self, set_id: str) -> Manifest:
         """The manifest, with how the source came to rest."""
         draft = super().draft(set_id)
+        draft = replace(draft, statistics={**draft.statistics, **self.figures})
         return draft if draft.consistency == "hooks" else replace(draft, consistency=self.source.consistency)
 
 
@@ -157,6 +159,7 @@ class Precopy:
                  progress: Progress) -> None:
         """Decide for each source what kind of backup it gets. Raises GenerationError."""
         self.warnings: list[str] = []
+        self.rounds = 0
         self._repository, self._progress = repository, progress
         history = History(repository, options.host, self.warnings.append)
         base = None if options.base is None else repository.resolve(options.base)
@@ -179,9 +182,9 @@ class Precopy:
             self._repository.sync()
 
     def _rounds(self, group: MovingGroup, rounds: int) -> None:
-        number, left = 1, rounds
+        left = rounds
         while True:
-            seconds = self._round(number)
+            seconds = self._round()
             if group.fits():
                 return
             left -= 1
@@ -190,18 +193,19 @@ class Precopy:
                 left = rounds
             for job in self.jobs:
                 job.advance()
-            number += 1
 
-    def _round(self, number: int) -> float:
+    def _round(self) -> float:
         started = time.monotonic()
-        self._progress.phase(f"round {number}", sum(job.bytes_to_read for job in self.jobs))
+        self.rounds += 1
+        self._progress.phase(f"round {self.rounds}", sum(job.bytes_to_read for job in self.jobs))
         for job in self.jobs:
             job.round()
         return time.monotonic() - started
 
-    def settle(self) -> None:
-        """All sources are at rest."""
+    def settle(self, figures: Mapping[str, int] | None = None) -> None:
+        """All sources are at rest. figures: what is worth telling of how they came there, for the manifests."""
         for job in self.jobs:
+            job.figures = {"rounds": self.rounds, **(figures or {})}
             job.settle()
 
     def close(self) -> None:

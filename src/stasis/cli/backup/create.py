@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stasis.cli import output
 from stasis.cli.backup.options import add_repository, open_repository
 from stasis.cli.backup.selecting import tag_list
-from stasis.cli.options import add_command, percentage, size
+from stasis.cli.options import add_command, percentage, seconds, size
 from stasis.errors import UsageError
 from stasis.units import format_size
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["add"]
 
 STORAGE = "/var/tmp"
+LONGEST_FREEZE = 60.0
 
 
 def add(group: Groups) -> None:
@@ -37,8 +38,8 @@ stasis backup create disk.img --repo /srv/backup --dry-run
 stasis backup create - --name dump --repo /srv/backup
 """)
     command.add_argument("sources", metavar="SOURCE", nargs="+",
-                         help="served devices, image files, block devices, UUID:NAME for a device of a snapshot that "
-                              "exists, or - for standard input; all become one set")
+                         help="served and live devices, image files, block devices, UUID:NAME for a device of a "
+                              "snapshot that exists, or - for standard input; all become one set")
     add_repository(command)
     command.add_argument("--kind", choices=("auto", "full", "incremental", "differential"), default="auto",
                          help="full: everything; incremental: what changed since the last backup; differential: what "
@@ -49,6 +50,7 @@ stasis backup create - --name dump --repo /srv/backup
     command.add_argument("--tag", metavar="TAG[,TAG]", type=tag_list, action="extend", default=[],
                          help="tags; may be given several times")
     _add_snapshot(command)
+    _add_freeze(command)
     _add_reading(command)
 
 
@@ -60,6 +62,18 @@ def _add_snapshot(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pre-snapshot", metavar="COMMAND", help="run this in a shell before the snapshot")
     command.add_argument("--post-snapshot", metavar="COMMAND",
                          help="run this in a shell once the snapshot is taken, or has failed")
+
+
+def _add_freeze(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-freeze", metavar="TIME", type=seconds, default=0.2,
+                         help="how long the file systems of live devices may be frozen (200ms)")
+    command.add_argument("--on-busy", choices=("freeze", "throttle", "fail"), default="freeze",
+                         help="what to do where more is written than fits that: freeze for up to --busy-freeze "
+                              "(default), throttle the cgroups that write for the time of the copy, or fail")
+    command.add_argument("--busy-freeze", metavar="TIME", type=seconds, default=2.0,
+                         help="how long --on-busy freeze may freeze (2s)")
+    command.add_argument("--freeze-memory", metavar="SIZE", type=size, default=256 << 20,
+                         help="memory for what changes on live devices while they are copied (256M)")
 
 
 def _add_reading(command: argparse.ArgumentParser) -> None:
@@ -99,6 +113,9 @@ def create(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what makes no sense before anything is done."""
+    if not 0 < arguments.max_freeze <= LONGEST_FREEZE or not 0 < arguments.busy_freeze <= LONGEST_FREEZE:
+        raise UsageError("a freeze takes more than nothing, and at most a minute",
+                         hint="give --max-freeze and --busy-freeze a time such as 200ms")
     if arguments.limit_rate == 0:
         raise UsageError("--limit-rate 0 would never end", hint="leave it out to read as fast as possible")
     if arguments.base is not None and arguments.kind != "differential":
@@ -109,6 +126,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _open(arguments: argparse.Namespace) -> Repository:
     """The repository. Opening it is one long computation, during which the rest of the program is loaded."""
+    importlib.import_module("stasis.backup.repo")  # first: opening need not wait for all that the thread loads
+
     loading = threading.Thread(target=importlib.import_module, args=("stasis.daemon.backups",))
     loading.start()
     try:
@@ -121,6 +140,7 @@ def _job(arguments: argparse.Namespace) -> BackupJob:
     from stasis.backup.job import SampleOptions
     from stasis.daemon.backups import BackupJob
     from stasis.daemon.sources import SnapshotStorage
+    from stasis.live.options import LiveOptions
 
     sample = SampleOptions(share=arguments.self_check / 100, seed=arguments.self_check_seed)
     return BackupJob(
@@ -128,6 +148,8 @@ def _job(arguments: argparse.Namespace) -> BackupJob:
         tags=tuple(arguments.tag), storage=SnapshotStorage(arguments.storage, arguments.limit),
         before=arguments.pre_snapshot, after=arguments.post_snapshot, sample=sample,
         skip_unreadable=arguments.on_read_error == "skip", rate=arguments.limit_rate, wait=arguments.wait,
+        live=LiveOptions(max_freeze=arguments.max_freeze, busy_freeze=arguments.busy_freeze, on_busy=arguments.on_busy,
+                         memory=arguments.freeze_memory),
         run_dir=getattr(arguments, "run_dir", None), state_dir=getattr(arguments, "state_dir", None))
 
 
@@ -149,6 +171,8 @@ def _sentence(backup: Manifest) -> str:
             f"read {format_size(numbers['bytes_read'])}, stored {format_size(numbers['bytes_stored'])}")
     if numbers["bytes_compared"]:
         text += f", compared {format_size(numbers['bytes_compared'])}"
+    if "freeze_milliseconds" in numbers:
+        text += f", {backup.consistency} ({numbers['freeze_milliseconds']} ms)"
     return f"{text}\n          {backup.note}" if backup.note else text
 
 

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The live devices of a backup: from their names to sources that are brought to rest together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from stasis.backup.source import Mark, PointInTimeSource
+
+if TYPE_CHECKING:
+    from stasis.backup.job import CreateOptions
+    from stasis.backup.job.precopy import Precopy
+    from stasis.backup.progress import Progress
+    from stasis.backup.repo import Repository
+    from stasis.live.liveset import LiveSet
+    from stasis.live.options import LiveOptions
+    from stasis.live.source import LiveSource
+
+__all__ = ["LiveSources", "is_tracked"]
+
+T = TypeVar("T")
+APART = "back them up with a command of their own"
+
+
+def is_tracked(path: str, state: Path) -> bool:
+    """Whether a path is a block device that `stasis track start` was told to track."""
+    if not (state / "live").is_dir():
+        return False
+    try:
+        number = os.stat(path)
+    except OSError:
+        return False
+    if not stat.S_ISBLK(number.st_mode):
+        return False
+    from stasis.live.tracking import tracked
+
+    return any(_same(device.path, number.st_rdev) for device in tracked(state))
+
+
+def _same(path: str, rdev: int) -> bool:
+    try:
+        return os.stat(path).st_rdev == rdev
+    except OSError:
+        return False
+
+
+class LiveSources:
+    """The live devices of one run; a context manager."""
+
+    def __init__(self, wanted: Sequence[tuple[str, str]], state: Path, options: LiveOptions, *,
+                 skip_unreadable: bool) -> None:
+        """wanted: (name in the repository, path). Opens devices and tracking. Raises StasisError."""
+        from stasis.live.source import LiveSource
+        from stasis.live.stash import Budget
+        from stasis.live.tracker import Tracker
+
+        self._options = options
+        self._stack = contextlib.ExitStack()
+        self._group: LiveSet | None = None
+        self._precopy: Precopy | None = None
+        self.sources: dict[str, LiveSource] = {}
+        budget = Budget(options.memory)
+        with contextlib.ExitStack() as opening:
+            for name, path in wanted:
+                tracker = opening.enter_context(Tracker.open(path, state))
+                self.sources[name] = opening.enter_context(
+                    LiveSource(name, path, tracker, budget, skip_unreadable=skip_unreadable))
+                if not tracker.lost:
+                    mark = tracker.mark
+                    self.sources[name].mark = Mark(mark.generation, mark.number)
+            self._stack = opening.pop_all()
+
+    def __enter__(self) -> LiveSources:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def begin(self, repository: Repository, options: CreateOptions, progress: Progress) -> Precopy:
+        """Copy while everything goes on, until little is left. Raises BusyError, StasisError."""
+        from stasis.backup.job.precopy import Precopy
+        from stasis.live.liveset import LiveSet
+
+        group = self._group = self._stack.enter_context(LiveSet(list(self.sources.values()), self._options))
+        precopy = self._precopy = Precopy(list(self.sources.values()), repository, options, progress)
+        self._stack.callback(precopy.close)
+        if "://" not in repository.url and (below := group.stack.holds(repository.url)) is not None:
+            precopy.warnings.append(f"the repository lies on {below.target}, on a device that it holds the backup of: "
+                                    "it would be lost with it")
+        precopy.run(group, self._options.rounds)
+        group.converge()
+        return precopy
+
+    def refuse_writes(self, paths: Sequence[tuple[str, str]]) -> None:
+        """Raise BusyError if what a snapshot of served devices writes to, (what, path), would be frozen."""
+        assert self._group is not None
+        for what, path in paths:
+            self._group.refuse_writes_to(path, what, APART)
+
+    def take(self, inside: Callable[[], T]) -> T:
+        """Freeze, call `inside`, copy the rest, thaw. The sources are settled then. Raises BusyError, StasisError."""
+        assert self._group is not None
+        assert self._precopy is not None
+        result = self._group.take(inside)
+        report = self._group.report
+        self._precopy.warnings += report.warnings
+        figures = {"freeze_milliseconds": round(report.seconds * 1000), "freeze_attempts": report.attempts}
+        self._precopy.settle(figures)
+        return result
+
+    def planned(self) -> list[PointInTimeSource]:
+        """The sources as they are, to be asked what changed."""
+        return list(self.sources.values())
