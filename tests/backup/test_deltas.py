@@ -252,14 +252,6 @@ def test_a_parent_whose_delta_is_damaged_makes_a_full_backup(history: History) -
     assert (backup.kind, "cannot be built upon" in backup.note) == ("full", True)
 
 
-def test_a_missing_base_is_stored_anew(history: History, tmp_path: Path) -> None:
-    name = history.names(history.made[1][0])[3]
-    object_path(history.repository, name).unlink()
-    backup = history.back_up((3 * CHUNK, 9))
-    assert (backup.kind, is_delta(history.names(backup)[3])) == ("incremental", False)
-    assert restored(history.repository, backup, tmp_path / "image") == history.made[-1][1]
-
-
 def test_copies_to_another_repository_hold_the_same(history: History, tmp_path: Path) -> None:
     with Repository.init(str(tmp_path / "other"), secret=None, chunk_size=CHUNK) as other:
         list(copy(history.repository, [backup for backup, _ in history.made], other))

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,9 +130,7 @@ class DeviceJob:
         self._started = time.monotonic()
         try:
             self._check_parent()
-            self._check_sample()
-            self._open_resume()
-            self._store()
+            self._store_and_check()
         except DamagedError as error:
             before = self.bytes_to_read
             self._give_up_parent(error)
@@ -139,6 +139,23 @@ class DeviceJob:
             self._store()
         if disturbed := self.source.disturbed():
             self.warnings.append(disturbed)
+
+    def _store_and_check(self) -> None:
+        """The sample is read beside what is stored; if it differs, all is stored anew."""
+        given_up = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            sample = pool.submit(self._draw_sample, given_up)
+            try:
+                self._open_resume()
+                self._store()
+            except BaseException:
+                given_up.set()
+                raise
+        sample.result()
+        self._judge_sample()
+        if self.distrusted:
+            self._open_resume()
+            self._store()
 
     def _parent_id(self) -> str:
         return self.decision.parent.id[:8] if self.decision.parent is not None else ""
@@ -167,12 +184,16 @@ class DeviceJob:
                 raise self._repository.codec().missing(where)
 
     def _check_sample(self) -> None:
+        self._draw_sample(threading.Event())
+        self._judge_sample()
+
+    def _draw_sample(self, given_up: threading.Event) -> None:
         if self._parent is None or self.decision.changed is None:
             return
         seed = self.options.sample.seed if self.options.sample.seed is not None else secrets.randbelow(1 << 32)
         try:
             self._sample = check_sample(self.source, self._repository, self._parent, self.decision.changed,
-                                        self.options.sample, seed)
+                                        self.options.sample, seed, given_up)
         except OSError as error:
             if self.options.skip_unreadable:
                 self.warnings.append(f"what tracking calls unchanged was not checked: {self.source.path} could not be "
@@ -180,8 +201,9 @@ class DeviceJob:
                 return
             raise StasisError(f"{self.source.path} cannot be read: {error.strerror or error}", errno=error.errno or 0,
                               hint="--on-read-error skip stores zeroes for what cannot be read") from error
-        different = self._confirmed(self._sample.different)
-        if different:
+
+    def _judge_sample(self) -> None:
+        if different := self._confirmed(self._sample.different):
             self._distrust(different[0])
 
     def _confirmed(self, different: tuple[Extent, ...]) -> list[Extent]:

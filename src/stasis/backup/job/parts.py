@@ -82,7 +82,6 @@ class DeltaMaker:
 
     def __init__(self, repository: Repository, parent: Index, writer: ChunkWriter) -> None:
         self._parent, self._writer = parent, writer
-        self._repository = repository
         self._reader: ChunkReader = repository.chunk_reader()
         self._room = memoryview(bytearray(repository.chunk_size))
 
@@ -99,7 +98,7 @@ class DeltaMaker:
             delta = self._reader.delta(held).overlaid(extents, data, self._room)
         else:
             delta = make_delta(held, extents, data)
-        if len(delta.data) > _largest(self._parent, part.number) or not self._is_there(delta.base):
+        if len(delta.data) > _largest(self._parent, part.number):
             return None
         return self._writer.store_delta(delta), delta.base
 
@@ -108,7 +107,3 @@ class DeltaMaker:
         chunk[:] = bytes(length)
         apply_extents(extents, data, chunk)
         return self._writer.store(chunk)
-
-    def _is_there(self, base: bytes) -> bool:
-        """Where asking costs a round trip, `check` is left to find out."""
-        return not self._repository.store.cheap_lookup or self._repository.has_chunk(base)

@@ -8,6 +8,7 @@ blocks are compared with what the parent's chunk has at their place.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -45,11 +46,14 @@ class Sample:
 
 
 def check_sample(source: PointInTimeSource, repository: Repository, parent: Index, changed: Sequence[Extent],
-                 options: SampleOptions, seed: int) -> Sample:
-    """Compare a sample of what is not in `changed` with the parent. Raises OSError when the source cannot be read."""
+                 options: SampleOptions, seed: int, given_up: threading.Event) -> Sample:
+    """Compare a sample of what is not in `changed` with the parent. Raises OSError when the source cannot be read.
+
+    given_up: set from another thread when nobody wants the answer any more.
+    """
     if options.share <= 0:
         return Sample(0, seed)
-    checker = _Checker(source, repository, parent)
+    checker = _Checker(source, repository, parent, given_up)
     touched = touched_chunks(changed, parent.chunk_size)
     whole = chunk_extents(untouched_chunks(touched, parent.count), parent.chunk_size, parent.size)
     chunks = sample_blocks(whole, parent.chunk_size, options.share, options.minimum, seed)
@@ -66,9 +70,11 @@ def check_sample(source: PointInTimeSource, repository: Repository, parent: Inde
 class _Checker:
     """Reads the sample and compares it."""
 
-    def __init__(self, source: PointInTimeSource, repository: Repository, parent: Index) -> None:
+    def __init__(self, source: PointInTimeSource, repository: Repository, parent: Index,
+                 given_up: threading.Event) -> None:
         self._source, self._repository, self._parent = source, repository, parent
         self._fetcher = repository.chunk_reader()
+        self._given_up = given_up
 
     def compare_chunks(self, reader: SourceReader, chunks: Sequence[Extent]) -> list[Extent]:
         """Whole chunks, by name."""
@@ -77,6 +83,8 @@ class _Checker:
         different: list[Extent] = []
         with IoBuffer(longest * chunk_size) as room:
             for start in range(0, len(chunks), longest):
+                if self._given_up.is_set():
+                    break
                 portion = chunks[start : start + longest]
                 reader.read_into(portion, room.view)
                 position = 0
@@ -105,6 +113,8 @@ class _Checker:
         chunk_size = self._parent.chunk_size
         with IoBuffer(chunk_size) as held, IoBuffer(max(length for _, length in blocks)) as room:
             for offset, length in blocks:
+                if self._given_up.is_set():
+                    break
                 number, at = divmod(offset, chunk_size)
                 self._fetcher.fetch(self._parent.name(number), held.view[: self._parent.chunk_length(number)])
                 reader.read_into([(offset, length)], room.view)

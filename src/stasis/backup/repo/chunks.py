@@ -67,19 +67,17 @@ class ChunkWriter:
         """Store a chunk unless it is there. Raises StorageError and others of the store."""
         digest = self._namer.digest(data)
         name = self._namer.from_digest(digest, len(data))
-        if name == ZERO:
+        if name == ZERO or self._presence.has(name):
             return StoredChunk(name, 0)
         # Without a key it is the plain digest of the content, so that it is not computed twice.
         return self._store_object(Kind.CHUNK, name, data, None if self._codec.encrypted else digest)
 
     def store_delta(self, delta: Delta) -> StoredChunk:
-        """Store what makes a chunk of another one that is stored whole."""
+        """Store what makes a chunk of another one that is stored whole. That it is there already is too rare to ask."""
         content = delta_.encode(delta)
         return self._store_object(Kind.DELTA, self._namer.of_delta(content), content, None)
 
     def _store_object(self, kind: Kind, name: bytes, data: Buffer, digest: bytes | None) -> StoredChunk:
-        if self._presence.has(name):
-            return StoredChunk(name, 0)
         where = object_name(kind, name)
         parts = self._codec.seal_parts(kind, where, data, digest)
         new = self._store.stage(where, *parts)
