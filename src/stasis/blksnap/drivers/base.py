@@ -67,8 +67,8 @@ class Driver(ABC):
     """Name of the driver, as in `--driver`."""
     version: str
     """What the module is, for people."""
-    most_devices: int | None = None
-    """Devices that one snapshot can hold; None where there is no limit."""
+    has_events = True
+    """Whether `next_event` is worth calling."""
 
     def __init__(self, kernel: Kernel, control: str) -> None:
         self.kernel = kernel
@@ -123,8 +123,5 @@ class Driver(ABC):
         """The image of a device of a taken snapshot, as it is now."""
 
     def next_event(self, held: Held, timeout_ms: int) -> DriverEvent | None:
-        """The next event; None after about `timeout_ms`. From a thread of its own. NotFoundError once it is destroyed.
-
-        A module that has no events waits in vain.
-        """
+        """The next event, or None after about `timeout_ms`; in a thread of its own. NotFoundError once it is gone."""
         return None

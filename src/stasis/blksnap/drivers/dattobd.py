@@ -52,7 +52,7 @@ class DattoDriver(Driver):
     """The dattobd module. A device's notes: minor, cow (path), series, generation, number, marked."""
 
     name = "dattobd"
-    most_devices = 1
+    has_events = False
 
     def __init__(self, kernel: Kernel, control: str) -> None:
         super().__init__(kernel, control)
@@ -255,9 +255,10 @@ class DattoDriver(Driver):
         self._store(device, changes, True)
 
     def destroy(self, held: Held, devices: Sequence[Tracked]) -> None:
-        """See Driver. BusyError while somebody has the image open."""
+        """See Driver. BusyError while somebody has the image open; of a failed device nothing is left to let go of."""
         for device in devices:
-            if self._checked(device).state & dattobd.State.SNAPSHOT:
+            info = self._checked(device)
+            if info.state & dattobd.State.SNAPSHOT and not info.error:
                 self._track(device)
 
     def exists(self, held: Held) -> bool:
