@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import stat
 import struct
 from typing import TYPE_CHECKING
@@ -29,13 +30,14 @@ from stasis.process.images.schema.terminals import (
 
 if TYPE_CHECKING:
     from stasis.process.files.options import FileOptions
+    from stasis.process.images.imageset import ImageSet
 
-__all__ = ["Terminals"]
+__all__ = ["Terminals", "controlled", "put_in_front", "take_control"]
 
 PTMX = os.makedev(5, 2)
 SLAVE_MAJORS = range(136, 144)  # Documentation/admin-guide/devices.txt
 # include/uapi/asm-generic/ioctls.h
-FIONREAD, TIOCGWINSZ, TIOCSWINSZ, TIOCPKT, TIOCEXCL = 0x541B, 0x5413, 0x5414, 0x5420, 0x540C
+FIONREAD, TIOCGWINSZ, TIOCSWINSZ, TIOCPKT, TIOCEXCL, TIOCSCTTY = 0x541B, 0x5413, 0x5414, 0x5420, 0x540C, 0x540E
 TCGETS2, TCSETS2 = IOR("T", 0x2A, 44), IOW("T", 0x2B, 44)
 TIOCGPTN, TIOCSPTLCK = IOR("T", 0x30, 4), IOW("T", 0x31, 4)
 TIOCGPTLCK, TIOCGPKT, TIOCGEXCL = IOR("T", 0x39, 4), IOR("T", 0x38, 4), IOR("T", 0x40, 4)
@@ -51,7 +53,8 @@ class Terminals(FileKind):
 
     def __init__(self, options: FileOptions) -> None:
         super().__init__(options)
-        self._described: set[int] = set()
+        self._described: dict[int, TtyInfoEntry] = {}
+        self._pairs: set[int] = set()
 
     def claims(self, descriptor: Descriptor) -> bool:
         device = descriptor.status.st_rdev
@@ -62,10 +65,9 @@ class Terminals(FileKind):
         found = [descriptor for descriptor in looking.descriptors if self.claims(descriptor)]
         masters = {_index(one) for one in found if _is_master(one)}
         slaves = {_index(one) for one in found if not _is_master(one)}
-        controlling = {procfs.stat(pid).tty_nr for pid in {one.pid for one in found}}
         for one in found:
             if _index(one) in masters:
-                self._check_pair(one, controlling, looking)
+                self._check_pair(one, looking)
             elif len(slaves) > 1:
                 reason = "it is one of several terminals whose other ends are outside the tree"
                 looking.findings.add(one.pid, one.where, reason)
@@ -73,10 +75,7 @@ class Terminals(FileKind):
                 reason = "the other end of the terminal is outside the tree"
                 looking.findings.add(one.pid, one.where, reason, "--shell-job")
 
-    def _check_pair(self, one: Descriptor, controlling: set[int], looking: Looking) -> None:
-        if not _is_master(one) and _encoded(one.status.st_rdev) in controlling:
-            reason = "it is the controlling terminal of a session of the tree, which is not supported yet"
-            looking.findings.add(one.pid, one.where, reason)
+    def _check_pair(self, one: Descriptor, looking: Looking) -> None:
         fd = duplicate(one)
         try:
             if _get(fd, FIONREAD):
@@ -88,12 +87,25 @@ class Terminals(FileKind):
         index = _index(descriptor)
         info = index + 1
         if info not in self._described:
-            self._described.add(info)
-            saving.out.write("tty-info", _describe(fd, info, index, descriptor))
+            self._described[info] = _describe(fd, info, index, descriptor)
+        if _is_master(descriptor):
+            self._pairs.add(info)
         device = "/dev/ptmx" if _is_master(descriptor) else f"/dev/pts/{index}"
         entry = TtyFileEntry(id=number, tty_info_id=info, flags=descriptor.flags, fown=owner(fd),
                              regf_id=_device_file(device, descriptor, saving))  # fmt: skip
         return FileEntry(type=FdTypes.TTY, id=number, tty=entry)
+
+    def finish(self, saving: Saving) -> None:
+        """All processes were here: which session each terminal controls, and which of its groups is in front."""
+        stats = [procfs.stat(pid) for pid in saving.descriptors]
+        for info in self._described.values():
+            assert info.pty is not None
+            device = _encoded(os.makedev(SLAVE_MAJORS[0] + info.pty.index // 256, info.pty.index % 256))
+            of_terminal = [stat for stat in stats if stat.tty_nr == device]
+            is_ours = info.id in self._pairs
+            if is_ours and of_terminal and any(stat.pid == of_terminal[0].session for stat in stats):
+                info.sid, info.pgrp = of_terminal[0].session, max(of_terminal[0].tpgid, 0)
+            saving.out.write("tty-info", info)
 
     def restore(self, entry: FileEntry, opened: Opened) -> int:
         found: TtyFileEntry = self.message_of(entry)
@@ -120,6 +132,32 @@ class Terminals(FileKind):
 
     def done(self, opened: Opened) -> None:
         opened.state.pop(Terminals, None)
+
+
+def controlled(images: ImageSet) -> dict[int, tuple[str, int]]:
+    """By session of the tree: the path of the terminal that controls it, and the process group in front, or 0."""
+    found = [info for info in images.messages("tty-info") if info.pty is not None and info.sid]
+    return {info.sid: (f"/dev/pts/{info.pty.index}", info.pgrp) for info in found}
+
+
+def take_control(path: str) -> None:
+    """Make a terminal that of the session that this process leads. Processes inherit it at birth only."""
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, TIOCSCTTY, 0)
+    finally:
+        os.close(fd)
+
+
+def put_in_front(path: str, pgid: int) -> None:
+    """Make a process group the one in front of the terminal of this session."""
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+    try:
+        os.tcsetpgrp(fd, pgid)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(fd)
 
 
 def _is_master(descriptor: Descriptor) -> bool:

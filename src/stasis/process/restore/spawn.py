@@ -289,6 +289,7 @@ def _make_children(plan: TaskPlan, maker: _Maker) -> None:
             maker.child(child)
     if mine != born_in:
         os.setsid()
+        _take_terminal(plan.pid, maker.crew, first=True)
     elif plan.entry.pgid == plan.pid:
         os.setpgid(0, 0)
     for child in plan.children:
@@ -300,6 +301,20 @@ def _make_children(plan: TaskPlan, maker: _Maker) -> None:
         maker.helper_of(sid, children)
     if _is_first_of_dead_group(plan, maker.crew):
         maker.helper_for_group(plan)
+
+
+def _take_terminal(sid: int, crew: _Crew, *, first: bool) -> None:
+    """In the leader of a session: take its terminal before others are born who inherit it; when all groups are there,
+    put the right one in front."""
+    if not crew.files.images.has("tty-info"):
+        return
+    from stasis.process.files.terminals import controlled, put_in_front, take_control
+
+    path, pgid = controlled(crew.files.images).get(sid, ("", 0))
+    if path and first:
+        take_control(path)
+    elif path and pgid and os.getsid(0) == os.getpid():
+        put_in_front(path, pgid)
 
 
 def _is_first_of_dead_group(plan: TaskPlan, crew: _Crew) -> bool:
@@ -328,6 +343,7 @@ def _prepare(plan: TaskPlan, crew: _Crew) -> dict[str, Any]:
     assert plan.ids is not None
     assert plan.mm is not None
     files, report = crew.files, crew.sock.fileno()
+    _take_terminal(plan.pid, crew, first=False)
     os.umask(plan.fs.umask or 0)
     os.chdir(files.map_path(files.file_name(plan.fs.cwd_id)))
     mapped = _open_mapped(plan, files)
