@@ -103,7 +103,7 @@ def test_tmux(tmp_path: Path) -> None:
 
 def _answered(answer: str, screen: str) -> bool:
     """Whether the answer and the next prompt are there: nothing more is on its way."""
-    return f"\n{answer}\n" in screen and screen.rstrip().endswith("$")
+    return f"\n{answer}\n" in screen and screen.rstrip().endswith(("$", "#"))
 
 
 class Tmux(Program):
