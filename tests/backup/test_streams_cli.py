@@ -52,6 +52,26 @@ def test_a_pipe_carries_a_backup_with_json_lines_on_both_sides(stasis: Stasis, s
         assert content_of(repository, repository.resolve(summary["id"])) == DATA
 
 
+def test_latest_is_that_of_the_device_that_is_named(stasis: Stasis, short_dir: Path, backup: Manifest) -> None:
+    other = bytes(reversed(DATA))
+    with Repository.open(f"{short_dir}/a", Secrets.none()) as repository:
+        backup_of(repository, other, device="other")
+    for device, content in (("disk", DATA), ("other", other)):
+        sender = ["latest", "--device", device, "--repo", f"{short_dir}/a"]
+        assert piped(stasis, sender, ["--output", f"{short_dir}/{device}.img"])[:2] == (0, 0)
+        stasis("backup", "restore", *sender, f"{short_dir}/{device}-restored.img")
+        stasis("backup", "restore", f"{sender[0]}", f"{short_dir}/{device}-before.img", *sender[1:])
+        for name in (device, f"{device}-restored", f"{device}-before"):
+            assert (short_dir / f"{name}.img").read_bytes() == content
+
+
+def test_two_targets_are_too_many(stasis: Stasis, short_dir: Path, backup: Manifest) -> None:
+    result = stasis.run("backup", "restore", "latest", f"{short_dir}/x.img", "--repo", f"{short_dir}/a",
+                        f"{short_dir}/y.img")
+    assert (result.returncode, "y.img" in result.stderr) == (ExitCode.USAGE, True)
+    assert not (short_dir / "x.img").exists()
+
+
 def test_a_stream_of_what_changed_finds_its_base_by_the_id_of_the_sender(stasis: Stasis, short_dir: Path,
                                                                          backup: Manifest) -> None:
     changed = DATA[:-3] + b"END"

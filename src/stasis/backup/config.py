@@ -139,6 +139,14 @@ def _repository(name: str, table: _Table) -> RepositoryEntry:
     return entry
 
 
+def _tags(table: _Table) -> tuple[str, ...]:
+    tags = table.texts("tags")
+    for tag in tags:
+        if not tag.strip() or "," in tag or not tag.isprintable():
+            table.wrong(f"has {tag!r} for a tag", "a tag has no comma, and only characters that can be seen")
+    return tags
+
+
 def _set(name: str, table: _Table, repositories: Mapping[str, RepositoryEntry]) -> BackupSet:
     wanted = table.text("repository", required=True)
     if wanted not in repositories:
@@ -149,7 +157,7 @@ def _set(name: str, table: _Table, repositories: Mapping[str, RepositoryEntry]) 
     keep = table.table("keep")
     made = BackupSet(
         name=name, sources=sources, repository=repositories[wanted], kind=table.choice("kind", KINDS),
-        tags=table.texts("tags"), schedule=table.text("schedule"), device=table.text("name"), host=table.text("host"),
+        tags=_tags(table), schedule=table.text("schedule"), device=table.text("name"), host=table.text("host"),
         storage=table.text("storage"), limit=table.size("limit"), pre_snapshot=table.text("pre-snapshot"),
         post_snapshot=table.text("post-snapshot"), self_check=table.share("self-check"),
         skip_unreadable=table.choice("on-read-error", ("fail", "skip")) == "skip", rate=table.size("limit-rate"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from stasis.errors import UsageError
 from stasis.units import parse_seconds, parse_size
@@ -25,6 +25,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but a word that may be left out may stand behind options, too: argparse takes it as left
+        out as soon as it meets one (python/cpython issue 59317)."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        for action in self._get_positional_actions():
+            is_free = action.nargs == "?" and action.choices is None and action.type is None
+            if is_free and rest and not rest[0].startswith("-") and getattr(parsed, action.dest) == action.default:
+                setattr(parsed, action.dest, rest.pop(0))
+        return parsed, rest
 
 
 if TYPE_CHECKING:

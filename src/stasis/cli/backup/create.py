@@ -7,12 +7,11 @@ import argparse
 import importlib
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from stasis.cli import output
 from stasis.cli.backup.options import add_repository, open_repository
-from stasis.cli.backup.selecting import tag_list
+from stasis.cli.backup.selecting import describe, tag_list
 from stasis.cli.options import add_command, percentage, seconds, size
 from stasis.errors import UsageError
 from stasis.units import format_size
@@ -72,8 +71,9 @@ def _add_freeze(command: argparse.ArgumentParser) -> None:
                               "(default), throttle the cgroups that write for the time of the copy, or fail")
     command.add_argument("--busy-freeze", metavar="TIME", type=seconds, default=2.0,
                          help="how long --on-busy freeze may freeze (2s)")
-    command.add_argument("--freeze-memory", metavar="SIZE", type=size, default=256 << 20,
-                         help="memory for what changes on live devices while they are copied (256M)")
+    command.add_argument("--freeze-memory", metavar="SIZE", type=size,
+                         help="memory for what changes on live devices while they are copied (a quarter of what is "
+                              "available)")
 
 
 def _add_reading(command: argparse.ArgumentParser) -> None:
@@ -149,16 +149,13 @@ def _job(arguments: argparse.Namespace) -> BackupJob:
         before=arguments.pre_snapshot, after=arguments.post_snapshot, sample=sample,
         skip_unreadable=arguments.on_read_error == "skip", rate=arguments.limit_rate, wait=arguments.wait,
         live=LiveOptions(max_freeze=arguments.max_freeze, busy_freeze=arguments.busy_freeze, on_busy=arguments.on_busy,
-                         memory=arguments.freeze_memory),
+                         **({} if arguments.freeze_memory is None else {"memory": arguments.freeze_memory})),
         run_dir=getattr(arguments, "run_dir", None), state_dir=getattr(arguments, "state_dir", None))
 
 
 def _fields(result: CreateResult) -> dict[str, Any]:
-    """The summary line: the manifests without their lists of segments, which concern nobody."""
-    backups = []
-    for backup in result.backups:
-        fields = {name: value for name, value in asdict(backup).items() if name != "segments"}
-        backups.append({**fields, "set": fields["set_id"]})
+    """The summary line."""
+    backups = [describe(backup) for backup in result.backups]
     return {"set": result.set_id, "backups": backups, "warnings": list(result.warnings),
             "exit_code": int(result.exit_code)}
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stasis.cli import output
 from stasis.cli.backup import forget
-from stasis.cli.backup.options import add_repository, ask, open_repository
+from stasis.cli.backup.options import add_latest, add_repository, ask, open_repository
 from stasis.cli.backup.reporting import report
-from stasis.cli.backup.selecting import add_selection, selection_of, tag_list
+from stasis.cli.backup.selecting import add_selection, describe, selection_of, tag_list
 from stasis.cli.options import add_command
 from stasis.errors import DamagedError, UsageError
 from stasis.units import format_size
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stasis.backup.repo import Manifest, Repository, Secrets
     from stasis.cli.options import Groups
 
-__all__ = ["add", "describe"]
+__all__ = ["add"]
 
 SHORT_ID = 12
 
@@ -36,8 +36,7 @@ stasis backup list --repo /srv/backup --host web1 --device vda --json""")
     add_repository(command)
     command = add_command(group, "show", show, "Show all about one backup.", "stasis backup show latest --device vda")
     command.add_argument("id", metavar="ID", help="the backup, the start of its id, or latest")
-    command.add_argument("--host", help="with latest: of this host")
-    command.add_argument("--device", help="with latest: of this device")
+    add_latest(command)
     add_repository(command)
     forget.add(group)
     _add_tag(group)
@@ -68,18 +67,6 @@ stasis backup copy --host web1 --to /mnt/usb/backup""")
                          help="wait this long for a prune to end (0)")
     add_selection(command)
     add_repository(command)
-
-
-def describe(backup: Manifest) -> dict[str, Any]:
-    """A backup for JSON."""
-    return {
-        "id": backup.id, "set": backup.set_id, "host": backup.host, "device": backup.device, "size": backup.size,
-        "time": backup.time, "kind": backup.kind, "parent": backup.parent, "tags": list(backup.tags),
-        "path": backup.path, "source": backup.source_kind, "identity": backup.device_identity,
-        "generation": backup.generation, "change_number": backup.change_number, "chunk_size": backup.chunk_size,
-        "consistency": backup.consistency, "note": backup.note, "tool": backup.tool,
-        "statistics": dict(backup.statistics),
-    }
 
 
 def list_backups(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from stasis.errors import UsageError
 if TYPE_CHECKING:
     from stasis.backup.repo import Repository, Secrets
 
-__all__ = ["add_repository", "open_repository", "repository_url", "secrets_of"]
+__all__ = ["add_latest", "add_repository", "open_repository", "repository_url", "secrets_of"]
 
 
 def add_repository(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +50,12 @@ def ask(text: str) -> str:
     import getpass
 
     return getpass.getpass(text)
+
+
+def add_latest(parser: argparse.ArgumentParser) -> None:
+    """--host and --device, for what `latest` means."""
+    parser.add_argument("--host", metavar="NAME", help="of which host latest is meant")
+    parser.add_argument("--device", metavar="NAME", help="of which device latest is meant")
 
 
 def open_repository(arguments: argparse.Namespace, *, read_only: bool = False) -> Repository:

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stasis.cli.backup.options import add_repository, open_repository
+from stasis.cli.backup.options import add_latest, add_repository, open_repository
 from stasis.cli.backup.reporting import report
 from stasis.cli.backup.selecting import tag_list
 from stasis.cli.options import add_command
@@ -34,6 +34,7 @@ stasis backup export latest images --chain
 """)
     command.add_argument("ids", metavar="ID", nargs="+",
                          help="the backup; with --chain it may be several, oldest first")
+    add_latest(command)
     command.add_argument("target", metavar="TARGET", type=Path,
                          help="the file to write; with --chain the directory of a file per backup")
     command.add_argument("--chain", action="store_true",
@@ -69,7 +70,7 @@ def export(arguments: argparse.Namespace) -> None:
 def _export(repository: Repository, arguments: argparse.Namespace, progress: Progress) -> list[ExportedFile]:
     from stasis.backup.streams.qcow_export import ancestry, export_chain, export_whole
 
-    backups = [repository.resolve(text) for text in arguments.ids]
+    backups = [repository.resolve(text, host=arguments.host, device=arguments.device) for text in arguments.ids]
     if not arguments.chain:
         return [export_whole(repository, backups[0], arguments.target, progress)]
     if len(backups) == 1:

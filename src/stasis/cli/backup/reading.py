@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stasis.cli.backup.options import add_repository
+from stasis.cli.backup.options import add_latest, add_repository
 from stasis.cli.options import size
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ __all__ = ["add_reading", "wanted"]
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """--host, --device, --cache and the repository."""
-    parser.add_argument("--host", metavar="NAME", help="the host whose latest backup is meant")
-    parser.add_argument("--device", metavar="NAME", help="the device whose latest backup is meant")
+    add_latest(parser)
     parser.add_argument("--cache", metavar="SIZE", type=size, default=64 << 20,
                         help="memory for chunks that were read or are read ahead (default 64M)")
     add_repository(parser)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from stasis.cli.backup.options import add_repository, open_repository
+from stasis.cli.backup.options import add_latest, add_repository, open_repository
 from stasis.cli.backup.reporting import Reporter, report
 from stasis.cli.options import add_command, percentage, size
 from stasis.errors import StasisError, UsageError, VerifyError
@@ -86,8 +86,7 @@ stasis backup verify 9f2c --live /dev/sdb --read-data
 def _add_backup(command: Parser) -> None:
     command.add_argument("id", metavar="ID", help="the backup: its id, the beginning of it, or latest")
     add_repository(command)
-    command.add_argument("--host", metavar="NAME", help="of which host latest is meant")
-    command.add_argument("--device", metavar="NAME", help="of which device latest is meant")
+    add_latest(command)
 
 
 @contextlib.contextmanager

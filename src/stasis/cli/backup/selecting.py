@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stasis.errors import UsageError
 
 if TYPE_CHECKING:
     from stasis.backup.keep.forget import Selection
+    from stasis.backup.repo import Manifest
 
-__all__ = ["add_selection", "selection_of", "tag_list"]
+__all__ = ["add_selection", "describe", "selection_of", "tag_list"]
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,18 @@ def selection_of(arguments: argparse.Namespace) -> Selection:
     from stasis.backup.keep.forget import Selection
 
     return Selection(arguments.host, arguments.device, arguments.set, frozenset(arguments.tag))
+
+
+def describe(backup: Manifest) -> dict[str, Any]:
+    """A backup for JSON."""
+    return {
+        "id": backup.id, "set": backup.set_id, "host": backup.host, "device": backup.device, "size": backup.size,
+        "time": backup.time, "kind": backup.kind, "parent": backup.parent, "tags": list(backup.tags),
+        "path": backup.path, "source": backup.source_kind, "identity": backup.device_identity,
+        "generation": backup.generation, "change_number": backup.change_number, "chunk_size": backup.chunk_size,
+        "consistency": backup.consistency, "note": backup.note, "tool": backup.tool,
+        "statistics": dict(backup.statistics),
+    }
 
 
 def tag_list(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stasis.cli import output
 from stasis.cli.backup import mount
-from stasis.cli.backup.options import add_repository, open_repository
+from stasis.cli.backup.options import add_latest, add_repository, open_repository
 from stasis.cli.backup.reading import add_reading, wanted
 from stasis.cli.options import add_command, add_tls, size
 from stasis.errors import StasisError, UsageError
@@ -66,8 +66,7 @@ stasis backup diff 1f3a 77b0 --offset 10G --limit 1000 --json
     command.add_argument("--limit", metavar="N", type=int, help="print at most so many extents")
     command.add_argument("--exact", action="store_true",
                          help="compare what chunks contain, 4 KiB at a time (without: whole chunks are told)")
-    command.add_argument("--host", metavar="NAME", help="the host whose latest backup is meant")
-    command.add_argument("--device", metavar="NAME", help="the device whose latest backup is meant")
+    add_latest(command)
     add_repository(command)
 
 

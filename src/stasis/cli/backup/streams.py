@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stasis.cli.backup import qcow
-from stasis.cli.backup.options import add_repository, open_repository
+from stasis.cli.backup.options import add_latest, add_repository, open_repository
 from stasis.cli.backup.reporting import Reporter, report
 from stasis.cli.options import add_command
 from stasis.errors import StasisError, UsageError
@@ -26,10 +26,11 @@ __all__ = ["add"]
 def add(group: Groups) -> None:
     """Add the commands."""
     command = add_command(group, "send", send, "Write a backup to standard output, for `stasis backup receive`.", """
-stasis backup send latest | ssh host stasis backup receive --repo /srv/backups
+stasis backup send latest --device disk | ssh host stasis backup receive --repo /srv/backups
 stasis backup send 9f2c --from 41d7 > monday-to-tuesday.stream
 """)
     command.add_argument("id", metavar="ID", help="the backup: its id, the beginning of it, or latest")
+    add_latest(command)
     command.add_argument("--from", dest="base", metavar="ID",
                          help="send only what differs from this earlier backup, which the receiver must have")
     add_repository(command)
@@ -52,8 +53,9 @@ def send(arguments: argparse.Namespace) -> None:
         from stasis.backup.streams.newfile import failure
         from stasis.backup.streams.send import send as send_backup
 
-        backup = repository.resolve(arguments.id)
-        base = None if arguments.base is None else repository.resolve(arguments.base)
+        of = {"host": arguments.host, "device": arguments.device}
+        backup = repository.resolve(arguments.id, **of)
+        base = None if arguments.base is None else repository.resolve(arguments.base, **of)
         try:
             with open(1, "wb", closefd=False) as sink:
                 result = send_backup(repository, backup, base, sink, reporter.progress)
