@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stasis.cli import output
 from stasis.cli.options import add_command, add_group, byte_range, connect
-from stasis.errors import PermissionDeniedError, StasisError
+from stasis.errors import PermissionDeniedError, StasisError, UsageError
 
 if TYPE_CHECKING:
     from stasis.cli.options import Groups
@@ -45,10 +46,32 @@ stasis map changed disk.img --since 3 --held --json
     command.add_argument("ranges", metavar="OFFSET:LENGTH", nargs="+", type=byte_range, help="the ranges, with K, M, G")
 
 
+def _tracked_in(arguments: argparse.Namespace) -> Path | None:
+    """The state directory if the device is a live one, which is asked without the daemon; None for a served one."""
+    from stasis.daemon import paths
+    from stasis.live import maps
+
+    state = paths.resolve(getattr(arguments, "run_dir", None), getattr(arguments, "state_dir", None)).state
+    if not maps.is_tracked(arguments.device, state):
+        return None
+    if getattr(arguments, "held", False):
+        raise UsageError(f"{arguments.device} is a live device: no snapshot holds its map", hint="leave out --held")
+    return state
+
+
 def info(arguments: argparse.Namespace) -> None:
     """stasis map info"""
-    with connect(arguments) as client:
-        shown = client.map_info(arguments.device)
+    state = _tracked_in(arguments)
+    if state is None:
+        with connect(arguments) as client:
+            shown = client.map_info(arguments.device)
+    else:
+        from stasis.daemon.model import MapInfo
+        from stasis.live import maps
+
+        figures = maps.info(arguments.device, state).as_dict()
+        del figures["broken"]  # what is wrong stands in `assumed`
+        shown = MapInfo(**figures)
     if arguments.json:
         output.print_json(shown)
         return
@@ -67,8 +90,14 @@ def info(arguments: argparse.Namespace) -> None:
 
 def read(arguments: argparse.Namespace) -> None:
     """stasis map read"""
-    with connect(arguments) as client:
-        data = client.read_map(arguments.device, held=arguments.held)
+    state = _tracked_in(arguments)
+    if state is None:
+        with connect(arguments) as client:
+            data = client.read_map(arguments.device, held=arguments.held)
+    else:
+        from stasis.live import maps
+
+        data = maps.read(arguments.device, state)
     try:
         with open(arguments.output, "wb") as file:
             file.write(data)
@@ -82,18 +111,31 @@ def read(arguments: argparse.Namespace) -> None:
 
 def changed(arguments: argparse.Namespace) -> None:
     """stasis map changed"""
-    with connect(arguments) as client:
-        extents = client.changed_extents(arguments.device, arguments.since, held=arguments.held,
-                                         generation=arguments.generation)
-    if arguments.json:
-        output.print_json(extents)
+    state = _tracked_in(arguments)
+    if state is None:
+        with connect(arguments) as client:
+            found = client.changed_extents(arguments.device, arguments.since, held=arguments.held,
+                                           generation=arguments.generation)
+        extents = [(extent.offset, extent.length) for extent in found]
     else:
-        output.print_table(["OFFSET", "LENGTH"], [[extent.offset, extent.length] for extent in extents])
+        from stasis.live import maps
+
+        extents = maps.changed(arguments.device, state, arguments.since, arguments.generation)
+    if arguments.json:
+        output.print_json([{"offset": offset, "length": length} for offset, length in extents])
+    else:
+        output.print_table(["OFFSET", "LENGTH"], extents)
 
 
 def mark(arguments: argparse.Namespace) -> None:
     """stasis map mark"""
-    with connect(arguments) as client:
-        client.mark(arguments.device, arguments.ranges)
+    state = _tracked_in(arguments)
+    if state is None:
+        with connect(arguments) as client:
+            client.mark(arguments.device, arguments.ranges)
+    else:
+        from stasis.live import maps
+
+        maps.mark(arguments.device, state, arguments.ranges)
     if arguments.json:
         output.print_json({"ranges": len(arguments.ranges)})

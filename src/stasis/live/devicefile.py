@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ class Record:
 def root(state: Path) -> Path:
     """Where the tracked devices of a state directory are."""
     return state / "live"
+
+
+def early_directory(state: Path) -> Path:
+    """Where the early step of a boot leaves its notes, before the state directory can be written."""
+    return Path("/run/stasis-live") / f"{zlib.crc32(os.fsencode(state)):08x}"
 
 
 def names(state: Path) -> list[str]:
@@ -102,12 +108,44 @@ class DeviceFile:
             os.fsync(fd)
         os.replace(temporary, self.directory / "device.json")
 
-    def lock(self, *, wait: bool = False) -> int:
+    @property
+    def early(self) -> Path:
+        """What the early step of a boot noted, gone at the next boot."""
+        return early_directory(self.directory.parent.parent) / f"{self.name}.json"
+
+    def read_early(self) -> tuple[Record, dict[str, Any]] | None:
+        """The record and the sight that the early step noted, if it ran on this boot."""
+        try:
+            fields = json.loads(self.early.read_text())
+            record = Record(**{**fields["record"], "identity": Identity(**fields["record"]["identity"])})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return (record, fields["sight"]) if record.this_boot else None
+
+    def write_saved(self, mark: str) -> None:
+        """Note the mark of the file system beside the map that is saved, durably."""
+        with open(self.directory / "saved", "w") as file:
+            file.write(mark)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_saved(self) -> str:
+        """The mark that was noted; empty if the map was not saved."""
+        try:
+            return (self.directory / "saved").read_text()
+        except OSError:
+            return ""
+
+    def forget_saved(self) -> None:
+        """The saved map is in use again."""
+        (self.directory / "saved").unlink(missing_ok=True)
+
+    def lock(self) -> int:
         """Nobody else switches or reads this device's bitmaps as long as the descriptor is open. BusyError."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(fd)
             raise BusyError(f"the tracking of {self.name} is in use by another command",
@@ -116,6 +154,7 @@ class DeviceFile:
 
     def remove(self) -> None:
         """Forget the device."""
-        for name in ("device.json", "device.new", "map", "map.new", "lock"):
+        for name in ("device.json", "device.new", "map", "map.new", "saved", "lock"):
             (self.directory / name).unlink(missing_ok=True)
+        self.early.unlink(missing_ok=True)
         self.directory.rmdir()

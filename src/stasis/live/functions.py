@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions that all BPF programs of tracking share, as bytecode.
 
-`record` looks for a disk in the table, `mark` goes through the words of a range, `word` sets bits, `spoil` says that the
-bitmaps of a disk cannot be trusted. They are global functions: the verifier looks at each once, not at each call.
+`record` looks for a disk in the table, `mark` goes through the words of a range, `word` sets bits, `spoil` says that
+the bitmaps of a disk cannot be trusted. They are global functions: the verifier looks at each once, not at each call.
 """
 
 from __future__ import annotations

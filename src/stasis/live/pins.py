@@ -13,15 +13,15 @@ import os
 import resource
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stasis.errors import PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import bpf, btf, libc, mounts
 from stasis.live import kerneltypes, layout, programs
-from stasis.live.layout import SLOTS, Slot, slot_offset
+from stasis.live.layout import SLOTS, Lost, Slot, slot_offset
 
-__all__ = ["Hooks", "directory_of", "locked"]
+__all__ = ["Hooks", "directory_of", "locked", "remove", "try_loading"]
 
 BPFFS = "/sys/fs/bpf"
 OUR_MOUNT = "stasis"
@@ -131,12 +131,21 @@ class Hooks:
 
     # -- what is there ----------------------------------------------------------------------------
 
-    def missing(self) -> str:
-        """The first program that is not attached any more; empty if all are."""
-        for name in programs.PROGRAMS:
+    def missing(self, bio_based: bool) -> str:
+        """The first program that is not attached any more, for a disk that takes bios or not; empty if all are."""
+        for name in programs.PROGRAMS if bio_based else programs.COMPLETIONS:
             if not (self.directory / f"link_{name}").exists() or not (self.directory / f"program_{name}").exists():
                 return name
         return ""
+
+    def attach(self, names: Sequence[str]) -> None:
+        """Run the programs for disks that take bios from now on, if they do not; under the lock."""
+        gone = [name for name in names if not (self.directory / f"link_{name}").exists()]
+        for name in gone:
+            _attach(self.directory, name)
+        for index in self.used_slots() if gone else []:
+            if self.field(index, Slot.BIO_BASED):  # they were detached while this one was tracked
+                self.set_field(index, Slot.LOST, self.field(index, Slot.LOST) | Lost.DETACHED)
 
     def program(self, name: str) -> bpf.ProgramInfo:
         """What the kernel counts of a program. FileNotFoundError if it is gone."""
@@ -169,6 +178,9 @@ class Hooks:
         if not free:
             raise UnsupportedError(f"{name} cannot be tracked, {SLOTS} devices are",
                                    hint="stop one with stasis track stop")
+        if bio_based:
+            # Their ends first: a write that is noted at its beginning is then seen at its end.
+            self.attach(programs.NOTING)
         index = free[0]
         elements = layout.bitmap_elements((end - start + (1 << shift) - 1) >> shift)
         fd = bpf.create_map(bpf.MAP_TYPE_ARRAY, 4, layout.ELEMENT_SIZE, 2 * elements,
@@ -224,6 +236,11 @@ class Hooks:
         return [(value[0], value[1]) for key, value in pairs if key[1] == device]
 
 
+def try_loading() -> None:
+    """See whether the kernel takes the programs; nothing stays. Under the lock. The errors of `Hooks.load`."""
+    Hooks.load(Path(BPFFS) / f"stasis-try-{os.getpid()}").unload()
+
+
 def remove(directory: Path) -> None:
     """Unpin everything in a directory of pins; the bpf file system goes too if it was mounted for us."""
     with contextlib.suppress(FileNotFoundError):
@@ -246,16 +263,23 @@ def _load(directory: Path) -> None:
         description, type_ids = btf.write_functions(programs.FUNCTIONS)
         described = bpf.load_btf(description)
         files.callback(os.close, described)
-        # Completions first: a write that is seen at its beginning is then seen at its end.
-        for name in sorted(programs.PROGRAMS, key=lambda name: name in ("queue", "remap")):
+        for name in programs.PROGRAMS:
             source = programs.assemble(name, kernel, maps, type_ids)
             target = kernel.events[programs.PROGRAMS[name]].target
             program = bpf.load_program(source.code, f"stasis_{name}", target, described, source.functions)
             files.callback(os.close, program)
             bpf.pin(program, str(directory / f"program_{name}"))
-            link = bpf.attach_raw(program)
-            files.callback(os.close, link)
-            bpf.pin(link, str(directory / f"link_{name}"))
+    for name in programs.COMPLETIONS:
+        _attach(directory, name)
+
+
+def _attach(directory: Path, name: str) -> None:
+    with contextlib.ExitStack() as files:
+        program = bpf.open_pinned(str(directory / f"program_{name}"))
+        files.callback(os.close, program)
+        link = bpf.attach_raw(program)
+        files.callback(os.close, link)
+        bpf.pin(link, str(directory / f"link_{name}"))
 
 
 def _maps() -> Iterator[tuple[str, int]]:

@@ -146,7 +146,7 @@ class Tracker:
             return "the machine was restarted, and tracking was not taken up"
         if self._hooks is None:
             return "its programs were removed from the kernel"
-        missing = self._hooks.missing()
+        missing = self._hooks.missing(self._record.bio_based)
         if missing:
             return f"the program {missing} was detached"
         flags = Lost(self._hooks.field(self._record.slot, Slot.LOST))
@@ -224,6 +224,12 @@ class Tracker:
         self._clear(which)
         return extents
 
+    def _begin(self) -> None:
+        """A map that was saved for a reboot is in use again."""
+        if self._changes.is_clean:
+            self._changes.begin(self._changes.assumed, map_identity(self._record))
+            self._files.forget_saved()
+
     # -- rounds -------------------------------------------------------------------------------------
 
     def turn(self) -> list[Extent]:
@@ -233,6 +239,7 @@ class Tracker:
         later ones. Waits some 10 ms and writes the map: never while file systems are frozen. TrackingLostError if
         the programs are gone.
         """
+        self._begin()
         extents = [*self._carry, *self._drain()]
         old = self._flip()
         self._kernel().wait_for_programs()
@@ -257,6 +264,7 @@ class Tracker:
 
     def prepare_switch(self) -> None:
         """Do what a switch could not do while file systems are frozen. Writes the map."""
+        self._begin()
         self._carry = bitmap.merge([*self._carry, *self._drain()])
 
     def switch(self) -> Switch:
@@ -275,6 +283,7 @@ class Tracker:
     def settle(self, which: int, copied: bytes) -> Mark:
         """Finish a switch (`Switch.settle`): bitmap `which` ended, and held `copied` at that instant."""
         self.check()
+        self._begin()
         self._kernel().wait_for_programs()
         bits = self._read(which)
         late = bytes(now & ~then & 0xFF for now, then in zip(bits, copied, strict=True)) if bits != copied else b""
@@ -290,6 +299,21 @@ class Tracker:
         self._changes.forget_undo()
         self._clear(which)
         return Mark(ended.generation, ended.change_number)
+
+    def mark_changed(self, extents: list[Extent]) -> None:
+        """Count byte ranges as written in the current epoch. Writes the map."""
+        self._begin()
+        for offset, length in extents:
+            self._changes.mark(offset, length)
+
+    def read_map(self) -> bytes:
+        """One byte per tracking block: the number after which it was last written, as the map will have it."""
+        newer = [bitmap.bits_to_runs(self._read(which)) for which in (0, 1)] if self._hooks is not None else []
+        self._changes.refresh()
+        blocks = bytearray(self._changes.active)
+        for first, count in (run for runs in newer for run in runs):
+            blocks[first : first + count] = bytes((self._changes.number,)) * count
+        return bytes(blocks)
 
     # -- loss ---------------------------------------------------------------------------------------
 
@@ -357,6 +381,7 @@ def _why(flags: Lost) -> str:
         Lost.IN_FLIGHT: "more writes were in flight than can be noted",
         Lost.RANGE: "a write did not fit into its bitmap",
         Lost.DISTRUST: "its map was declared wrong",
+        Lost.DETACHED: "programs were detached for a time",
     }
     return next(text for flag, text in reasons.items() if flag in flags)
 

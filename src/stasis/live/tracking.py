@@ -57,9 +57,10 @@ def start(device: str, state: Path, *, block_size: int | None = None) -> Tracker
         _make_private(state)
     files = DeviceFile(state, who.name)
     lock = files.lock()
+    if who.name in devicefile.names(state):
+        os.close(lock)
+        raise BusyError(f"{device} is tracked already", hint=f"stasis track show {who.name}")
     try:
-        if who.name in devicefile.names(state):
-            raise BusyError(f"{device} is tracked already", hint=f"stasis track show {who.name}")
         record = attach(files, Record(os.path.abspath(device), who, shift, 0, 0, "", bio_based, 0))
         files.write(record)
         tracker.new_map(files, record, "").close()
@@ -75,8 +76,11 @@ def _make_private(state: Path) -> None:
     devicefile.root(state).mkdir(mode=0o700, exist_ok=True)
 
 
-def attach(files: DeviceFile, record: Record) -> Record:
-    """Give a device a slot with empty bitmaps, whatever it had; loads the programs if need be. Writes its record."""
+def attach(files: DeviceFile, record: Record, *, write: bool = True) -> Record:
+    """Give a device a slot with empty bitmaps, whatever it had; loads the programs if need be.
+
+    Its record is written before the lock is given up, unless the state directory cannot be written yet.
+    """
     who = identity.identify(record.given if os.path.exists(record.given) else record.identity.path)
     bio_based, state = identity.takes_bios(who), files.directory.parent.parent
     with pins.locked():
@@ -89,7 +93,8 @@ def attach(files: DeviceFile, record: Record) -> Record:
                              record.block_shift - 9, bio_based)
             taken = Record(record.given, who, record.block_shift, slot, hooks.id, "", bio_based, misses)
             taken = taken.on(slot, hooks.id, misses)
-            files.write(taken)
+            if write:
+                files.write(taken)
         finally:
             hooks.close()
     if bio_based:
@@ -103,7 +108,7 @@ def _loaded(directory: Path) -> Hooks:
         hooks = Hooks(directory)
     except OSError:
         return Hooks.load(directory)
-    if hooks.missing():
+    if hooks.missing(bio_based=False):
         hooks.unload()
         return Hooks.load(directory)
     return hooks
@@ -113,9 +118,11 @@ def _unused(hooks: Hooks, state: Path, name: str) -> list[int]:
     """Slots that belong to no device, or to this one."""
     used = set()
     for other in devicefile.names(state):
-        record = DeviceFile(state, other).read()
-        if other != name and record.this_boot and record.table == hooks.id:
-            used.add(record.slot)
+        files = DeviceFile(state, other)
+        early = files.read_early()
+        for record in (files.read(), *([early[0]] if early else [])):
+            if other != name and record.this_boot and record.table == hooks.id:
+                used.add(record.slot)
     return [index for index in hooks.used_slots() if index not in used]
 
 
