@@ -9,7 +9,8 @@ RUN := $(VENV)/bin/python
 
 # What the test suite and the bench use beside Python; stasis itself needs none of it.
 DEBIAN_PACKAGES := python3-venv e2fsprogs xfsprogs util-linux mount fuse3 fio nbdkit libnbd-bin python3-libnbd \
-	nbd-client qemu-utils qemu-system-common gnutls-bin openssl strace file groff-base systemd criu
+	nbd-client qemu-utils qemu-system-common gnutls-bin openssl strace file groff-base systemd criu \
+	gcc libc6-dev tmux redis-tools
 # The S3 server of the tests comes from npm. Node from elsewhere brings its own, which Debian's package would clash with.
 DEBIAN_PACKAGES += $(if $(shell command -v npm),,npm)
 BENCH_PACKAGES := restic borgbackup
