@@ -20,7 +20,7 @@ from stasis.daemon.interface import FILE, NAME, description
 from stasis.daemon.service import Methods
 
 INTERFACE = varlink.Interface(description())
-TYPES = ["Device", "Storage", "SnapshotDevice", "Snapshot", "Event", "MapInfo", "Extent", "Status"]
+TYPES = ["Device", "Storage", "SnapshotDevice", "Snapshot", "Event", "MapInfo", "Extent", "Status", "Tracer"]
 METHODS = [name for name, member in INTERFACE.members.items() if hasattr(member, "in_type")]
 
 

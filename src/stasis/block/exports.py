@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from errno import EINVAL, EPERM
+from typing import Protocol
 
 from stasis.block.changemap import ChangeMap
 from stasis.block.cow import WINDOW, CopyOnWrite
@@ -69,6 +70,14 @@ def dirty_status(changes: ChangeMap, since: int, held: bool, offset: int, length
     return status.extents
 
 
+class Observer(Protocol):
+    """Who is told of every write before it happens."""
+
+    def before(self, requests: Sequence[Request]) -> None:
+        """These ranges (offset, length, …) are about to be overwritten. Never raises, whatever happens."""
+        ...
+
+
 class OriginExport(Export):
     """The served device."""
 
@@ -85,6 +94,7 @@ class OriginExport(Export):
         self.alignment = origin.sector if origin.direct else 1
         self.can_fast_zero = not origin.is_device
         self.cow: CopyOnWrite | None = None
+        self.observer: Observer | None = None
         self.epochs = tuple(epochs)
 
     # Hot path: one call per batch. Tracking first, then copy-on-write, then the origin.
@@ -101,6 +111,8 @@ class OriginExport(Export):
             self.tracker.mark(requests)
         if self.cow is not None:
             self.cow.preserve(requests)
+        if self.observer is not None:
+            self.observer.before(requests)
 
     def flush(self) -> None:
         # Marks were made durable before their writes (see tracking.py), so the origin is all that is left.
@@ -122,7 +134,7 @@ class OriginExport(Export):
         end = offset + length
         while offset < end:
             step, data = min(end - offset, DISCARD_STEP), False
-            if self.cow is not None:
+            if self.cow is not None or self.observer is not None:
                 _, step, data = next(self.origin.data_extents(offset, step))
                 step = min(step, WINDOW) if data else step
             requests = [(offset, step, 0)]
@@ -130,6 +142,8 @@ class OriginExport(Export):
                 self.tracker.mark(requests)
             if self.cow is not None and data:
                 self.cow.preserve(requests)
+            if self.observer is not None and data:
+                self.observer.before(requests)
             yield offset, step
             offset += step
 

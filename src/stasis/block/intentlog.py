@@ -25,8 +25,10 @@ SECTOR = 512
 class IntentLog:
     """The log of one device. `regions[i]` is 1 while region i may have marks that are not durable."""
 
-    def __init__(self, path: Path, fd: int, shift: int, regions: bytearray) -> None:
+    def __init__(self, path: Path, fd: int, shift: int, regions: bytearray, generation: bytes) -> None:
         self.path, self.fd, self.shift, self.regions = path, fd, shift, regions
+        self.generation = generation
+        """16 bytes that name what the log belongs to, as its maker chose them."""
         self._touched: set[int] = set()
 
     @classmethod
@@ -46,7 +48,7 @@ class IntentLog:
         except BaseException:
             os.close(fd)
             raise
-        return cls(path, fd, shift, bytearray(b"\1" * count))
+        return cls(path, fd, shift, bytearray(b"\1" * count), generation)
 
     @classmethod
     def open(cls, path: Path) -> IntentLog:
@@ -56,14 +58,14 @@ class IntentLog:
             header = os.pread(fd, HEADER_SIZE, 0)
             if len(header) < HEADER_SIZE or header[:8] != MAGIC:
                 raise StateError(f"{path} is no write-intent log", hint="remove it; tracking starts a new generation")
-            _, version, shift, count, _ = HEADER.unpack_from(header)
+            _, version, shift, count, generation = HEADER.unpack_from(header)
             regions = bytearray(os.pread(fd, count, HEADER_SIZE))
             if version != VERSION or len(regions) != count or regions.strip(b"\0\1"):
                 raise StateError(f"{path} is damaged", hint="remove it; tracking starts a new generation")
         except BaseException:
             os.close(fd)
             raise
-        return cls(path, fd, shift, regions)
+        return cls(path, fd, shift, regions, generation)
 
     def add(self, regions: set[int]) -> None:
         """Set regions, durably: on return they survive a power cut. Regions already set cost nothing."""
@@ -74,6 +76,12 @@ class IntentLog:
         for region in new:
             self.regions[region] = 1
         self._write(new)
+        os.fdatasync(self.fd)
+
+    def rename_generation(self, generation: bytes) -> None:
+        """Enter another generation, durably."""
+        self.generation = generation
+        os.pwrite(self.fd, HEADER.pack(MAGIC, VERSION, self.shift, len(self.regions), generation), 0)
         os.fdatasync(self.fd)
 
     def dirty(self) -> list[int]:

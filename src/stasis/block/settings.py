@@ -43,6 +43,8 @@ class Settings:
     """How often the change map is made durable and its regions leave the write-intent log."""
     nbd_maximum_connections: int = 64
     """Connections one export serves at a time."""
+    tracer_maximum_count: int = 24
+    """Tracers of dattobd: their minors go from 0 to one less."""
     hold_timeout_ms: int = 5000
     """A worker that is held longer than this lets go by itself and the take fails."""
 
@@ -68,6 +70,7 @@ class Settings:
         _check(20 <= self.intent_region_shift <= 40, "intent_region_shift", "20 to 40")
         _check(self.intent_clear_seconds >= 1, "intent_clear_seconds", "1 or more")
         _check(1 <= self.nbd_maximum_connections <= 1024, "nbd_maximum_connections", "1 to 1024")
+        _check(1 <= self.tracer_maximum_count <= 255, "tracer_maximum_count", "1 to 255")
         _check(100 <= self.hold_timeout_ms <= 60000, "hold_timeout_ms", "100 to 60000")
         return self
 

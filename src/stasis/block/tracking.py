@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stasis.block.changemap import ChangeMap, Identity, SwitchResult
@@ -28,10 +28,14 @@ LOST_TICKS_NS = 120_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How a map was taken up: `reason` is empty when nothing had to be assumed."""
+    """How a map was taken up: `reason` is empty when nothing had to be assumed.
+
+    `same_boot` says that the machine has run without a break since the map was last in use.
+    """
 
     fresh: bool
     reason: str
+    same_boot: bool = field(default=True, compare=False)
 
 
 class Tracker:
@@ -65,11 +69,11 @@ class Tracker:
             log = IntentLog.create(log_path, size, region_shift)
             changes = ChangeMap.create(path, size, shift)
             log.clear(log.start_clearing())
-        tracker = cls(changes, log)
+        tracker, same_boot = cls(changes, log), changes.same_boot
         if not fresh:
             reason = tracker._assume_changed()
         changes.begin(reason, identity)
-        return tracker, Opening(fresh, reason)
+        return tracker, Opening(fresh, reason, same_boot)
 
     def _assume_changed(self) -> str:
         """After an unclean start: count the regions of the log as changed if the page cache was lost."""

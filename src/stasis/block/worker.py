@@ -11,28 +11,26 @@ import contextlib
 import os
 import sys
 import time
-from errno import EALREADY, EBUSY, EINVAL, EIO, ENODEV, ENOENT, ENOTTY, EPERM, ETIMEDOUT
-from functools import partial
+from errno import EINVAL, EIO, ENODEV, ENOTTY, EPERM
 from pathlib import Path
 from typing import Any
 
 from stasis.block import settings as settings_module
 from stasis.block.background import Background
-from stasis.block.chunktable import ChunkTable
 from stasis.block.control import Connection, ControlSocket, Message
 from stasis.block.cow import CopyOnWrite
-from stasis.block.diffstorage import DiffStorage, private_descriptor
 from stasis.block.exports import ImageWriter, OriginExport
-from stasis.block.hold import Hold
 from stasis.block.origin import Origin, describe
+from stasis.block.plugins import Plugins
 from stasis.block.serving import close_others, listen_inner, read_config, signals_stop, start_servers
-from stasis.block.tracking import Tracker
+from stasis.block.taking import SnapshotRequests
+from stasis.block.tracking import Opening, Tracker
 from stasis.linux import process
 from stasis.linux.eventloop import EventLoop
 from stasis.nbd.export import ExportList
 
 
-class Worker:
+class Worker(SnapshotRequests):
     """Everything one device's process owns. See docs/design/architecture.md for the configuration's keys."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -41,6 +39,7 @@ class Worker:
         self.name: str = config["name"]
         self.loop = EventLoop()
         self.origin = Origin(config["path"], config["origin_fd"], config.get("buffered_fd"))
+        self.opening: Opening | None = None
         self.tracker = self._open_tracker() if config.get("tracking", True) else None
         self.export = OriginExport(self.name, self.origin, self.tracker, config.get("contexts") or ())
         self.background = Background(self.loop)
@@ -54,6 +53,7 @@ class Worker:
         elif self.tracker is not None and self.tracker.changes.is_held:
             self.tracker.changes.release_held()
         self.control = ControlSocket(self.loop, config["control_path"], self._handle)
+        self.plugins = Plugins(self, config.get("plugins") or {})
         self.servers = start_servers(self.loop, ExportList(self.export), config, self.settings)
         self.writer = ImageWriter(self.export)
         self.servers.append(listen_inner(self.loop, ExportList(self.writer), config["inner_path"]))
@@ -93,6 +93,7 @@ class Worker:
             server.close()
         self.servers.clear()
         self.background.close()
+        self.plugins.stop()
         self._finish()
         self.control.close()
         self.loop.stop()
@@ -118,6 +119,7 @@ class Worker:
             self._removed()
         elif size != self.origin.size:
             self._resized(size)
+        self.plugins.tick()
         cow = self.export.cow
         if cow is not None and not cow.table.error:
             try:
@@ -137,6 +139,7 @@ class Worker:
         if self.tracker is not None:
             # It may come back with what another machine wrote to it.
             self.tracker.changes.set_broken("the block device was removed")
+        self.plugins.resized()
 
     def _resized(self, size: int) -> None:
         cow = self.export.cow
@@ -145,6 +148,7 @@ class Worker:
         self._abort()  # what was prepared is for a device of another size
         reason = f"new generation: the size changed from {self.origin.size} to {size} bytes"
         self.origin.size = self.export.size = self.writer.size = size
+        self.plugins.resized()
         if self.tracker is None:
             return
         shift = settings_module.tracking_block_shift(size, self.settings, self.config.get("tracking_block"))
@@ -153,33 +157,25 @@ class Worker:
         except OSError as error:
             self.tracker.changes.set_broken(f"the map could not follow a resize ({error.strerror})")
             self.export.tracker = None  # there is no place for marks behind the former end
-        self._event("generation", reason=reason)
+        self.generation_changed(reason)
 
     def _clear_intents(self) -> None:
+        self.plugins.clear_intents()
         tracker = self.tracker
         if tracker is not None and tracker.start_clearing():
             self.background.run(tracker.changes.sync, lambda error: tracker.end_clearing(error is None))
 
     # -- events -------------------------------------------------------------------------------------
 
-    def _event(self, kind: str, **fields: object) -> None:
+    def generation_changed(self, reason: str) -> None:
+        """Tell everybody that the change map has another generation."""
+        self.plugins.generation_changed()
+        self.post("generation", reason=reason)
+
+    def post(self, kind: str, **fields: object) -> None:
+        """Send an event to whoever subscribed."""
         self.control.broadcast(
             {"event": kind, "snapshot": self.snapshot, "device": self.name, "time": time.monotonic_ns(), **fields}
-        )
-
-    def _failed(self, errno: int) -> None:
-        self._event("corrupted", error_code=-errno)
-
-    def _low(self, storage: DiffStorage) -> None:
-        if not storage.is_low() or (growth := storage.request_growth()) is None:
-            return
-        old, new, limit = growth
-        if new == old:
-            self._event("no_space", requested=limit)
-            return
-        self._event("low_space", requested=new)
-        self.background.run(
-            partial(storage.grow, old, new), lambda error: self._event("no_space", requested=old) if error else None
         )
 
     # -- requests -----------------------------------------------------------------------------------
@@ -188,7 +184,9 @@ class Worker:
         handler = getattr(self, f"_do_{message.get('op', '')}", None)
         keep = message.get("op") == "prepare"
         try:
-            if handler is None:
+            if "." in str(message.get("op")):
+                self.plugins.handle(connection, message)
+            elif handler is None:
                 connection.refuse(ENOTTY, f"unknown request {message.get('op')!r}")
             elif keep:
                 handler(connection, message, fds)
@@ -228,6 +226,7 @@ class Worker:
         if self.tracker is not None:
             fields["map"] = self.tracker.changes.info().as_dict()
             fields["intent_regions"] = len(self.tracker.log.dirty())
+        if self.opening is not None:
             fields["opening"] = {"fresh": self.opening.fresh, "reason": self.opening.reason}
         if cow is not None:
             fields["snapshot"] = {"id": self.snapshot, **cow.describe()}
@@ -276,114 +275,6 @@ class Worker:
         connection.sock = sock
         connection.reply()
         sock.close()
-
-    # -- snapshots ----------------------------------------------------------------------------------
-
-    def _resume(self, snapshot: dict[str, Any]) -> None:
-        """Go on with a snapshot that an earlier worker of this device held."""
-        storage = DiffStorage(private_descriptor(snapshot["storage_fd"]), Path(snapshot["storage"]))
-        table = ChunkTable.open(Path(snapshot["table"]), writable=True)
-        self.export.cow = self._copy_on_write(table, storage)
-        self.snapshot, self.storage_fd = snapshot["uuid"], snapshot["storage_fd"]
-
-    def _copy_on_write(self, table: ChunkTable, storage: DiffStorage) -> CopyOnWrite:
-        return CopyOnWrite(self.origin, table, storage, failed=self._failed, low=partial(self._low, storage))
-
-    def _do_prepare(self, connection: Connection, message: Message, fds: list[int]) -> None:
-        with contextlib.ExitStack() as undo:
-            undo.callback(close_others, fds)
-            uuid, header, path = message["snapshot"], Path(message["storage"]), Path(message["table"])
-            shift = int(message["chunk_shift"])
-            if self.snapshot is not None or self._prepared is not None:
-                raise OSError(EBUSY, "the device is in a snapshot already")
-            if len(fds) != 1:
-                raise OSError(EINVAL, "one storage descriptor is expected")
-            storage = DiffStorage(private_descriptor(fds[0]), header)
-            undo.callback(storage.close)
-            table = ChunkTable.create(path, self.origin.size, shift)
-            undo.pop_all()
-        if self.tracker is not None:
-            self.tracker.changes.prepare_switch()
-        self._prepared = (uuid, self._copy_on_write(table, storage), fds[0])
-        connection.reply()
-
-    def _do_hold(self, connection: Connection, message: Message) -> None:
-        if self._prepared is None:
-            raise OSError(EINVAL, "nothing was prepared")
-        self._switched = False
-        hold = Hold(connection, {"switch": self._switch, "abort": self._abort, "release": self._release})
-        connection.reply()
-        if not hold.serve(int(message.get("timeout_ms", self.settings.hold_timeout_ms)) / 1000):
-            self._abort()
-
-    def _do_switch(self, _connection: Connection, _message: Message) -> None:
-        raise OSError(ETIMEDOUT, "it is not held (any more): a take may hold a device for hold_timeout_ms")
-
-    _do_release = _do_switch  # what a hold is served is not served here
-
-    def _switch(self) -> dict[str, Any]:
-        if self._prepared is None or self._switched:
-            raise OSError(EALREADY, "switched already")
-        result: dict[str, Any] = {"generation": None, "change_number": 0, "wrapped": False}
-        if self.tracker is not None:
-            switched = self.tracker.switch()
-            result = {
-                "generation": switched.generation,
-                "change_number": switched.change_number,
-                "wrapped": switched.wrapped,
-            }
-        self.export.cow = self._prepared[1]
-        self._switched = True
-        return result
-
-    def _release(self) -> dict[str, Any]:
-        if not self._switched or self._prepared is None:
-            raise OSError(EINVAL, "not switched")
-        self.snapshot, _, self.storage_fd = self._prepared
-        self._prepared, self._switched = None, False
-        if self.tracker is not None:
-            self.tracker.changes.forget_undo()
-            if self.tracker.changes.change_number == 0:
-                self._event("generation", reason="new generation: the change number passed 255")
-        return {}
-
-    def _do_abort(self, connection: Connection, _message: Message) -> None:
-        self._abort()
-        connection.reply()
-
-    def _abort(self) -> dict[str, Any]:
-        """Undo prepare, and switch if nothing was written since."""
-        if self._prepared is None:
-            return {}
-        _, cow, fd = self._prepared
-        if self._switched and self.tracker is not None:
-            self.tracker.changes.undo_switch()
-        self._prepared, self._switched, self.export.cow = None, False, None
-        cow.close()
-        os.close(fd)
-        return {}
-
-    def _do_drop(self, connection: Connection, message: Message) -> None:
-        cow = self.export.cow
-        if self.snapshot is None or self.snapshot != message["snapshot"] or cow is None:
-            raise OSError(ENOENT, "the device is not in this snapshot")
-        storage_fd, self.storage_fd = self.storage_fd, -1
-        self.export.cow, self.snapshot = None, None
-        if self.tracker is not None:
-            self.tracker.changes.release_held()
-
-        def closed(_error: OSError | None) -> None:
-            os.close(storage_fd)
-            connection.reply()
-
-        # Behind the growth of the storage that may be under way in the background: it uses the same descriptor.
-        self.background.run(cow.close, closed)
-
-    def _do_corrupt(self, connection: Connection, message: Message) -> None:
-        """End protection of a taken snapshot by order: its image answers EIO from now on."""
-        if self.export.cow is not None:
-            self.export.cow.fail(int(message.get("errno", EIO)))
-        connection.reply()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from stasis.daemon import model, start
+from stasis.daemon.datto_client import TracerCalls
 from stasis.daemon.interface import NAME, description
 from stasis.daemon.model import Device, Event, Extent, MapInfo, Snapshot, Status
 from stasis.daemon.paths import Directories, resolve
@@ -52,7 +53,7 @@ def connect(run_dir: StrPath | None = None, state_dir: StrPath | None = None, *,
     return client
 
 
-class Client:
+class Client(TracerCalls):
     """A connection to the daemon; a context manager. One call at a time; threads use clients of their own."""
 
     def __init__(self, directories: Directories) -> None:

@@ -19,6 +19,7 @@ from stasis.daemon.child import Child
 from stasis.daemon.paths import Directories
 from stasis.daemon.record import DeviceRecord, OriginKey
 from stasis.daemon.served import Resume, ServedDevice
+from stasis.daemon.tracers import TracerKeeper
 from stasis.errors import BusyError, NotFoundError, StasisError, StateError
 
 __all__ = ["FILTER", "DeviceKeeper", "Memberships"]
@@ -56,6 +57,7 @@ class DeviceKeeper:
         self.lock = lock
         self.devices: dict[str, ServedDevice] = {}
         self.memberships: Memberships
+        self.tracers: TracerKeeper
         self.filters: FilterRegistry[ServedDevice] = FilterRegistry()
         self.filters.register(_SnapshotFilterKind(self))
         self._slots: dict[OriginKey, FilterSlot[ServedDevice]] = {}
@@ -107,7 +109,7 @@ class DeviceKeeper:
             device.open()
             settings_file.tracking_block_shift(device.size, self.settings(), wanted.tracking_block)
             directory.mkdir(mode=0o700, exist_ok=True)
-            device.start_worker(self.settings(), continuity=False, resume=None)
+            self._start_worker(device)
             record.save(directory, wanted)
         except BaseException:
             device.stop_worker()
@@ -117,6 +119,11 @@ class DeviceKeeper:
                 shutil.rmtree(directory, ignore_errors=True)
             raise
         self.devices[device.name] = device
+
+    def _start_worker(self, device: ServedDevice, *, continuity: bool = False, resume: Resume | None = None) -> None:
+        device.plugins = self.tracers.before_start(device)
+        device.start_worker(self.settings(), continuity=continuity, resume=resume)
+        self.tracers.started(device)
 
     def _forget_other_map(self, wanted: DeviceRecord) -> None:
         """A map kept under this name for another path says nothing about this device."""
@@ -174,10 +181,15 @@ class DeviceKeeper:
         """Stop serving a device and keep its map."""
         self._remove_node(device)
         device.stop_worker()
+        self.tracers.stopped(device.name)
         device.close()
         device.record.attached = False
         record.save(self.directories.device(device.name), device.record)
         del self.devices[device.name]
+
+    def maximum_tracers(self) -> int:
+        """How many tracers of dattobd there may be."""
+        return self.settings().tracer_maximum_count
 
     def settings(self) -> settings_file.Settings:
         """The settings as they are now. StateError if their file is damaged."""
@@ -203,7 +215,10 @@ class DeviceKeeper:
         with self.lock:
             if event.get("event") == "generation" and device.channel is not None:
                 device.size = int(device.channel.call("hello")["size"])
-            self.memberships.device_event(device, event)
+            if str(event.get("event")).startswith("datto_"):
+                self.tracers.event(device.name, event)
+            else:
+                self.memberships.device_event(device, event)
 
     def worker_died(self, device: ServedDevice, child: Child) -> None:
         """A worker ended without being told to (in its watching thread): start another one at once."""
@@ -223,7 +238,7 @@ class DeviceKeeper:
             if device.is_gone:
                 return True  # there is nothing to serve
             try:
-                device.start_worker(self.settings(), continuity=True, resume=self.memberships.resume(device))
+                self._start_worker(device, continuity=True, resume=self.memberships.resume(device))
                 if device.node is not None:
                     nodes.reconnect(device.node)
             except StasisError as error:
@@ -267,9 +282,11 @@ class DeviceKeeper:
         if device.failure is None:
             self._occupy(device)
         try:
-            return device.adopt()
+            adopted = device.adopt()
         except (StasisError, OSError):
             return None  # it did not outlive the daemon
+        self.tracers.adopt(device)
+        return adopted
 
     def _occupy(self, device: ServedDevice) -> None:
         slot = self._slots.setdefault(device.key, FilterSlot(device, device.record.path))
@@ -282,7 +299,7 @@ class DeviceKeeper:
             return
         try:
             device.open()
-            device.start_worker(self.settings(), continuity=False, resume=None)
+            self._start_worker(device)
             self._restore_node(device)
         except StasisError as error:
             log.error("%s is not served: %s", device.name, error)

@@ -21,6 +21,7 @@ from stasis.daemon.devices import DeviceKeeper
 from stasis.daemon.paths import Directories, check_socket_path
 from stasis.daemon.recovery import recover
 from stasis.daemon.snapshots import SnapshotKeeper
+from stasis.daemon.tracers import TracerKeeper
 from stasis.errors import DaemonError, StasisError
 from stasis.linux import activation
 
@@ -37,6 +38,7 @@ class Daemon:
         self.devices = DeviceKeeper(directories, lock, overrides)
         self.snapshots = SnapshotKeeper(directories, self.devices, lock)
         self.devices.memberships = self.snapshots
+        self.devices.tracers = self.tracers = TracerKeeper(directories, self.devices)
         self.stopped = threading.Event()
         self.keep_serving = False
 
@@ -51,6 +53,7 @@ class Daemon:
         These are all with `keep_serving`, else those whose kernel node is in use: taking the server from under a
         mounted file system would lose its data. A snapshot stays with any of its devices.
         """
+        self.tracers.close()
         with self.devices.lock:
             kept = self._kept()
             for snapshot in list(self.snapshots.snapshots.values()):

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from stasis.block.events import Event
 
-__all__ = ["Device", "Event", "Extent", "MapInfo", "Snapshot", "SnapshotDevice", "Status", "Storage", "from_dict"]
+__all__ = ["Device", "Event", "Extent", "MapInfo", "Snapshot", "SnapshotDevice", "Status", "Storage", "Tracer",
+           "from_dict"]
 
 T = TypeVar("T")
 
@@ -130,6 +131,34 @@ class Extent:
 
     offset: int
     length: int
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """A tracer of dattobd. `cache_size` and `cow_size` in bytes, `fallocated` and `auto_expand_*` in MiB.
+
+    `state` is dattobd's number, `state_name` its name; `error` 0 or a negative errno with its `reason`; `changed` the
+    number of changed blocks of 4 KiB; `filled` how many percent of the COW file's room are taken.
+    """
+
+    minor: int
+    bdev: str
+    cow: str
+    state: int
+    state_name: str
+    cache_size: int
+    fallocated: int
+    auto_expand_step: int
+    auto_expand_reserved: int
+    cow_size: int
+    seqid: int
+    uuid: str
+    version: int
+    changed: int
+    filled: int
+    error: int = 0
+    reason: str = ""
+    device: str | None = None
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,16 @@ class Directories:
     def settings(self) -> Path:
         return self.state / "settings.json"
 
+    @property
+    def tracers(self) -> Path:
+        """The registry of dattobd's tracers."""
+        return self.state / "datto.json"
+
+    @property
+    def datto_info(self) -> Path:
+        """What dattobd shows as /proc/datto-info."""
+        return self.run / "datto-info"
+
     def nbd_socket(self, export: str) -> Path:
         return self.run / "nbd" / f"{export}.sock"
 

@@ -74,7 +74,7 @@ def recover(devices: DeviceKeeper, snapshots: SnapshotKeeper) -> None:
 
 def _remove_stale_sockets(devices: DeviceKeeper, snapshots: SnapshotKeeper) -> None:
     """Of images whose take or end a daemon did not finish."""
-    exports = set(devices.devices)
+    exports = set(devices.devices) | devices.tracers.exports()
     for snapshot in snapshots.snapshots.values():
         exports.update(image_export(name, snapshot.id) for name in snapshot.members)
     for path in (devices.directories.run / "nbd").glob("*.sock"):

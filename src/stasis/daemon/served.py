@@ -66,6 +66,8 @@ class ServedDevice:
         self.size = 0
         self.node: dict[str, Any] | None = None
         """State of the kernel node, as its maker wants it back."""
+        self.plugins: dict[str, Any] = {}
+        """What rooms above the block engine add to its worker (block/plugins.py)."""
         self.failure: StasisError | None = None
         """Why the device is not served at the moment."""
         self._directories = directories
@@ -205,6 +207,7 @@ class ServedDevice:
             "contexts": self.record.bitmaps,
             "snapshot": resume.as_config() if resume else None,
             "continuity": continuity,
+            "plugins": self.plugins,
         }
 
     def _connect(self, timeout: float) -> dict[str, Any]:

@@ -7,27 +7,24 @@ Method and parameter names are those of the interface file.
 from __future__ import annotations
 
 import base64
-import functools
-import logging
 import os
 import select
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
-
-import varlink
+from typing import Any
 
 import stasis
 from stasis.block import settings as settings_file
 from stasis.block.events import EventQueue
 from stasis.daemon import ctl, maps, model, record, views
+from stasis.daemon.answering import failure, method
+from stasis.daemon.datto_methods import DattoMethods
 from stasis.daemon.devices import FILTER, DeviceKeeper
-from stasis.daemon.interface import NAME
 from stasis.daemon.record import DeviceRecord
 from stasis.daemon.snapshots import SnapshotKeeper, SnapshotOptions
-from stasis.errors import StasisError, UsageError
+from stasis.errors import UsageError
 
 __all__ = ["Methods", "failure"]
 
@@ -35,40 +32,7 @@ __all__ = ["Methods", "failure"]
 POLL_SECONDS = 1.0
 """How often a call that streams events looks whether its caller is still there."""
 
-log = logging.getLogger(__name__)
-
-F = TypeVar("F", bound=Callable[..., Any])
 Answer = dict[str, Any]
-
-
-def failure(error: StasisError) -> Exception:
-    """The error as varlink sends it."""
-    wrapped: Exception = varlink.VarlinkError({"error": f"{NAME}.Failed", "parameters": error.as_dict()})
-    return wrapped
-
-
-def _method(function: F) -> F:
-    """Turn what a method raises into the interface's one error; nothing else may end a connection."""
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **named: Any) -> Any:
-        try:
-            return function(*arguments, **named)
-        except StasisError as error:
-            raise failure(error) from error
-        except OSError as error:
-            raise failure(_from_os(error)) from error
-        except Exception as error:
-            log.exception("%s failed in a way that nobody expected", function.__name__)
-            text = f"the daemon failed: {type(error).__name__}: {error}"
-            raise failure(StasisError(text, hint="this is a mistake in stasis; daemon.log has more")) from error
-
-    return call  # type: ignore[return-value]
-
-
-def _from_os(error: OSError) -> StasisError:
-    where = f"{error.filename}: " if error.filename else ""
-    return StasisError(f"{where}{error.strerror or error}", errno=error.errno or 0)
 
 
 def _absolute(path: str | None, what: str) -> str:
@@ -77,7 +41,7 @@ def _absolute(path: str | None, what: str) -> str:
     return path
 
 
-class Methods:
+class Methods(DattoMethods):
     """The interface. `stop` is called with True to leave the devices served."""
 
     def __init__(self, devices: DeviceKeeper, snapshots: SnapshotKeeper, stop: Callable[[bool], None]) -> None:
@@ -87,7 +51,7 @@ class Methods:
 
     # -- devices ----------------------------------------------------------------------------------
 
-    @_method
+    @method
     def Attach(self, path: str, name: str | None, filter: str | None, kernel: bool | None,  # noqa: A002
                tracking_block: int | None, buffered: bool | None, tcp: str | None, tls_certificates: str | None,
                tls_psk: str | None, bitmaps: list[int] | None) -> Answer:
@@ -108,37 +72,37 @@ class Methods:
             device = views.device(self._snapshots, self._devices.find(name), detailed=detailed)
         return {"device": model.as_dict(device)}
 
-    @_method
+    @method
     def Detach(self, name: str, force: bool | None, forget: bool | None) -> Answer:
         self._devices.detach(name, force=bool(force), forget=bool(forget))
         return {}
 
-    @_method
+    @method
     def ListDevices(self) -> Answer:
         with self._devices.lock:
             names = sorted(self._devices.devices)
             return {"devices": [self._device(name)["device"] for name in names]}
 
-    @_method
+    @method
     def ShowDevice(self, name: str) -> Answer:
         return self._device(name, detailed=True)
 
-    @_method
+    @method
     def RefreshDevice(self, name: str) -> Answer:
         return self._device(self._devices.refresh(name).name)
 
-    @_method
+    @method
     def ListFilters(self) -> Answer:
         return {"filters": self._devices.filters.names()}
 
-    @_method
+    @method
     def Control(self, name: str, filter: str, command: str,  # noqa: A002
                 argument: Mapping[str, Any] | None) -> Answer:
         return {"result": self._devices.ctl(name, filter, command, argument or {})}
 
     # -- snapshots --------------------------------------------------------------------------------
 
-    @_method
+    @method
     def CreateSnapshot(self, devices: list[str], storage: str | None, storage_fd: int | None, limit: int | None,
                        chunk: int | None, take: bool | None, bitmaps: list[int] | None, tcp: str | None,
                        tls_certificates: str | None, tls_psk: str | None, _request: socket.socket) -> Answer:
@@ -157,33 +121,33 @@ class Methods:
         with self._snapshots.lock:
             return {"snapshot": model.as_dict(views.snapshot(self._snapshots, self._snapshots.find(uuid)))}
 
-    @_method
+    @method
     def AddDevice(self, id: str, device: str) -> Answer:  # noqa: A002
         return self._snapshot(self._snapshots.add(id, device).id)
 
-    @_method
+    @method
     def TakeSnapshot(self, id: str) -> Answer:  # noqa: A002
         return self._snapshot(self._snapshots.take(id).id)
 
-    @_method
+    @method
     def ShowSnapshot(self, id: str) -> Answer:  # noqa: A002
         return self._snapshot(id)
 
-    @_method
+    @method
     def ListSnapshots(self) -> Answer:
         with self._snapshots.lock:
             return {"snapshots": [self._snapshot(uuid)["snapshot"] for uuid in self._snapshots.snapshots]}
 
-    @_method
+    @method
     def CollectSnapshots(self) -> Answer:
         return {"ids": list(self._snapshots.snapshots)}
 
-    @_method
+    @method
     def DestroySnapshot(self, id: str) -> Answer:  # noqa: A002
         self._snapshots.destroy(id)
         return {}
 
-    @_method
+    @method
     def WaitEvents(self, id: str, after: int | None, timeout_ms: int | None,  # noqa: A002
                    _request: socket.socket, _more: bool = False) -> Answer | Iterator[Answer]:
         snapshot = self._snapshots.find(id)
@@ -193,7 +157,7 @@ class Methods:
         events, gone = self._snapshots.wait_events(snapshot.id, after or 0, timeout)
         return {"events": [event.as_dict() for event in events], "gone": gone}
 
-    @_method
+    @method
     def TakeEvent(self, id: str, codes: list[int], timeout_ms: int | None,  # noqa: A002
                   _request: socket.socket) -> Answer:
         with self._snapshots.lock:
@@ -209,29 +173,29 @@ class Methods:
             queue.wait_to_take(codes, left)
         return {}
 
-    @_method
+    @method
     def MakeImageNode(self, id: str, device: str) -> Answer:  # noqa: A002
         return {"node": self._snapshots.image_node(id, device)}
 
     # -- maps -------------------------------------------------------------------------------------
 
-    @_method
+    @method
     def GetMapInfo(self, device: str) -> Answer:
         info = model.from_dict(model.MapInfo, maps.info(self._devices.directories, device))
         return {"info": model.as_dict(info)}
 
-    @_method
+    @method
     def GetChangedExtents(self, device: str, since: int, held: bool | None, generation: str | None) -> Answer:
         with maps.open_map(self._devices.directories, device) as change_map:
             extents = change_map.changed_extents(since, held=bool(held), generation=generation)
         return {"extents": [{"offset": offset, "length": length} for offset, length in extents]}
 
-    @_method
+    @method
     def ReadMap(self, device: str, offset: int, length: int, held: bool | None) -> Answer:
         data = maps.read(self._devices.directories, device, offset, length, held=bool(held))
         return {"data": base64.b64encode(data).decode()}
 
-    @_method
+    @method
     def MarkChanged(self, device: str, ranges: Sequence[Mapping[str, int]]) -> Answer:
         with self._devices.lock:
             ctl.mark(self._devices.find(device), [(entry["offset"], entry["length"]) for entry in ranges])
@@ -239,11 +203,11 @@ class Methods:
 
     # -- the daemon -------------------------------------------------------------------------------
 
-    @_method
+    @method
     def GetSettings(self) -> Answer:
         return {"settings": self._devices.settings().as_dict()}
 
-    @_method
+    @method
     def SetSettings(self, settings: dict[str, int]) -> Answer:
         with self._devices.lock:
             path = self._devices.directories.settings
@@ -251,14 +215,14 @@ class Methods:
             settings_file.save(path, changed)
         return self.GetSettings()
 
-    @_method
+    @method
     def GetStatus(self) -> Answer:
         directories = self._devices.directories
         status = model.Status(os.getpid(), stasis.__version__, str(directories.run), str(directories.state),
                               len(self._devices.devices), len(self._snapshots.snapshots))
         return {"status": model.as_dict(status)}
 
-    @_method
+    @method
     def Stop(self, keep_serving: bool | None) -> Answer:
         self._stop(bool(keep_serving))
         return {}

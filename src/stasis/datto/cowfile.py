@@ -84,11 +84,11 @@ class CowFile:
         taken = self.header.fpos - self.geometry.first_slot
         return 100 * taken // max(1, taken + self.free_slots)
 
-    def read(self, slot: int, place: memoryview) -> None:
-        """Old contents from a slot on. OSError EIO if the file ends early."""
-        done = os.preadv(self.fd, [place], slot << BLOCK_SHIFT)
+    def read_bytes(self, offset: int, place: memoryview) -> None:
+        """Fill `place` from byte `offset` of the file. OSError EIO if it ends early."""
+        done = os.preadv(self.fd, [place], offset)
         if done < len(place):
-            files.transfer_rest(os.preadv, self.fd, [place], slot << BLOCK_SHIFT, done)
+            files.transfer_rest(os.preadv, self.fd, [place], offset, done)
 
     def check(self) -> None:
         """Raise the OSError of a write to the disk that failed after the fact."""

@@ -41,7 +41,8 @@ class Index:
         self.sections: dict[int, memoryview] = {}
         """Sections in memory; who looks entries up in a hot loop reads them here."""
         self._has_entries = bytearray(b"\0" if fresh else b"\1") * geometry.sections
-        self._used: set[int] = set()
+        self.used: set[int] = set()
+        """Sections that were used since memory last ran short."""
         self.set_cache(cache)
 
     def set_cache(self, cache: int) -> None:
@@ -56,7 +57,7 @@ class Index:
 
     def section(self, number: int) -> memoryview:
         """The 4096 entries of a section. OSError if they cannot be read."""
-        self._used.add(number)
+        self.used.add(number)
         found = self.sections.get(number)
         return self._load(number) if found is None else found
 
@@ -73,10 +74,10 @@ class Index:
         if len(self.sections) + wanted <= self._allowed:
             return
         keep = self._allowed // 2
-        order = sorted(self.sections, key=self._used.__contains__)
+        order = sorted(self.sections, key=self.used.__contains__)
         for number in order[: len(order) - keep]:
             del self.sections[number]
-        self._used.clear()
+        self.used.clear()
 
     # -- entries ------------------------------------------------------------------------------------
 

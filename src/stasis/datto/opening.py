@@ -18,7 +18,7 @@ from stasis.datto.layout import BLOCK_SHIFT, BLOCK_SIZE, FLAG_VMALLOC_UPPER, Geo
 from stasis.errors import BusyError, DamagedError, NotFoundError, StateError, StorageError, UsageError
 from stasis.linux import files
 
-__all__ = ["check_census", "create", "read_header", "reopen"]
+__all__ = ["check_census", "create", "open_existing", "read_header", "reopen"]
 
 Range = tuple[int, int]
 """Offset and length in bytes."""
@@ -129,13 +129,13 @@ def reopen(path: str, device_size: int, *, index_only: bool, cache: int, unclean
     BusyError, or StateError (EINVAL) for a wrong magic, an unclean file, the other mode, or an index that cannot be
     the device's; the file is untouched then.
     """
-    fd = _open_existing(path)
+    fd = open_existing(path)
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, fd)
         header = read_header(fd, path)
         _check_mode(header, path, index_only, unclean)
         geometry = Geometry(device_size)
-        _check_lengths(fd, header, geometry, path)
+        _check_lengths(fd, header, geometry, path, with_data=header.is_clean or not index_only)
         counted = census(fd, geometry)
         if not header.is_clean:
             _amend(header, counted, geometry)
@@ -152,7 +152,8 @@ def reopen(path: str, device_size: int, *, index_only: bool, cache: int, unclean
     return cow
 
 
-def _open_existing(path: str) -> int:
+def open_existing(path: str) -> int:
+    """A descriptor of a COW file that nobody else uses. NotFoundError, UsageError, or BusyError (EBUSY)."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -182,12 +183,14 @@ def _check_mode(header: Header, path: str, index_only: bool, unclean: bool) -> N
         raise StateError(f"{path} is {kind} COW file", errno=errno.EINVAL, hint=f"use {verb}")
 
 
-def _check_lengths(fd: int, header: Header, geometry: Geometry, path: str) -> None:
+def _check_lengths(fd: int, header: Header, geometry: Geometry, path: str, *, with_data: bool) -> None:
+    """After a power cut the data may have been cut off before the header that says so reached the disk."""
     size = os.fstat(fd).st_size
     if size < geometry.data_offset:
         raise _other_device(path, f"its index would need {geometry.data_offset} bytes and it has {size}")
     end = header.fpos << BLOCK_SHIFT
-    if header.fpos < geometry.first_slot or (not header.is_index_only and end >= size + BLOCK_SIZE):
+    has_data = with_data and not header.is_index_only
+    if header.fpos < geometry.first_slot or (has_data and end >= size + BLOCK_SIZE):
         raise _other_device(path, f"its data cannot end at {end}")
 
 

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All tracers of a host under their minors, and dattobd's calls on them with its errnos, checked in its order.
+
+What is done to a device is done by the backend, which the daemon is; so the rules can be tested without one. The table
+of errnos is in docs/guide/datto.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from errno import EBUSY, EFBIG, EINVAL, ENOENT
+from typing import Any, Protocol
+
+from stasis.datto.layout import CACHE_DEFAULT
+from stasis.datto.states import Move, State, move
+from stasis.errors import BusyError, NotFoundError, StasisError, StateError, StorageError, UsageError
+
+__all__ = ["MIB", "PATH_MAX", "Backend", "Registry", "Target", "TracerRecord"]
+
+MIB = 1 << 20
+PATH_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A device that a caller named: its path without links, what identifies it, its name if it is served."""
+
+    path: str
+    key: tuple[str, int, int]
+    device: str | None
+
+
+class Backend(Protocol):
+    """What the registry needs done."""
+
+    def limit(self) -> int:
+        """How many minors there are."""
+        ...
+
+    def find(self, path: str) -> Target:
+        """NotFoundError (ENOENT), or UsageError (ENOTBLK) for what is no device."""
+        ...
+
+    def ask(self, device: str, request: str, **fields: Any) -> dict[str, Any]:
+        """A request to the tracer's part of the device's worker; its answer describes the tracer."""
+        ...
+
+    def prepare(self, device: str, minor: int, cow: str, size: int, cache: int) -> None:
+        """Make the files of a first snapshot of the device. Raises what cannot be, with its errno."""
+        ...
+
+    def changed(self) -> None:
+        """Remember the tracers as they are now."""
+        ...
+
+
+@dataclass(slots=True)
+class TracerRecord:
+    """One tracer. `cache` in bytes and `fallocated` in MiB are 0 for the default; `error` is 0 or a negative errno."""
+
+    minor: int
+    bdev: str
+    cow: str
+    state: State
+    key: tuple[str, int, int]
+    device: str | None = None
+    error: int = 0
+    reason: str = ""
+    cache: int = 0
+    fallocated: int = 0
+    auto_expand: tuple[int, int] | None = None
+    """Step and reserved space in MiB."""
+    cow_size: int = 0
+    seqid: int = 0
+    uuid: str = ""
+    version: int = 0
+    changed: int = 0
+    filled: int = 0
+
+    @property
+    def cache_size(self) -> int:
+        """Bytes of memory for the index."""
+        return self.cache or CACHE_DEFAULT
+
+    def take(self, described: Mapping[str, Any]) -> None:
+        """Enter what the worker says of the tracer."""
+        for name in ("cow", "cow_size", "seqid", "uuid", "version", "changed", "filled"):
+            if name in described:
+                setattr(self, name, described[name])
+        if described.get("error") and not self.error:
+            self.error, self.reason = int(described["error"]), str(described.get("reason") or "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TracerRecord:
+        """KeyError, TypeError or ValueError if the fields are not those of a tracer."""
+        expand = fields.get("auto_expand")
+        return cls(**{**fields, "state": State(fields["state"]), "key": tuple(fields["key"]),
+                      "auto_expand": tuple(expand) if expand else None})
+
+
+class Registry:
+    """The tracers. Calls raise StasisError with dattobd's errno; who calls holds the daemon's lock."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.tracers: dict[int, TracerRecord] = {}
+
+    # -- checks ---------------------------------------------------------------------------------------
+
+    def _check_minor(self, minor: int) -> None:
+        limit = self._backend.limit()
+        if not 0 <= minor < limit:
+            raise UsageError(f"there is no minor {minor}", errno=EINVAL, hint=f"minors go from 0 to {limit - 1}")
+
+    def _check_free(self, minor: int) -> None:
+        self._check_minor(minor)
+        if minor in self.tracers:
+            raise BusyError(f"minor {minor} is in use for {self.tracers[minor].bdev}", errno=EBUSY,
+                            hint="stasis datto list shows them")
+
+    def find(self, minor: int) -> TracerRecord:
+        """The tracer, with what its worker says of it now. UsageError (EINVAL) or NotFoundError (ENOENT)."""
+        self._check_minor(minor)
+        if minor not in self.tracers:
+            raise NotFoundError(f"there is no tracer with minor {minor}", errno=ENOENT,
+                                hint="stasis datto list shows them")
+        record = self.tracers[minor]
+        self._refresh(record)
+        return record
+
+    def _refresh(self, record: TracerRecord) -> int:
+        """Bring the record up to date; tells how many have the image open."""
+        if not record.state.is_active or record.device is None:
+            return 0
+        try:
+            described = self._backend.ask(record.device, "info")
+        except StasisError:
+            return 0  # its worker is being restarted: the record says what was known
+        if described.get("minor") != record.minor:
+            return 0
+        record.take(described)
+        return int(described.get("open", 0))
+
+    def _find_closed(self, minor: int) -> TracerRecord:
+        record = self.find(minor)
+        if self._refresh(record):
+            raise BusyError(f"the image datto{minor} is in use", errno=EBUSY, hint="end what reads it")
+        return record
+
+    def _refuse_failed(self, record: TracerRecord) -> None:
+        if record.error:
+            raise StateError(f"tracer {record.minor} has failed with error {record.error}", errno=EINVAL,
+                             hint=record.reason or "destroy it and begin a new series")
+
+    def _check_path(self, path: str) -> None:
+        if not path or len(path.encode()) >= PATH_MAX:
+            raise UsageError("a path is empty or too long", errno=EINVAL, hint=f"at most {PATH_MAX - 1} bytes")
+
+    def _check_size(self, mib: int) -> int:
+        if mib < 0 or mib * MIB >= 1 << 63:
+            raise StorageError(f"no file can have {mib} MiB", errno=EFBIG)
+        return mib * MIB
+
+    def _active(self, record: TracerRecord, wanted: State, what: str) -> str:
+        self._refuse_failed(record)
+        if record.state is not wanted or record.device is None:
+            raise StateError(f"{what} is not possible: tracer {record.minor} is {record.state}", errno=EINVAL,
+                             hint=f"it must be {wanted}")
+        return record.device
+
+    # -- the calls --------------------------------------------------------------------------------------
+
+    def setup_snapshot(self, minor: int, bdev: str, cow: str, fallocated: int = 0, cache: int = 0) -> TracerRecord:
+        """Begin a series. `fallocated` in MiB, `cache` in bytes; 0 for the defaults."""
+        return self.setup_group([(minor, bdev, cow)], fallocated, cache)[0]
+
+    def setup_group(self, members: list[tuple[int, str, str]], fallocated: int = 0, cache: int = 0,
+                    begin: Callable[[list[str]], dict[str, dict[str, Any]]] | None = None) -> list[TracerRecord]:
+        """Begin several series, (minor, device, COW file) each: all or none. `begin` begins them at one instant."""
+        size = self._check_size(fallocated)
+        records: list[TracerRecord] = []
+        prepared: list[str] = []
+        try:
+            for minor, bdev, cow in members:
+                records.append(self._new_record(minor, bdev, cow, fallocated, cache, records))
+                device = str(records[-1].device)
+                self._backend.prepare(device, minor, cow, size, cache)
+                prepared.append(device)
+            begun = begin(prepared) if begin else {prepared[0]: self._backend.ask(prepared[0], "begin")}
+        except BaseException:
+            for device in prepared:
+                self._undo(device)
+            raise
+        for record in records:
+            record.take(begun[str(record.device)])
+            self.tracers[record.minor] = record
+        self._backend.changed()
+        return records
+
+    def _undo(self, device: str) -> None:
+        """The device had no tracer before: whatever was prepared or begun there goes."""
+        for request in ("abort", "drop"):
+            with contextlib.suppress(StasisError):  # the first failure is the one to tell
+                self._backend.ask(device, request)
+
+    def _new_record(self, minor: int, bdev: str, cow: str, fallocated: int, cache: int,
+                    others: list[TracerRecord]) -> TracerRecord:
+        self._check_path(bdev)
+        self._check_path(cow)
+        self._check_free(minor)
+        if any(other.minor == minor for other in others):
+            raise BusyError(f"minor {minor} is named twice", errno=EBUSY)
+        target = self._backend.find(bdev)
+        if target.device is None:
+            raise StateError(f"{bdev} is not served", errno=EINVAL, hint=f"stasis device attach {bdev}")
+        for other in [*self.tracers.values(), *others]:
+            if other.key == target.key and not other.state.is_unverified:
+                raise StateError(f"{bdev} is traced already, as minor {other.minor}", errno=EINVAL)
+        return TracerRecord(minor, target.path, cow, State.ACTIVE_SNAPSHOT, target.key, target.device, cache=cache,
+                            fallocated=fallocated)
+
+    def reload_snapshot(self, minor: int, bdev: str, cow: str, cache: int = 0) -> TracerRecord:
+        """Take a snapshot's file up when the device is served next."""
+        return self._reload(minor, bdev, cow, cache, State.UNVERIFIED_SNAPSHOT)
+
+    def reload_incremental(self, minor: int, bdev: str, cow: str, cache: int = 0) -> TracerRecord:
+        """Take an incremental file up when the device is served next."""
+        return self._reload(minor, bdev, cow, cache, State.UNVERIFIED_INCREMENTAL)
+
+    def _reload(self, minor: int, bdev: str, cow: str, cache: int, state: State) -> TracerRecord:
+        self._check_path(bdev)
+        self._check_path(cow)
+        self._check_free(minor)
+        target = self._backend.find(bdev)
+        if target.device is not None:
+            raise StateError(f"{bdev} is served already: what was written since {cow} was in use is not known",
+                             errno=EINVAL, hint="reload before stasis device attach")
+        record = self.tracers[minor] = TracerRecord(minor, bdev, cow, state, target.key, cache=cache)
+        self._backend.changed()
+        return record
+
+    def destroy(self, minor: int) -> None:
+        """End a tracer. The COW file goes, except that of one that is dormant or unverified."""
+        record = self._find_closed(minor)
+        if record.state.is_active and record.device is not None:
+            self._backend.ask(record.device, "drop")
+        del self.tracers[minor]
+        self._backend.changed()
+
+    def transition_incremental(self, minor: int) -> TracerRecord:
+        """Keep no more contents, only what changes."""
+        record = self._find_closed(minor)
+        device = self._active(record, State.ACTIVE_SNAPSHOT, "transition-to-incremental")
+        record.take(self._backend.ask(device, "incremental"))
+        record.state, record.auto_expand = move(record.state, Move.TO_INCREMENTAL), None
+        self._backend.changed()
+        return record
+
+    def transition_snapshot(self, minor: int, cow: str, fallocated: int = 0) -> TracerRecord:
+        """The next snapshot of the series, with a new COW file. `fallocated` in MiB, 0 for the figure before."""
+        self._check_path(cow)
+        size = self._check_size(fallocated)
+        record = self._find_closed(minor)
+        device = self._active(record, State.ACTIVE_INCREMENTAL, "transition-to-snapshot")
+        figure = fallocated or record.fallocated
+        described = self._backend.ask(device, "snapshot", cow=cow, size=size or figure * MIB)
+        record.state, record.fallocated = move(record.state, Move.TO_SNAPSHOT), figure
+        record.take(described)
+        self._backend.changed()
+        return record
+
+    def reconfigure(self, minor: int, cache: int) -> TracerRecord:
+        """Memory for the index in bytes, 0 for the default."""
+        record = self._find_closed(minor)
+        self._refuse_failed(record)
+        if record.state.is_active and record.device is not None:
+            self._backend.ask(record.device, "cache", cache=cache)
+        record.cache = cache
+        self._backend.changed()
+        return record
+
+    def get_free_minor(self) -> int:
+        """The lowest free minor. NotFoundError (ENOENT) if there is none."""
+        for minor in range(self._backend.limit()):
+            if minor not in self.tracers:
+                return minor
+        raise NotFoundError("all minors are in use", errno=ENOENT, hint="stasis settings set tracer_maximum_count=255")
+
+    def expand_cow_file(self, minor: int, size: int) -> TracerRecord:
+        """Give the COW file `size` MiB more."""
+        length = self._check_size(size)
+        record = self.find(minor)
+        device = self._active(record, State.ACTIVE_SNAPSHOT, "expand-cow-file")
+        try:
+            record.take(self._backend.ask(device, "expand", length=length))
+        finally:
+            self._refresh(record)
+            self._backend.changed()
+        return record
+
+    def reconfigure_auto_expand(self, minor: int, step: int, reserved: int = 0) -> TracerRecord:
+        """Let a full COW file grow by `step` MiB while `reserved` MiB stay free on its file system; 0 ends that."""
+        lengths = self._check_size(step), self._check_size(reserved)
+        record = self.find(minor)
+        device = self._active(record, State.ACTIVE_SNAPSHOT, "reconfigure-auto-expand")
+        self._backend.ask(device, "autoexpand", step=lengths[0], reserved=lengths[1])
+        record.auto_expand = (step, reserved) if step else None
+        self._backend.changed()
+        return record
+
+    # -- what happens to devices ------------------------------------------------------------------------
+
+    def of_device(self, name: str, path: str, key: tuple[str, int, int]) -> TracerRecord | None:
+        """The tracer that a device which is served from now on goes on with: its own, or one that was reloaded."""
+        mine = [record for record in self.tracers.values() if record.key == key and not record.error]
+        for record in sorted(mine, key=lambda record: record.state.is_unverified):
+            record.device, record.bdev = name, path
+            return record
+        return None
+
+    def woke(self, record: TracerRecord, described: Mapping[str, Any]) -> None:
+        """The device is served; its worker says how the tracer goes on, or why it does not."""
+        record.take(described)
+        if not record.error:
+            if not record.state.is_active:
+                record.state = move(record.state, Move.WAKE)
+            if "mode" in described:
+                record.state = State.ACTIVE_SNAPSHOT if described["mode"] == "snapshot" else State.ACTIVE_INCREMENTAL
+        self._backend.changed()
+
+    def slept(self, name: str) -> None:
+        """The device is served no more; its COW file was left clean."""
+        for record in self.tracers.values():
+            if record.device == name and record.state.is_active:
+                record.state = move(record.state, Move.SLEEP)
+        self._backend.changed()
+
+    def forget(self) -> None:
+        """Another daemon begins: nothing is known of what happened meanwhile."""
+        for record in self.tracers.values():
+            record.state = move(record.state, Move.FORGET)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The active tracer of one served device: before a block is overwritten its old contents go to the COW file, or, in
+incremental mode, the fact that it changes.
+
+It runs in the device's worker, between batches, after the change map and the snapshot engine. Its own failures never
+become failures of the write: the tracer has failed then, and the device goes on. docs/design/datto.md has the order of
+what is made durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from errno import EFBIG, EIO
+
+from stasis.block.chunktable import merge_runs
+from stasis.block.intentlog import IntentLog
+from stasis.block.origin import Origin, Request
+from stasis.datto.cowfile import CowFile
+from stasis.datto.index import Run
+from stasis.datto.layout import BLOCK_SHIFT, BLOCK_SIZE, CHANGED, SECTION_BLOCKS, SECTION_SHIFT
+from stasis.linux.iobuffer import IoBuffer
+
+__all__ = ["WARN_AT", "Tracer"]
+
+WINDOW_BLOCKS = 64
+"""Blocks copied at a time, as in the snapshot engine (block/cow.py)."""
+
+WARN_AT = (75, 90)
+"""Percent of the room for data at which a warning is given, once each."""
+
+
+class Tracer:
+    """`failed` is called once with an errno, `low` with each of WARN_AT that is passed."""
+
+    def __init__(self, origin: Origin, cow: CowFile, log: IntentLog, *, failed: Callable[[int], None],
+                 low: Callable[[int], None]) -> None:
+        self.origin, self.cow, self.log = origin, cow, log
+        self.error = 0
+        self.auto_expand: tuple[int, int] | None = None
+        """Bytes to grow by when full, and bytes to leave free on the file system."""
+        self._failed, self._low = failed, low
+        self._window = IoBuffer(WINDOW_BLOCKS << BLOCK_SHIFT)
+        self._warned = 0
+
+    def close(self) -> None:
+        """Close COW file and log as they are."""
+        self._window.close()
+        self.log.close()
+        self.cow.close()
+
+    def follow(self, cow: CowFile, log: IntentLog) -> tuple[CowFile, IntentLog]:
+        """Go on with the next file of the series, between batches; gives back the one that is done."""
+        done = self.cow, self.log
+        self.cow, self.log, self._warned, self.auto_expand = cow, log, 0, None
+        return done
+
+    def fail(self, errno: int) -> None:
+        """End it: nothing more is kept, its image answers EIO. The first error stays."""
+        if not self.error:
+            self.error = errno
+            self._failed(errno)
+
+    # -- before the origin is written ---------------------------------------------------------------
+
+    def before(self, requests: Sequence[Request]) -> None:
+        """Enter what these requests are about to overwrite. Never raises."""
+        if self.error:
+            return
+        try:
+            runs = self._missing(requests)
+            if runs:
+                self._enter(runs)
+        except OSError as error:
+            self.fail(error.errno or EIO)
+
+    def _missing(self, requests: Sequence[Request]) -> list[Run]:
+        # Hot: for blocks that are in the index already this is all that tracing costs a write.
+        index, size, marked = self.cow.index, self.cow.geometry.size, self.cow.is_index_only
+        sections, used = index.sections, index.used
+        runs: list[Run] = []
+        for offset, length, _ in requests:
+            block, end = offset >> BLOCK_SHIFT, -(-(offset + length) >> BLOCK_SHIFT)
+            if end - block == 1:
+                section = sections.get(block >> SECTION_SHIFT)
+                if section is not None:
+                    entry = section[block & (SECTION_BLOCKS - 1)]
+                    if entry == CHANGED or (entry and not marked):
+                        used.add(block >> SECTION_SHIFT)
+                        continue
+            if offset < size:
+                runs += index.runs_without(block, min(end, self.cow.geometry.blocks), marked=marked)
+        return merge_runs(runs) if len(runs) > 1 else runs
+
+    def _enter(self, runs: Sequence[Run]) -> None:
+        shift = self.log.shift - BLOCK_SHIFT
+        self.log.add({region for first, end in runs for region in range(first >> shift, ((end - 1) >> shift) + 1)})
+        if self.cow.is_index_only:
+            for first, end in runs:
+                self.cow.mark(first, end)
+            return
+        for window in _windows(runs):
+            self._keep(window)
+        self._warn()
+
+    def _keep(self, runs: Sequence[Run]) -> None:
+        requests: list[Request] = []
+        position = 0
+        for first, end in runs:
+            offset, length = first << BLOCK_SHIFT, (end - first) << BLOCK_SHIFT
+            requests.append((offset, min(length, self.cow.geometry.size - offset), position))
+            position += length
+        _, length, at = requests[-1]
+        self._window.view[at + length : position] = bytes(position - at - length)  # behind a short last block
+        self.origin.read(self._window, requests)
+        self._make_room(position >> BLOCK_SHIFT)
+        self.cow.keep(runs, self._window.view[:position])
+
+    # -- room -----------------------------------------------------------------------------------------
+
+    def _make_room(self, blocks: int) -> None:
+        if blocks <= self.cow.free_slots or self.auto_expand is None:
+            return
+        step, reserved = self.auto_expand
+        wanted = max(step, -(-blocks * BLOCK_SIZE // step) * step)
+        if not self.cow.may_expand(wanted, reserved):
+            raise OSError(EFBIG, "the COW file is full, and its file system has no room to let it grow")
+        self.cow.expand(wanted)
+        self._warned = 0
+
+    def _warn(self) -> None:
+        filled = self.cow.filled_percent
+        for percent in WARN_AT:
+            if self._warned < percent <= filled:
+                self._warned = percent
+                self._low(percent)
+
+    def expand(self, length: int) -> None:
+        """Grow by `length` bytes. What fallocate answers is raised, and is the end of the tracer too."""
+        try:
+            self.cow.expand(length)
+        except OSError as error:
+            self.fail(error.errno or EIO)
+            raise
+        self._warned = 0
+
+    # -- reading the image ------------------------------------------------------------------------------
+
+    def read_image(self, buffer: IoBuffer, requests: Sequence[Request]) -> None:
+        """Fill the buffer with the device as it was. OSError EIO once the tracer has failed."""
+        view = buffer.view
+        for offset, length, position in requests:
+            end = offset + length
+            for low, high, slot in self._pieces(offset, end):
+                at = position + low - offset
+                if slot:
+                    place = view[at : at + high - low]
+                    self.cow.read_bytes((slot << BLOCK_SHIFT) + (low & (BLOCK_SIZE - 1)), place)
+                else:
+                    self.origin.read(buffer, [(low, high - low, at)])
+        with contextlib.suppress(OSError):
+            self.check()
+        if self.error:
+            raise OSError(EIO, "the snapshot has failed")
+
+    def _pieces(self, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(start, end, slot of its first block or 0) of stretches of bytes that lie in one place."""
+        first = offset >> BLOCK_SHIFT
+        entries = self.cow.index.entries(first, -(-end >> BLOCK_SHIFT))
+        start = 0
+        for number in range(1, len(entries) + 1):
+            before = entries[number - 1]
+            if number < len(entries) and entries[number] == (before + 1 if before else 0):
+                continue
+            slot = entries[start]
+            low = max(offset, (first + start) << BLOCK_SHIFT)
+            yield low, min(end, (first + number) << BLOCK_SHIFT), slot
+            start = number
+
+    def check(self) -> None:
+        """Look for a write to the COW file that failed after the fact; it is the end of the tracer."""
+        try:
+            self.cow.check()
+        except OSError as error:
+            self.fail(error.errno or EIO)
+            raise
+
+
+def _windows(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """Cut runs into groups of at most a window of blocks."""
+    group: list[Run] = []
+    room = WINDOW_BLOCKS
+    for first, end in runs:
+        while first < end:
+            stop = min(end, first + room)
+            group.append((first, stop))
+            first, room = stop, room - (stop - first)
+            if not room:
+                yield group
+                group, room = [], WINDOW_BLOCKS
+    if group:
+        yield group
