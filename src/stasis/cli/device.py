@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add"]
 
+DRIVERS = ("stasis", "blksnap", "dattobd")
+
 
 def add(groups: Groups) -> None:
     """Add the group and its commands."""
@@ -41,10 +43,13 @@ def _add_attach(group: Groups) -> None:
     command = add_command(group, "attach", attach, "Serve a block device or image file; prints its NBD URI.", """
 stasis device attach disk.img
 stasis device attach /dev/sdb --name data --kernel
+stasis device attach /dev/sdb1 --driver blksnap
 nbdcopy disk.img "$(stasis device attach copy.img)"
 """)
     command.add_argument("path", metavar="PATH", help="the block device or image file")
     command.add_argument("--name", metavar="NAME", help="what to call it (the last part of the path)")
+    command.add_argument("--driver", metavar="MODULE", choices=DRIVERS, default=DRIVERS[0],
+                         help="leave its I/O in the kernel and let this kernel module track it: blksnap or dattobd")
     command.add_argument("--kernel", action="store_true", help="give it a block device node under /dev too")
     command.add_argument("--tracking-block", metavar="SIZE", type=size,
                          help="unit of change tracking (chosen from the device's size)")
@@ -73,7 +78,7 @@ def attach(arguments: argparse.Namespace) -> None:
         device = client.attach(arguments.path, name=arguments.name, kernel=arguments.kernel,
                                tracking_block=arguments.tracking_block, buffered=arguments.buffered,
                                tcp=arguments.tcp, tls_certificates=arguments.tls_certificates,
-                               tls_psk=arguments.tls_psk, bitmaps=arguments.bitmap)
+                               tls_psk=arguments.tls_psk, bitmaps=arguments.bitmap, driver=arguments.driver)
     if arguments.json:
         output.print_json(device)
     else:
@@ -122,6 +127,7 @@ def _print(device: Device, as_json: bool) -> None:
     output.print_fields([
         ("name", device.name),
         ("path", device.path),
+        ("driver", device.driver),
         ("size", output.size_text(device.size)),
         ("state", device.state),
         ("error", device.error),

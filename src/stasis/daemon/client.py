@@ -108,17 +108,19 @@ class Client(TracerCalls):
     def attach(self, path: StrPath, *, name: str | None = None, kernel: bool = False,
                tracking_block: int | None = None, buffered: bool = False, tcp: str | None = None,
                tls_certificates: StrPath | None = None, tls_psk: StrPath | None = None,
-               bitmaps: Sequence[int] = (), filter: str = "snapshot") -> Device:  # noqa: A002
+               bitmaps: Sequence[int] = (), driver: str = "stasis",
+               filter: str = "snapshot") -> Device:  # noqa: A002
         """Put a filter on a block device or image file and serve it.
 
         `kernel` gives it a block device node; `tracking_block` is the unit of its change map; `buffered` leaves direct
         I/O away; `tcp` ("ADDR:PORT") offers it over TCP too; `bitmaps` are change numbers to offer dirty bitmaps since.
+        `driver` "blksnap" or "dattobd" leaves its I/O where it is and has that kernel module track it.
         Raises NotFoundError, PermissionDeniedError, UsageError, or BusyError that names who holds the device.
         """
         answer = self._call("Attach", path=os.path.abspath(path), name=name, filter=filter, kernel=kernel,
                             tracking_block=tracking_block, buffered=buffered, tcp=tcp,
                             tls_certificates=_absolute(tls_certificates), tls_psk=_absolute(tls_psk),
-                            bitmaps=list(bitmaps))
+                            bitmaps=list(bitmaps), driver=driver)
         return model.from_dict(Device, answer["device"])
 
     def detach(self, name: str, *, force: bool = False, forget: bool = False) -> None:

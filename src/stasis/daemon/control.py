@@ -15,9 +15,9 @@ import varlink
 import stasis
 from stasis.daemon import sockets
 from stasis.daemon.devices import DeviceKeeper
+from stasis.daemon.engines import Engines
 from stasis.daemon.interface import FILE, NAME
 from stasis.daemon.service import Methods
-from stasis.daemon.snapshots import SnapshotKeeper
 
 __all__ = ["Server"]
 
@@ -28,11 +28,11 @@ LARGEST_CALL = 16 << 20
 class Server:
     """Serves from the moment it is made until `close`, at `path` or on a `listener` that somebody else made there."""
 
-    def __init__(self, path: Path, devices: DeviceKeeper, snapshots: SnapshotKeeper,
+    def __init__(self, path: Path, engines: Engines, devices: DeviceKeeper,
                  stop: Callable[[bool], None], listener: socket.socket | None = None) -> None:
         service = varlink.Service(vendor="stasis", product="stasis", version=stasis.__version__,
                                   url="https://varlink.org", interface_dir=str(FILE.parent))
-        service.interface(NAME)(lambda: Methods(devices, snapshots, stop))
+        service.interface(NAME)(lambda: Methods(engines, devices, stop))
         self._made = path if listener is None else None
         handler = type("Handler", (_Handler,), {"service": service})
         self._server = _Listener(listener or sockets.listen_unix(path), handler)

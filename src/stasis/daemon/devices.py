@@ -261,7 +261,7 @@ class DeviceKeeper:
         for directory in sorted(self.directories.devices.iterdir()):
             with contextlib.suppress(FileNotFoundError):
                 device = self._remembered(directory.name)
-                if device.record.attached:
+                if device.record.attached and device.record.driver == record.SERVED:
                     found.append(device)
         return found
 

@@ -32,12 +32,13 @@ class ImageServer:
     """
 
     def __init__(self, export: str, socket_path: Path, log_path: Path, tcp: sockets.TcpOptions | None,
-                 started: Callable[[Child], None]) -> None:
-        """`started` is told of every process that serves, in whatever thread starts it."""
+                 started: Callable[[Child], None], module: str = "stasis.block.imageserver") -> None:
+        """`started` is told of every process that serves, in whatever thread starts it; `module` is what it runs."""
         self.export = export
         self.child: Child | None = None
         self.tcp = tcp
         self._started = started
+        self._module = module
         self._socket_path = socket_path
         self._log_path = log_path
         self._listener: socket.socket | None = None
@@ -80,7 +81,7 @@ class ImageServer:
             configuration = {**self._configuration, "name": self.export, "listen_fd": self._listener.fileno(),
                              "log_path": str(self._log_path), "tcp": tcp}
             lent = [self._listener.fileno()] + ([self._tcp_listener.fileno()] if self._tcp_listener else [])
-            child = spawn("stasis.block.imageserver", configuration, [*self._descriptors, *lent], self._log_path)
+            child = spawn(self._module, configuration, [*self._descriptors, *lent], self._log_path)
             self.child = child
         self._started(child)  # without our lock: whoever stops us may hold the one that this takes
         self._watch(child)

@@ -15,9 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stasis.blksnap.kernel import Kernel
 from stasis.daemon import control, nodes, sockets
 from stasis.daemon.child import NICE_IN_PATH, set_priority
 from stasis.daemon.devices import DeviceKeeper
+from stasis.daemon.driven.engine import DrivenEngine
+from stasis.daemon.engines import Engines, ServedEngine
 from stasis.daemon.paths import Directories, check_socket_path
 from stasis.daemon.recovery import recover
 from stasis.daemon.snapshots import SnapshotKeeper
@@ -33,11 +36,14 @@ log = logging.getLogger("stasis.daemon")
 class Daemon:
     """The keepers under their one lock."""
 
-    def __init__(self, directories: Directories, overrides: dict[str, Any]) -> None:
+    def __init__(self, directories: Directories, overrides: dict[str, Any], kernel: Kernel | None = None) -> None:
+        """`kernel` is what modules are driven through, the running one where none is given."""
         lock = threading.RLock()
         self.devices = DeviceKeeper(directories, lock, overrides)
         self.snapshots = SnapshotKeeper(directories, self.devices, lock)
         self.devices.memberships = self.snapshots
+        self.driven = DrivenEngine(directories, lock, kernel)
+        self.engines = Engines(ServedEngine(self.devices, self.snapshots), self.driven)
         self.devices.tracers = self.tracers = TracerKeeper(directories, self.devices)
         self.stopped = threading.Event()
         self.keep_serving = False
@@ -54,6 +60,7 @@ class Daemon:
         mounted file system would lose its data. A snapshot stays with any of its devices.
         """
         self.tracers.close()
+        self.driven.shut_down(keep=self.keep_serving)
         with self.devices.lock:
             kept = self._kept()
             for snapshot in list(self.snapshots.snapshots.values()):
@@ -120,7 +127,8 @@ def _serve(daemon: Daemon, socket_path: Path, ready_fd: int | None) -> None:
     listener = sockets.passed_in(socket_path)
     set_priority(0, NICE_IN_PATH)
     recover(daemon.devices, daemon.snapshots)
-    server = control.Server(socket_path, daemon.devices, daemon.snapshots, daemon.stop, listener)
+    daemon.driven.recover()
+    server = control.Server(socket_path, daemon.engines, daemon.devices, daemon.stop, listener)
     log.info("serving on %s", socket_path)
     _tell(ready_fd, {"pid": os.getpid()})
     activation.notify("READY=1")

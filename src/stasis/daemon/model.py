@@ -22,7 +22,11 @@ T = TypeVar("T")
 class Device:
     """An attached device. Sizes in bytes.
 
-    `state` is "serving", or "failed" with the reason in `error`; `node` is its kernel block device, if it has one;
+    `uri` is where it is served; that of a device of a kernel module, whose I/O stays in the kernel, is "file:" and its
+    path.
+
+    `state` is "serving", "tracked" by a kernel module, or "failed" with the reason in `error`; `node` is its block
+    device in the kernel, if it has one;
     `snapshot` the snapshot it is in; `change_number` the number of its last snapshot within `generation`.
     """
 
@@ -42,6 +46,8 @@ class Device:
     pid: int | None = None
     worker: dict[str, Any] | None = None
     """What the worker tells of itself: counters of I/O and of copy-on-write (`device show` only)."""
+    driver: str = "stasis"
+    """Who tracks it: "stasis", which serves it, or a kernel module, "blksnap" or "dattobd"."""
 
 
 @dataclass(frozen=True)

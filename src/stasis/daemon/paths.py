@@ -74,6 +74,11 @@ class Directories:
     def snapshots(self) -> Path:
         return self.run / "snapshots"
 
+    @property
+    def driven(self) -> Path:
+        """Snapshots that kernel modules hold."""
+        return self.run / "driven"
+
     def snapshot(self, uuid: str) -> Path:
         return self.snapshots / uuid
 

@@ -18,12 +18,13 @@ from typing import Any
 import stasis
 from stasis.block import settings as settings_file
 from stasis.block.events import EventQueue
-from stasis.daemon import ctl, maps, model, record, views
+from stasis.daemon import maps, model, record
 from stasis.daemon.answering import failure, method
 from stasis.daemon.datto_methods import DattoMethods
 from stasis.daemon.devices import FILTER, DeviceKeeper
+from stasis.daemon.engines import Engine, Engines
 from stasis.daemon.record import DeviceRecord
-from stasis.daemon.snapshots import SnapshotKeeper, SnapshotOptions
+from stasis.daemon.snapshots import SnapshotOptions
 from stasis.errors import UsageError
 
 __all__ = ["Methods", "failure"]
@@ -44,65 +45,56 @@ def _absolute(path: str | None, what: str) -> str:
 class Methods(DattoMethods):
     """The interface. `stop` is called with True to leave the devices served."""
 
-    def __init__(self, devices: DeviceKeeper, snapshots: SnapshotKeeper, stop: Callable[[bool], None]) -> None:
+    def __init__(self, engines: Engines, devices: DeviceKeeper, stop: Callable[[bool], None]) -> None:
+        self._engines = engines
         self._devices = devices
-        self._snapshots = snapshots
         self._stop = stop
 
     # -- devices ----------------------------------------------------------------------------------
 
-    @method
+    @_method
     def Attach(self, path: str, name: str | None, filter: str | None, kernel: bool | None,  # noqa: A002
                tracking_block: int | None, buffered: bool | None, tcp: str | None, tls_certificates: str | None,
-               tls_psk: str | None, bitmaps: list[int] | None) -> Answer:
+               tls_psk: str | None, bitmaps: list[int] | None, driver: str | None) -> Answer:
         wanted = DeviceRecord(name or record.default_name(path), _absolute(path, "path"), bool(kernel),
-                              tracking_block, bool(buffered), tcp, tls_certificates, tls_psk, bitmaps or [])
-        is_new = not self._devices.directories.device(wanted.name).exists()
-        device = self._devices.attach(wanted, filter or FILTER)
-        if kernel:
-            try:
-                self._devices.make_node(device)
-            except BaseException:
-                self._devices.detach(device.name, forget=is_new)
-                raise
-        return self._device(device.name)
+                              tracking_block, bool(buffered), tcp, tls_certificates, tls_psk, bitmaps or [],
+                              driver=driver or record.SERVED)
+        return _device(self._engines.attach(wanted, filter or FILTER), wanted.name)
 
-    def _device(self, name: str, *, detailed: bool = False) -> Answer:
-        with self._devices.lock:
-            device = views.device(self._snapshots, self._devices.find(name), detailed=detailed)
-        return {"device": model.as_dict(device)}
-
-    @method
+    @_method
     def Detach(self, name: str, force: bool | None, forget: bool | None) -> Answer:
-        self._devices.detach(name, force=bool(force), forget=bool(forget))
+        self._engines.of_device(name).detach(name, force=bool(force), forget=bool(forget))
         return {}
 
-    @method
+    @_method
     def ListDevices(self) -> Answer:
         with self._devices.lock:
-            names = sorted(self._devices.devices)
-            return {"devices": [self._device(name)["device"] for name in names]}
+            owners = {name: engine for engine in self._engines.all for name in engine.paths()}
+            return {"devices": [_device(owners[name], name)["device"] for name in sorted(owners)]}
 
-    @method
+    @_method
     def ShowDevice(self, name: str) -> Answer:
-        return self._device(name, detailed=True)
+        return _device(self._engines.of_device(name), name, detailed=True)
 
-    @method
+    @_method
     def RefreshDevice(self, name: str) -> Answer:
-        return self._device(self._devices.refresh(name).name)
+        engine = self._engines.of_device(name)
+        engine.refresh(name)
+        return _device(engine, name)
 
-    @method
+    @_method
     def ListFilters(self) -> Answer:
         return {"filters": self._devices.filters.names()}
 
-    @method
+    @_method
     def Control(self, name: str, filter: str, command: str,  # noqa: A002
                 argument: Mapping[str, Any] | None) -> Answer:
-        return {"result": self._devices.ctl(name, filter, command, argument or {})}
+        engine = self._engines.of_device(name)
+        return {"result": engine.ctl(name, filter, command, argument or {})}
 
     # -- snapshots --------------------------------------------------------------------------------
 
-    @method
+    @_method
     def CreateSnapshot(self, devices: list[str], storage: str | None, storage_fd: int | None, limit: int | None,
                        chunk: int | None, take: bool | None, bitmaps: list[int] | None, tcp: str | None,
                        tls_certificates: str | None, tls_psk: str | None, _request: socket.socket) -> Answer:
@@ -112,59 +104,58 @@ class Methods(DattoMethods):
                 _absolute(storage, "storage")
             options = SnapshotOptions("descriptor" if fd is not None else str(storage), fd, limit, chunk,
                                       bitmaps or [], tcp, tls_certificates, tls_psk)
-            return self._snapshot(self._snapshots.create(options, devices, take=bool(take)).id)
+            engine = self._engines.of_devices(devices)
+            return _snapshot(engine, engine.create(options, devices, take=bool(take)))
         finally:
             if fd is not None:
                 os.close(fd)
 
-    def _snapshot(self, uuid: str) -> Answer:
-        with self._snapshots.lock:
-            return {"snapshot": model.as_dict(views.snapshot(self._snapshots, self._snapshots.find(uuid)))}
-
-    @method
+    @_method
     def AddDevice(self, id: str, device: str) -> Answer:  # noqa: A002
-        return self._snapshot(self._snapshots.add(id, device).id)
+        return _snapshot(self._engines.add(id, device), id)
 
-    @method
+    @_method
     def TakeSnapshot(self, id: str) -> Answer:  # noqa: A002
-        return self._snapshot(self._snapshots.take(id).id)
+        engine = self._engines.of_snapshot(id)
+        engine.take(id)
+        return _snapshot(engine, id)
 
-    @method
+    @_method
     def ShowSnapshot(self, id: str) -> Answer:  # noqa: A002
-        return self._snapshot(id)
+        return _snapshot(self._engines.of_snapshot(id), id)
 
-    @method
+    @_method
     def ListSnapshots(self) -> Answer:
-        with self._snapshots.lock:
-            return {"snapshots": [self._snapshot(uuid)["snapshot"] for uuid in self._snapshots.snapshots]}
+        with self._devices.lock:
+            return {"snapshots": [_snapshot(engine, uuid)["snapshot"]
+                                  for engine in self._engines.all for uuid in engine.uuids()]}
 
-    @method
+    @_method
     def CollectSnapshots(self) -> Answer:
-        return {"ids": list(self._snapshots.snapshots)}
+        return {"ids": [uuid for engine in self._engines.all for uuid in engine.uuids()]}
 
-    @method
+    @_method
     def DestroySnapshot(self, id: str) -> Answer:  # noqa: A002
-        self._snapshots.destroy(id)
+        self._engines.of_snapshot(id).destroy(id)
         return {}
 
-    @method
+    @_method
     def WaitEvents(self, id: str, after: int | None, timeout_ms: int | None,  # noqa: A002
                    _request: socket.socket, _more: bool = False) -> Answer | Iterator[Answer]:
-        snapshot = self._snapshots.find(id)
+        queue = self._engines.of_snapshot(id).events(id)
         if _more:
-            return _stream(snapshot.events, after or 0, _request)
-        timeout = None if timeout_ms is None else timeout_ms / 1000
-        events, gone = self._snapshots.wait_events(snapshot.id, after or 0, timeout)
-        return {"events": [event.as_dict() for event in events], "gone": gone}
+            return _stream(queue, after or 0, _request)
+        events = queue.wait(after or 0, None if timeout_ms is None else timeout_ms / 1000)
+        return {"events": [event.as_dict() for event in events], "gone": queue.closed}
 
-    @method
+    @_method
     def TakeEvent(self, id: str, codes: list[int], timeout_ms: int | None,  # noqa: A002
                   _request: socket.socket) -> Answer:
-        with self._snapshots.lock:
-            queue = self._snapshots.find(id).events
+        engine = self._engines.of_snapshot(id)
+        queue = engine.events(id)
         deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1000
         while not _hung_up(_request):  # an event must not be taken for somebody who is gone
-            event = self._snapshots.take_event(id, codes)
+            event = engine.take_event(id, codes)
             if event is not None:
                 return {"event": event.as_dict()}
             left = POLL_SECONDS if deadline is None else min(POLL_SECONDS, deadline - time.monotonic())
@@ -173,41 +164,43 @@ class Methods(DattoMethods):
             queue.wait_to_take(codes, left)
         return {}
 
-    @method
+    @_method
     def MakeImageNode(self, id: str, device: str) -> Answer:  # noqa: A002
-        return {"node": self._snapshots.image_node(id, device)}
+        return {"node": self._engines.of_snapshot(id).image_node(id, device)}
 
     # -- maps -------------------------------------------------------------------------------------
 
-    @method
+    @_method
     def GetMapInfo(self, device: str) -> Answer:
+        self._engines.of_device(device).update_map(device)
         info = model.from_dict(model.MapInfo, maps.info(self._devices.directories, device))
         return {"info": model.as_dict(info)}
 
-    @method
+    @_method
     def GetChangedExtents(self, device: str, since: int, held: bool | None, generation: str | None) -> Answer:
+        self._engines.of_device(device).update_map(device)
         with maps.open_map(self._devices.directories, device) as change_map:
             extents = change_map.changed_extents(since, held=bool(held), generation=generation)
         return {"extents": [{"offset": offset, "length": length} for offset, length in extents]}
 
-    @method
+    @_method
     def ReadMap(self, device: str, offset: int, length: int, held: bool | None) -> Answer:
+        self._engines.of_device(device).update_map(device)
         data = maps.read(self._devices.directories, device, offset, length, held=bool(held))
         return {"data": base64.b64encode(data).decode()}
 
-    @method
+    @_method
     def MarkChanged(self, device: str, ranges: Sequence[Mapping[str, int]]) -> Answer:
-        with self._devices.lock:
-            ctl.mark(self._devices.find(device), [(entry["offset"], entry["length"]) for entry in ranges])
+        self._engines.of_device(device).mark(device, [(entry["offset"], entry["length"]) for entry in ranges])
         return {}
 
     # -- the daemon -------------------------------------------------------------------------------
 
-    @method
+    @_method
     def GetSettings(self) -> Answer:
         return {"settings": self._devices.settings().as_dict()}
 
-    @method
+    @_method
     def SetSettings(self, settings: dict[str, int]) -> Answer:
         with self._devices.lock:
             path = self._devices.directories.settings
@@ -215,17 +208,26 @@ class Methods(DattoMethods):
             settings_file.save(path, changed)
         return self.GetSettings()
 
-    @method
+    @_method
     def GetStatus(self) -> Answer:
         directories = self._devices.directories
         status = model.Status(os.getpid(), stasis.__version__, str(directories.run), str(directories.state),
-                              len(self._devices.devices), len(self._snapshots.snapshots))
+                              sum(len(engine.paths()) for engine in self._engines.all),
+                              sum(len(engine.uuids()) for engine in self._engines.all))
         return {"status": model.as_dict(status)}
 
-    @method
+    @_method
     def Stop(self, keep_serving: bool | None) -> Answer:
         self._stop(bool(keep_serving))
         return {}
+
+
+def _device(engine: Engine, name: str, *, detailed: bool = False) -> Answer:
+    return {"device": model.as_dict(engine.device(name, detailed=detailed))}
+
+
+def _snapshot(engine: Engine, uuid: str) -> Answer:
+    return {"snapshot": model.as_dict(engine.snapshot(uuid))}
 
 
 def _stream(queue: EventQueue, after: int, request: socket.socket) -> Iterator[Answer]:
