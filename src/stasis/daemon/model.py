@@ -26,8 +26,8 @@ class Device:
     path.
 
     `state` is "serving", "tracked" by a kernel module, or "failed" with the reason in `error`; `node` is its block
-    device in the kernel, if it has one;
-    `snapshot` the snapshot it is in; `change_number` the number of its last snapshot within `generation`.
+    device in the kernel, if it has one; `snapshot` the snapshot it is in; `change_number` the number of its last
+    snapshot within `generation`.
     """
 
     name: str

@@ -52,7 +52,7 @@ class Methods(DattoMethods):
 
     # -- devices ----------------------------------------------------------------------------------
 
-    @_method
+    @method
     def Attach(self, path: str, name: str | None, filter: str | None, kernel: bool | None,  # noqa: A002
                tracking_block: int | None, buffered: bool | None, tcp: str | None, tls_certificates: str | None,
                tls_psk: str | None, bitmaps: list[int] | None, driver: str | None) -> Answer:
@@ -61,32 +61,32 @@ class Methods(DattoMethods):
                               driver=driver or record.SERVED)
         return _device(self._engines.attach(wanted, filter or FILTER), wanted.name)
 
-    @_method
+    @method
     def Detach(self, name: str, force: bool | None, forget: bool | None) -> Answer:
         self._engines.of_device(name).detach(name, force=bool(force), forget=bool(forget))
         return {}
 
-    @_method
+    @method
     def ListDevices(self) -> Answer:
         with self._devices.lock:
             owners = {name: engine for engine in self._engines.all for name in engine.paths()}
             return {"devices": [_device(owners[name], name)["device"] for name in sorted(owners)]}
 
-    @_method
+    @method
     def ShowDevice(self, name: str) -> Answer:
         return _device(self._engines.of_device(name), name, detailed=True)
 
-    @_method
+    @method
     def RefreshDevice(self, name: str) -> Answer:
         engine = self._engines.of_device(name)
         engine.refresh(name)
         return _device(engine, name)
 
-    @_method
+    @method
     def ListFilters(self) -> Answer:
         return {"filters": self._devices.filters.names()}
 
-    @_method
+    @method
     def Control(self, name: str, filter: str, command: str,  # noqa: A002
                 argument: Mapping[str, Any] | None) -> Answer:
         engine = self._engines.of_device(name)
@@ -94,7 +94,7 @@ class Methods(DattoMethods):
 
     # -- snapshots --------------------------------------------------------------------------------
 
-    @_method
+    @method
     def CreateSnapshot(self, devices: list[str], storage: str | None, storage_fd: int | None, limit: int | None,
                        chunk: int | None, take: bool | None, bitmaps: list[int] | None, tcp: str | None,
                        tls_certificates: str | None, tls_psk: str | None, _request: socket.socket) -> Answer:
@@ -110,36 +110,36 @@ class Methods(DattoMethods):
             if fd is not None:
                 os.close(fd)
 
-    @_method
+    @method
     def AddDevice(self, id: str, device: str) -> Answer:  # noqa: A002
         return _snapshot(self._engines.add(id, device), id)
 
-    @_method
+    @method
     def TakeSnapshot(self, id: str) -> Answer:  # noqa: A002
         engine = self._engines.of_snapshot(id)
         engine.take(id)
         return _snapshot(engine, id)
 
-    @_method
+    @method
     def ShowSnapshot(self, id: str) -> Answer:  # noqa: A002
         return _snapshot(self._engines.of_snapshot(id), id)
 
-    @_method
+    @method
     def ListSnapshots(self) -> Answer:
         with self._devices.lock:
             return {"snapshots": [_snapshot(engine, uuid)["snapshot"]
                                   for engine in self._engines.all for uuid in engine.uuids()]}
 
-    @_method
+    @method
     def CollectSnapshots(self) -> Answer:
         return {"ids": [uuid for engine in self._engines.all for uuid in engine.uuids()]}
 
-    @_method
+    @method
     def DestroySnapshot(self, id: str) -> Answer:  # noqa: A002
         self._engines.of_snapshot(id).destroy(id)
         return {}
 
-    @_method
+    @method
     def WaitEvents(self, id: str, after: int | None, timeout_ms: int | None,  # noqa: A002
                    _request: socket.socket, _more: bool = False) -> Answer | Iterator[Answer]:
         queue = self._engines.of_snapshot(id).events(id)
@@ -148,7 +148,7 @@ class Methods(DattoMethods):
         events = queue.wait(after or 0, None if timeout_ms is None else timeout_ms / 1000)
         return {"events": [event.as_dict() for event in events], "gone": queue.closed}
 
-    @_method
+    @method
     def TakeEvent(self, id: str, codes: list[int], timeout_ms: int | None,  # noqa: A002
                   _request: socket.socket) -> Answer:
         engine = self._engines.of_snapshot(id)
@@ -164,43 +164,43 @@ class Methods(DattoMethods):
             queue.wait_to_take(codes, left)
         return {}
 
-    @_method
+    @method
     def MakeImageNode(self, id: str, device: str) -> Answer:  # noqa: A002
         return {"node": self._engines.of_snapshot(id).image_node(id, device)}
 
     # -- maps -------------------------------------------------------------------------------------
 
-    @_method
+    @method
     def GetMapInfo(self, device: str) -> Answer:
         self._engines.of_device(device).update_map(device)
         info = model.from_dict(model.MapInfo, maps.info(self._devices.directories, device))
         return {"info": model.as_dict(info)}
 
-    @_method
+    @method
     def GetChangedExtents(self, device: str, since: int, held: bool | None, generation: str | None) -> Answer:
         self._engines.of_device(device).update_map(device)
         with maps.open_map(self._devices.directories, device) as change_map:
             extents = change_map.changed_extents(since, held=bool(held), generation=generation)
         return {"extents": [{"offset": offset, "length": length} for offset, length in extents]}
 
-    @_method
+    @method
     def ReadMap(self, device: str, offset: int, length: int, held: bool | None) -> Answer:
         self._engines.of_device(device).update_map(device)
         data = maps.read(self._devices.directories, device, offset, length, held=bool(held))
         return {"data": base64.b64encode(data).decode()}
 
-    @_method
+    @method
     def MarkChanged(self, device: str, ranges: Sequence[Mapping[str, int]]) -> Answer:
         self._engines.of_device(device).mark(device, [(entry["offset"], entry["length"]) for entry in ranges])
         return {}
 
     # -- the daemon -------------------------------------------------------------------------------
 
-    @_method
+    @method
     def GetSettings(self) -> Answer:
         return {"settings": self._devices.settings().as_dict()}
 
-    @_method
+    @method
     def SetSettings(self, settings: dict[str, int]) -> Answer:
         with self._devices.lock:
             path = self._devices.directories.settings
@@ -208,7 +208,7 @@ class Methods(DattoMethods):
             settings_file.save(path, changed)
         return self.GetSettings()
 
-    @_method
+    @method
     def GetStatus(self) -> Answer:
         directories = self._devices.directories
         status = model.Status(os.getpid(), stasis.__version__, str(directories.run), str(directories.state),
@@ -216,7 +216,7 @@ class Methods(DattoMethods):
                               sum(len(engine.uuids()) for engine in self._engines.all))
         return {"status": model.as_dict(status)}
 
-    @_method
+    @method
     def Stop(self, keep_serving: bool | None) -> Answer:
         self._stop(bool(keep_serving))
         return {}
