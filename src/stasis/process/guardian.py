@@ -3,8 +3,7 @@
 
 The kernel lets a dead tracer's tasks run on with the registers that it had given them. They then run in circles on our
 page (see `remote.py`) until the guardian, who learns of the death from a pipe that closes, has seized them and put
-their own registers back. What is left open are the first and the last call in a process, before our page is there and
-after it is gone: a death within these 25 microseconds finds the task at an instruction that is not its own.
+their own registers back. A thread whose r15 is not the journal's cookie runs with its own registers already, or still.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from stasis.linux import ptrace
-from stasis.process.remote import PAGE, RemoteThread
+from stasis.linux.taskmem import TaskMemory
+from stasis.process.remote import ALL_BLOCKED, RemoteThread
 from stasis.process.seccomp import seize_options
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = ["Guardian"]
 
 DONE = b"d"
 STOP_SECONDS = 10.0
+UNBLOCKABLE = 1 << (signal.SIGKILL - 1) | 1 << (signal.SIGSTOP - 1)
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP)
 
 
@@ -36,16 +37,14 @@ class Guardian:
     """Forked before anything is touched; a context manager that ends it. Fork while there is one thread only."""
 
     def __init__(
-        self, journal: Journal, *undo: Callable[[], object], directory: str = "",
-        first: Callable[[], object] = lambda: None,
-    ) -> None:  # fmt: skip
-        """`undo`: what else is to be done after a death, in the guardian; `first`: what cannot wait. What processes
-        have open below `directory` was opened for the dead one, and is closed."""
+        self, journal: Journal, *undo: Callable[[], object], first: Callable[[], object] = lambda: None
+    ) -> None:
+        """`undo`: what else is to be done after a death, in the guardian; `first`: what cannot wait."""
         reader, self._writer = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._writer)
-            _guard(reader, journal, first, undo, directory)
+            _guard(reader, journal, first, undo)
         os.close(reader)
 
     def __enter__(self) -> Self:
@@ -61,7 +60,7 @@ class Guardian:
 
 
 def _guard(
-    reader: int, journal: Journal, first: Callable[[], object], undo: tuple[Callable[[], object], ...], directory: str
+    reader: int, journal: Journal, first: Callable[[], object], undo: tuple[Callable[[], object], ...]
 ) -> NoReturn:
     """The guardian's life. Leaves by _exit: nothing of the dumper's is to be cleaned up here."""
     status = 1
@@ -71,7 +70,7 @@ def _guard(
         os.setsid()  # a signal to the dumper's group or terminal is not for us
         if os.read(reader, 1) != DONE:
             first()
-            put_back(journal, directory)
+            put_back(journal)
             for function in undo:
                 function()
         status = 0
@@ -81,42 +80,49 @@ def _guard(
         os._exit(status)
 
 
-def put_back(journal: Journal, directory: str = "") -> None:
+def put_back(journal: Journal) -> None:
     """Give all threads in the journal what is theirs. A process's thread that takes our pages out comes last."""
     for entry in sorted(journal.entries(), key=lambda entry: entry.length):
         with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it is gone
-            _put_back(entry, directory)
+            _put_back(entry, journal.cookie)
 
 
-def _put_back(entry: Entry, directory: str) -> None:
+def _put_back(entry: Entry, cookie: int) -> None:
     _stop(entry.tid)
     try:
-        current = ptrace.registers(entry.tid)
-        if entry.leaving and not entry.pages <= current.rip < entry.pages + PAGE:
-            ptrace.set_signal_mask(entry.tid, entry.mask)
-            return
-        thread = RemoteThread(entry.tid)
-        thread.registers, thread.signal_mask = entry.registers, entry.mask
-        try:
-            if entry.length:
-                for fd in _open_below(entry.tid, directory):
-                    thread.call(entry.place, "close", fd)
-                thread.call(entry.place, "munmap", entry.pages, entry.length)
-        finally:
-            thread.restore()
+        if ptrace.registers(entry.tid).r15 == cookie:
+            _take_out(entry)
             ptrace.set_registers(entry.tid, entry.registers)
+        if ptrace.signal_mask(entry.tid) | UNBLOCKABLE == ALL_BLOCKED:
             ptrace.set_signal_mask(entry.tid, entry.mask)
+        if entry.changed:
+            _change_back(entry)
+        for number in entry.held_back:
+            os.kill(entry.tid, number)
     finally:
         ptrace.detach(entry.tid)
 
 
-def _open_below(pid: int, directory: str) -> list[int]:
-    found = []
-    for name in os.listdir(f"/proc/{pid}/fd") if directory else ():
-        with contextlib.suppress(FileNotFoundError):
-            if os.readlink(f"/proc/{pid}/fd/{name}").startswith(f"{directory}/"):
-                found.append(int(name))
-    return found
+def _take_out(entry: Entry) -> None:
+    """What is ours in the process: descriptors, then pages. What was only about to be there is not."""
+    if not entry.length:
+        return
+    thread = RemoteThread(entry.tid)
+    try:
+        for fd in entry.descriptors:
+            with contextlib.suppress(OSError):
+                thread.call(entry.place, "close", fd)
+        thread.call(entry.place, "munmap", entry.pages, entry.length)
+    finally:
+        thread.restore()
+
+
+def _change_back(entry: Entry) -> None:
+    memory = TaskMemory(entry.tid)
+    try:
+        memory.write(entry.changed, entry.original)
+    finally:
+        memory.close()
 
 
 def _stop(tid: int) -> None:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """System calls inside a stopped task, one at a time, with a stop where each one is left.
 
-No program is injected. The only instruction that we bring along sits on a page of our own in the task:
+No program is injected. The only instructions that we bring along sit on a page of our own in the task:
 
     syscall
     jmp .          a task whose tracer dies in the middle of a call runs in circles here, and does no harm
 
-so that whoever takes over (`guardian.py`) finds the task unharmed and puts its registers back. The pages behind hold
-arguments and results. Signals are blocked meanwhile; they stay queued and find the task as it was.
+so that whoever takes over (`guardian.py`) finds the task unharmed and puts its registers back. For the first calls,
+which make that page, and the last one, which takes it out, the same stands in place of an instruction of the task's
+own. The pages behind hold arguments and results. Signals are blocked meanwhile; they stay queued and find the task as
+it was.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -23,13 +25,14 @@ from stasis.errors import StasisError
 from stasis.linux import ptrace
 from stasis.linux.syscalls import NUMBERS
 from stasis.linux.taskmem import TaskMemory
+from stasis.process.journal import INSTRUCTION
 
 if TYPE_CHECKING:
     from stasis.linux.procfs import Mapping
     from stasis.linux.ptrace import Stop
     from stasis.process.journal import Journal
 
-__all__ = ["CODE_BYTES", "PAGE", "SCRATCH_BYTES", "Range", "Remote", "RemoteThread", "find_hole"]
+__all__ = ["ALL_BLOCKED", "CODE_BYTES", "PAGE", "SCRATCH_BYTES", "Range", "Remote", "RemoteThread", "find_hole"]
 
 PAGE = 4096
 SCRATCH_BYTES = 64 << 10
@@ -79,10 +82,12 @@ class RemoteThread:
 
     def call(self, place: int, name: str, *arguments: int) -> int:
         """Run a system call through the `syscall` instruction at `place`. OSError with its errno and name."""
-        self._begin(place)
+        self.begin(place)
         values = self.registers.copy()
         values.rip, values.rax = place, NUMBERS[name]
         values.orig_rax = ALL_BLOCKED  # -1: no system call that a signal could restart
+        if self._journal is not None:
+            values.r15 = self._journal.cookie
         padded = (*arguments, *(0,) * (6 - len(arguments)))
         values.rdi, values.rsi, values.rdx, values.r10, values.r8, values.r9 = (
             value & ALL_BLOCKED for value in padded
@@ -95,7 +100,8 @@ class RemoteThread:
             raise OSError(number, f"{name} in thread {self.tid}: {os.strerror(number)}")
         return int(result)
 
-    def _begin(self, place: int) -> None:
+    def begin(self, place: int) -> None:
+        """Note in the journal that the thread is about to be touched, and block its signals."""
         if self._touched:
             return
         if self._journal is not None:
@@ -109,7 +115,7 @@ class RemoteThread:
             ptrace.cont_to_system_call(self.tid)
             while not (stop := self._wait()).is_system_call:
                 if not stop.event:
-                    self.held_back.append(stop.signal)
+                    self._hold_back(stop.signal)
                 ptrace.cont_to_system_call(self.tid)
 
     def _wait(self) -> Stop:
@@ -123,18 +129,22 @@ class RemoteThread:
         ptrace.interrupt(self.tid)
         ptrace.cont(self.tid)
         while not (stop := self._wait()).event:
-            self.held_back.append(stop.signal)
+            self._hold_back(stop.signal)
             ptrace.cont(self.tid)
 
-    def restore(self) -> None:
-        """Put registers and mask back, and send again what was held back."""
+    def _hold_back(self, number: int) -> None:
+        self.held_back.append(number)
+        if self._journal is not None:
+            self._journal.hold_back(self.slot, number)
+
+    def restore(self, then: Callable[[], None] = lambda: None) -> None:
+        """Put registers and mask back, and send again what was held back. `then`: what is in the journal, too."""
         if not self._touched:
             return
         self._stop_anew()
-        if self._journal is not None:
-            self._journal.leaving(self.slot)
         ptrace.set_registers(self.tid, self.registers)
-        ptrace.set_signal_mask(self.tid, self.signal_mask)
+        ptrace.set_signal_mask(self.tid, self.signal_mask)  # behind them: a handler must not begin on our page
+        then()
         if self._journal is not None:
             self._journal.leave(self.slot)
         self._touched = False
@@ -162,6 +172,7 @@ class Remote:
         self._mappings = mappings
         self._avoid = avoid
         self._threads: dict[int, RemoteThread] = {pid: self.leader}
+        self._borrowed = b""
 
     @property
     def scratch(self) -> int:
@@ -174,13 +185,15 @@ class Remote:
             self._own_syscall = self._find_syscall()
             place = find_hole([*self._mappings, *self._avoid], PAGE + SCRATCH_BYTES)
             flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+            self._borrow()
+            self._note(place, PAGE + SCRATCH_BYTES)
             self.code = self.leader.call(
                 self._own_syscall, "mmap", place, PAGE + SCRATCH_BYTES, PROT_READ | PROT_WRITE, flags, -1, 0
             )
             self.memory.write(self.code, CODE)
             self.leader.call(self._own_syscall, "mprotect", self.code, PAGE, PROT_READ | PROT_EXEC)
-            if self._journal is not None:
-                self._journal.move(self.leader.slot, self.code, PAGE + SCRATCH_BYTES)
+            self.call("getpid")  # it stands on our page from here on
+            self._give_back()
         except BaseException:
             self.close()
             raise
@@ -198,14 +211,37 @@ class Remote:
                 for thread in self._threads.values():
                     if thread is not self.leader:
                         thread.restore()
+                self._borrow()
                 self.leader.call(self._own_syscall, "munmap", self.code, PAGE + SCRATCH_BYTES)
-                if self._journal is not None:
-                    self._journal.move(self.leader.slot, 0, 0)
+                self._note(0, 0)
                 self.code = 0
         finally:
             for thread in self._threads.values():
-                thread.restore()
+                thread.restore(self._give_back if thread is self.leader else lambda: None)
             self.memory.close()
+
+    def _note(self, pages: int, length: int) -> None:
+        if self._journal is not None:
+            self._journal.move(self.leader.slot, pages, length)
+
+    def _borrow(self) -> None:
+        """Have `CODE` stand where the system call instruction of the process's own is."""
+        if self._journal is None:
+            return
+        self.leader.begin(self._own_syscall)
+        self._borrowed = self.memory.read(self._own_syscall, INSTRUCTION)
+        self._journal.change(self.leader.slot, self._own_syscall, self._borrowed)
+        try:
+            self.memory.write(self._own_syscall, CODE)
+        except OSError:  # a kernel that is told to forbid it (proc_mem.force_override): then a death here does harm
+            self._journal.change(self.leader.slot, 0, b"")
+            self._borrowed = b""
+
+    def _give_back(self) -> None:
+        if self._journal is not None and self._borrowed:
+            self.memory.write(self._own_syscall, self._borrowed)
+            self._journal.change(self.leader.slot, 0, b"")
+            self._borrowed = b""
 
     def _find_syscall(self) -> int:
         """A `syscall` instruction that the process has: in its vdso, else in whatever it may execute."""
@@ -214,7 +250,8 @@ class Remote:
             if mapping.start >= USER_END:
                 continue  # the old vsyscall page
             for start in range(mapping.start, mapping.end, 1 << 20):
-                found = self.memory.read(start, min(1 << 20, mapping.end - start)).find(SYSCALL)
+                portion = self.memory.read(start, min(1 << 20, mapping.end - start))
+                found = portion.find(SYSCALL, 0, len(portion) - INSTRUCTION)
                 if found >= 0:
                     return start + found
         raise StasisError(f"process {self.pid} has no system call instruction in its memory")
@@ -253,6 +290,33 @@ class Remote:
         """Run a system call in the leader, or in another thread. OSError with its errno."""
         thread = self.leader if tid is None else self.thread(tid)
         return thread.call(self.code, name, *arguments)
+
+    def open(self, name: str, *arguments: int) -> int:
+        """The same for a call that gives the process a descriptor, the lowest that is free. `close` takes it away, or
+        the guardian."""
+        taken = {int(number) for number in os.listdir(f"/proc/{self.pid}/fd")}
+        expected = next(number for number in range(len(taken) + 1) if number not in taken)
+        if self._journal is not None:
+            self._journal.open(self.leader.slot, expected)
+        try:
+            found = self.call(name, *arguments)
+        except OSError:
+            self._forget(expected)
+            raise
+        if found != expected:
+            self.call("close", found)
+            self._forget(expected)
+            raise StasisError(f"process {self.pid} shares its descriptors with one that runs", errno=errno.EBUSY)
+        return found
+
+    def close_fd(self, fd: int) -> None:
+        """Close a descriptor that `open` gave."""
+        self.call("close", fd)
+        self._forget(fd)
+
+    def _forget(self, fd: int) -> None:
+        if self._journal is not None:
+            self._journal.close(self.leader.slot, fd)
 
     def put(self, data: bytes, at: int = 0) -> int:
         """Copy data to the scratch pages; its address there."""

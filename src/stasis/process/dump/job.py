@@ -36,7 +36,7 @@ from stasis.process.images.schema.files import FdinfoEntry, FileEntry
 from stasis.process.images.schema.inventory import InventoryEntry
 from stasis.process.images.schema.memory import MmEntry
 from stasis.process.images.schema.tasks import CoreEntry, FsEntry, March, PstreeEntry, TaskKobjIdsEntry
-from stasis.process.images.setwriter import ImageSetWriter
+from stasis.process.images.setwriter import ImageSetWriter, staging_for
 from stasis.process.journal import Journal
 from stasis.process.remote import Remote
 from stasis.process.seccomp import FilterTable
@@ -99,12 +99,12 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
         _refuse_early(pid, chosen)
     prepare(CoreEntry, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry)
     all_kinds(chosen.files)
+    staging = staging_for(images)
     with (
         _without_pauses(),
-        ImageSetWriter(images) as out,
+        Guardian(journal, partial(shutil.rmtree, staging, ignore_errors=True), first=connections.release),
+        ImageSetWriter(images, staging=staging) as out,
         continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout) as (tracking, warnings),
-        Guardian(journal, partial(shutil.rmtree, out.staging, ignore_errors=True), directory=out.staging,
-                 first=connections.release),
         Tree(pid, timeout=chosen.timeout) as tree,
         connections,
     ):

@@ -144,12 +144,12 @@ class _Sink:
             return -1  # beyond it the task would get SIGXFSZ
         try:
             where = self._remote.put(os.fsencode(path) + b"\0")
-            fd = self._remote.call("openat", AT_FDCWD, where, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = self._remote.open("openat", AT_FDCWD, where, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except (OSError, ValueError):
             return -1  # another root directory, user or limit than ours
         if self._is_our_file(fd):
             return fd
-        self._remote.call("close", fd)
+        self._remote.close_fd(fd)
         return -1
 
     def _is_our_file(self, fd: int) -> bool:
@@ -203,4 +203,4 @@ class _Sink:
 
     def __exit__(self, *_: object) -> None:
         if self._remote_fd >= 0:
-            self._remote.call("close", self._remote_fd)
+            self._remote.close_fd(self._remote_fd)

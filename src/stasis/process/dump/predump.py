@@ -8,11 +8,13 @@ the set or not: it is written since the mark, so the next set has it.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from stasis.errors import NotFoundError, StasisError, UnsupportedError
@@ -25,7 +27,7 @@ from stasis.process.guardian import Guardian
 from stasis.process.images.imageset import ImageSet
 from stasis.process.images.pagemap import PE_PARENT, PE_PRESENT, PagemapWriter
 from stasis.process.images.schema.inventory import InventoryEntry
-from stasis.process.images.setwriter import ImageSetWriter
+from stasis.process.images.setwriter import ImageSetWriter, staging_for
 from stasis.process.journal import Journal
 from stasis.process.tree import Tree
 
@@ -72,8 +74,12 @@ def pre_dump(
     To be called in a process with one thread. The set is to be continued with `parent=images` by another one, or by
     `dump`, and cannot be restored by itself. Raises UnsupportedError where the kernel cannot watch memory.
     """
-    root = _root(pid)
-    with ImageSetWriter(images) as out, _taken(root, parent) as (tracking, warnings):
+    root, staging = _root(pid), staging_for(images)
+    with (
+        Guardian(Journal(), partial(shutil.rmtree, staging, ignore_errors=True)),
+        ImageSetWriter(images, staging=staging) as out,
+        _taken(root, parent) as (tracking, warnings),
+    ):
         if tracking.since and parent is not None:
             out.link_parent(parent)
         result = copy_round(pid, out, tracking, timeout, warnings)

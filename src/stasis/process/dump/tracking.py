@@ -127,14 +127,14 @@ def _inject(remote: Remote) -> int:
     """Have the task make a descriptor for its memory, and take it over."""
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        theirs = remote.call("userfaultfd", flags)
+        theirs = remote.open("userfaultfd", flags)
     except PermissionError:
-        theirs = remote.call("userfaultfd", flags | userfaultfd.UFFD_USER_MODE_ONLY)
+        theirs = remote.open("userfaultfd", flags | userfaultfd.UFFD_USER_MODE_ONLY)
     try:
         with Pidfd(remote.pid) as pidfd:
             fd = pidfd.get(theirs)
     finally:
-        remote.call("close", theirs)
+        remote.close_fd(theirs)
     try:
         userfaultfd.enable(fd)
     except BaseException:

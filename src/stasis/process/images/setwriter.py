@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from stasis.errors import BusyError, NotFoundError, PermissionDeniedError
@@ -23,7 +22,7 @@ from stasis.process.images.writer import ImageWriter
 if TYPE_CHECKING:
     from stasis.process.images.message import Message
 
-__all__ = ["ImageSetWriter"]
+__all__ = ["ImageSetWriter", "staging_for"]
 
 _INVENTORY = "inventory.img"
 
@@ -31,15 +30,16 @@ _INVENTORY = "inventory.img"
 class ImageSetWriter:
     """An image set that is being written; a context manager that throws it away unless `commit` was called.
 
-    `replace` allows a directory that holds an image set already; its images are removed at `commit`.
+    `replace` allows a directory that holds an image set already; its images are removed at `commit`. `staging`: where
+    it is written, a name that `staging_for` gave, for who has to know it before.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, replace: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, replace: bool = False, staging: str = "") -> None:
         self.path = os.path.abspath(os.fspath(path))
         self._into = os.path.isdir(self.path)
         self._check_target(replace)
-        within = self.path if self._into else os.path.dirname(self.path)
-        self.staging = _staging(within)
+        self.staging = staging or staging_for(self.path)
+        _make(self.staging)
         self.fd = os.open(self.staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._images: dict[str, ImageWriter] = {}
         self._pages = 0
@@ -152,11 +152,19 @@ class ImageSetWriter:
         self.discard()
 
 
-def _staging(within: str) -> str:
+def staging_for(path: str | os.PathLike[str]) -> str:
+    """The name of a directory that is not there, beside or within that of the set."""
+    path = os.path.abspath(os.fspath(path))
+    within = path if os.path.isdir(path) else os.path.dirname(path)
+    return os.path.join(within, f".stasis-images-{os.urandom(8).hex()}")
+
+
+def _make(staging: str) -> None:
     """A new hidden directory, 0700."""
     hint = "name a place where image sets can be written"
+    within = os.path.dirname(staging)
     try:
-        return tempfile.mkdtemp(prefix=".stasis-images-", dir=within)
+        os.mkdir(staging, 0o700)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"there is no directory {within}", hint=hint) from error
     except PermissionError as error:

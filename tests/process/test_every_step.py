@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever step a dump or a restore is killed at: every task goes on as it was, or nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from stasis.linux import procfs
+from stasis.process.dump.job import DumpOptions, dump
+from stasis.process.dump.predump import pre_dump
+from stasis.process.restore.job import restore
+from tests.process.injector import count_steps, kill_at
+from tests.process.programs import Program, compiled, running, wait_for
+from tests.process.test_killed import FAMILY
+
+pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
+
+LONG = bool(os.environ.get("STASIS_LONG"))
+SAMPLE = 6
+
+
+def _steps(total: int, seed: int) -> Iterator[int]:
+    """All of them, or a sample from each part."""
+    if LONG:
+        yield from range(1, total + 1)
+        return
+    draw = random.Random(seed)
+    for part in range(SAMPLE):
+        yield draw.randrange(total * part // SAMPLE, total * (part + 1) // SAMPLE) + 1
+
+
+def _state(pids: list[int]) -> list[object]:
+    """What a dump must not change."""
+    found: list[object] = []
+    for pid in pids:
+        found.append(sorted(os.listdir(f"/proc/{pid}/fd")))
+        found.append([(mapping.start, mapping.end, mapping.permissions, mapping.path)
+                      for mapping in procfs.mappings(pid, flags=False)])  # fmt: skip
+        for tid in procfs.threads(pid):
+            status = procfs.status(pid, tid)
+            found.append([status[name] for name in ("TracerPid", "SigBlk", "SigIgn", "SigCgt", "State")][:4])
+    return found
+
+
+def _counts(directory: Path) -> list[int]:
+    data = (directory / "counts").read_bytes()
+    return [int.from_bytes(data[8 * number : 8 * number + 8], "little") for number in range(6)]
+
+
+def _goes_on(program: Program) -> None:
+    before = _counts(program.directory)
+    wait_for(lambda: all(now > then for now, then in zip(_counts(program.directory), before, strict=True)),
+             "a thread does not go on")  # fmt: skip
+
+
+def _killed_again_and_again(program: Program, seed: int, work: Callable[[Path], object]) -> None:
+    """Kill the work at each step, in a directory of its own each time."""
+    _goes_on(program)  # all threads are there
+    pids = program.descendants()
+    before = _state(pids)
+    total = count_steps(lambda: work(program.directory / "counted"))
+    for step in _steps(total, seed):
+        place = program.directory / f"step-{step}"
+        place.mkdir()
+        kill_at(step, lambda place=place: work(place / "images"))
+        assert _state(pids) == before, f"killed at step {step} of {total}"
+        left = os.listdir(place)
+        assert left in ([], ["images"]), f"killed at step {step} of {total}: {left}"
+        shutil.rmtree(place)
+        _goes_on(program)
+
+
+def test_a_dumper_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> None:
+    with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
+        options = DumpOptions(leave_running=True)
+        _killed_again_and_again(program, seed, lambda images: dump(program.pid, images, options))
+        (tmp_path / "go").touch()
+        program.finish()
+
+
+def test_a_pre_dump_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> None:
+    with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
+        _killed_again_and_again(program, seed, lambda images: pre_dump(program.pid, images))
+        program.finish()
+
+
+def test_a_restorer_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> None:
+    with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
+        images = program.dump()
+        total = count_steps(lambda: restore(images))
+        for step in _steps(total, seed):
+            images = _end(program, images)
+            kill_at(step, lambda images=images: restore(images))
+            wait_for(lambda: not any(map(_is_dead, program.pids)), "nobody waits for the dead")
+            there = [pid for pid in program.pids if os.path.exists(f"/proc/{pid}")]
+            assert there in ([], program.pids), f"killed at step {step} of {total}: half of the tree is left"
+            if there:
+                _goes_on(program)
+        program.restore(_end(program, images))
+        _goes_on(program)
+        program.finish()
+
+
+def _is_dead(pid: int) -> bool:
+    """Ended, and there still."""
+    try:
+        return procfs.stat(pid).state in "ZX"
+    except ProcessLookupError:
+        return False
+
+
+def _end(program: Program, images: Path) -> Path:
+    """A set to restore, with nobody there."""
+    if os.path.exists(f"/proc/{program.pid}"):
+        shutil.rmtree(images)
+        return program.dump()
+    return images
