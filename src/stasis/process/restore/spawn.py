@@ -17,6 +17,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Ready", "spawn"]
 
+PAUSE = 0.002
+DEAD_PATIENCE, GONE_PATIENCE = 2.0, 0.05
 STAGES = ("made", "joined")
 """Behind each one is a gate."""
 
@@ -173,18 +176,33 @@ class _Maker:
 
 
 def _fork(pid: int) -> int:
+    """With a little patience: right after a dump the old process may have ended and still be there."""
+    began = time.monotonic()
+    while True:
+        try:
+            return fork_as(pid)
+        except OSError as error:
+            if error.errno != errno.EEXIST or time.monotonic() - began > _patience(pid):
+                raise _refusal(pid, error) from error
+            time.sleep(PAUSE)
+
+
+def _patience(pid: int) -> float:
+    """Seconds to wait for a pid that is taken: somebody is about to wait for the dead, and it may be gone just now."""
     try:
-        return fork_as(pid)
-    except OSError as error:
-        if error.errno == errno.EEXIST:
-            who = process.name(pid) if os.path.exists(f"/proc/{pid}") else "a session or process group of others"
-            raise BusyError(f"the pid {pid} is taken by {who}", errno=errno.EEXIST,
-                            hint="end that process, or restore where the pid is free") from error  # fmt: skip
-        if error.errno == errno.EPERM:
-            raise PermissionDeniedError(
-                "choosing the pid of a process needs CAP_CHECKPOINT_RESTORE", hint="run as root"
-            ) from error
-        raise UnsupportedError(f"the pid {pid} cannot be given: {error.strerror}", errno=error.errno or 0) from error
+        return DEAD_PATIENCE if procfs.stat(pid).state in "ZX" else 0.0
+    except ProcessLookupError:
+        return GONE_PATIENCE
+
+
+def _refusal(pid: int, error: OSError) -> StasisError:
+    if error.errno == errno.EEXIST:
+        who = process.name(pid) if os.path.exists(f"/proc/{pid}") else "a session or process group of others"
+        return BusyError(f"the pid {pid} is taken by {who}", errno=errno.EEXIST,
+                         hint="end that process, or restore with --pid-namespace")  # fmt: skip
+    if error.errno == errno.EPERM:
+        return PermissionDeniedError("choosing the pid of a process needs CAP_CHECKPOINT_RESTORE", hint="run as root")
+    return UnsupportedError(f"the pid {pid} cannot be given: {error.strerror}", errno=error.errno or 0)
 
 
 def _run(plan: TaskPlan, crew: _Crew, life: Callable[[], None]) -> NoReturn:
