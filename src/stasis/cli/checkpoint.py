@@ -68,6 +68,8 @@ stasis process restore --images /var/tmp/images --map-path /srv/app.log=/tmp/app
     where = command.add_mutually_exclusive_group()
     where.add_argument("--attach", action="store_true", help="wait for the first process, and end with its exit status")
     where.add_argument("--pidfile", metavar="FILE", help="write the pid of the first process to this file")
+    command.add_argument("--pid-namespace", action="store_true",
+                         help="restore into a new pid namespace, whoever has the pids outside")
     command.add_argument("--map-path", metavar="OLD=NEW", action="append", default=[],
                          help="use NEW for files and directories whose path is OLD or below it; may be repeated")
     command.add_argument("--tcp", choices=("close",), default="",
@@ -194,7 +196,8 @@ def restore(arguments: argparse.Namespace) -> int:
     from stasis.process.restore.job import restore as restore_tree
 
     options = RestoreOptions(map_paths=dict(map(_mapping, arguments.map_path)),
-                             files=FileOptions(inherited=dict(arguments.inherit_fd), tcp=arguments.tcp))  # fmt: skip
+                             files=FileOptions(inherited=dict(arguments.inherit_fd), tcp=arguments.tcp),
+                             pid_namespace=arguments.pid_namespace)  # fmt: skip
     result = restore_tree(arguments.images, options)
     if arguments.pidfile:
         with open(arguments.pidfile, "w") as file:
@@ -206,7 +209,7 @@ def restore(arguments: argparse.Namespace) -> int:
     if not arguments.attach:
         gc.freeze()  # as much again when Python ends
         return ExitCode.OK
-    status = os.waitstatus_to_exitcode(os.waitpid(result.pid, 0)[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(result.init or result.pid, 0)[1])
     return status if status >= 0 else 128 - status
 
 

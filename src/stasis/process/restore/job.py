@@ -37,17 +37,20 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 
 class RestoreOptions(NamedTuple):
     """How to restore. `map_paths`: beginnings of paths in the images, and what stands for them here.
-    `files`: what stands for open files of the images."""
+    `files`: what stands for open files of the images. `pid_namespace`: into a new one, where all pids are free."""
 
     map_paths: Mapping[str, str] = NOTHING
     files: FileOptions = FileOptions()
+    pid_namespace: bool = False
 
 
 class RestoreResult(NamedTuple):
-    """What was restored: the first process, and all."""
+    """What was restored: the first process, and all. `init`: the first process of their pid namespace where they have
+    one of their own; it ends with them and with the status of `pid`."""
 
     pid: int
     pids: list[int]
+    init: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -55,11 +58,14 @@ class RestoreResult(NamedTuple):
 
 
 def restore(images: str | os.PathLike[str], options: RestoreOptions | None = None) -> RestoreResult:
-    """Restore the process tree of an image set; its first process becomes a child of this one.
+    """Restore the process tree of an image set; its first process, or the `init` of its pid namespace, becomes a child
+    of this one.
 
     To be called in a process with one thread. Raises StasisError and OSError; no process is left then.
     """
     chosen = options or RestoreOptions()
+    if chosen.pid_namespace:
+        return _restore_inside(images, chosen._replace(pid_namespace=False))
     with ImageSet.open(images) as opened:
         root = read_tree(opened)
         files = FileSet(opened, _mapper(chosen.map_paths), chosen.files)
@@ -74,6 +80,16 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
             for parent in chain[1:]:
                 parent.close()
     return RestoreResult(root.pid, [plan.pid for plan in root.walk()])
+
+
+def _restore_inside(images: str | os.PathLike[str], options: RestoreOptions) -> RestoreResult:
+    from stasis.process.restore.namespace import restore_inside
+
+    with ImageSet.open(images) as opened:
+        wanted = [tid for plan in read_tree(opened).walk() for tid in plan.entry.threads]
+        root = next(iter(opened.messages("pstree"))).pid
+    init, pids = restore_inside(wanted, lambda: restore(images, options).pid)
+    return RestoreResult(pids[root], [outer for inner, outer in pids.items() if inner in wanted], init)
 
 
 def _segments(images: ImageSet, chain: list[ImageSet]) -> contextlib.AbstractContextManager[None]:
