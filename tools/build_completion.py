@@ -8,9 +8,11 @@ from pathlib import Path
 
 import shtab
 
-from stasis.cli.main import build_parser
+from stasis.cli import main as stasis
+from stasis.cli.blksnap import parser as blksnap
 
-FILES = {"bash": "stasis", "zsh": "_stasis"}
+PARSERS = {"stasis": stasis.build_parser, "blksnap": blksnap.build_parser}
+FILES = {"bash": "{}", "zsh": "_{}"}
 """Names under which bash-completion and zsh's fpath look."""
 
 
@@ -19,10 +21,11 @@ def main() -> int:
         print("usage: build_completion.py DIRECTORY", file=sys.stderr)
         return 2
     for shell, name in FILES.items():
-        path = Path(sys.argv[1]) / shell / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(shtab.complete(build_parser(), shell))
-        print(path)
+        for command, build_parser in PARSERS.items():
+            path = Path(sys.argv[1]) / shell / name.format(command)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(shtab.complete(build_parser(), shell))
+            print(path)
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from stasis import __version__
+from stasis.cli.blksnap.parser import build_parser as build_blksnap_parser
 from stasis.cli.main import build_parser
 from tools.roff import escape, from_markdown
 
@@ -83,6 +84,18 @@ def group_page(name: str, parser: argparse.ArgumentParser, pages: list[str]) -> 
     return "\n".join([*lines, *see_also(f"stasis-{name}", pages)]) + "\n"
 
 
+def blksnap_page(pages: list[str]) -> str:
+    """The page `blksnap`: a section per command, then what is left of the guide's page."""
+    sections = guide_sections(GUIDE / "blksnap.md")
+    lines = head("blksnap", "snapshot block devices with the words of blksnap's console tool")
+    lines += [".SH DESCRIPTION", from_markdown(sections.pop(""))]
+    for command in commands(build_blksnap_parser()):
+        lines += [f".SH {command.prog.upper()}", usage(command), from_markdown(sections.pop(command.prog))]
+    for title, text in sections.items():
+        lines += [f".SH {escape(title.upper())}", from_markdown(text)]
+    return "\n".join([*lines, *see_also("blksnap", pages)]) + "\n"
+
+
 def main_page(parser: argparse.ArgumentParser, pages: list[str]) -> str:
     """The page `stasis`: what it is, the list of commands, exit codes, settings."""
     introduction = (GUIDE.parents[1] / "README.md").read_text().split("\n## ")[0].partition("\n")[2]
@@ -110,9 +123,10 @@ def build(target: Path) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     parser = build_parser()
     groups = {name: child for name, child in subparsers(parser).items() if (GUIDE / f"{name}.md").exists()}
-    pages = ["stasis", *(f"stasis-{name}" for name in groups)]
+    pages = ["stasis", *(f"stasis-{name}" for name in groups), "blksnap"]
     texts = {"stasis": main_page(parser, pages)}
     texts |= {f"stasis-{name}": group_page(name, child, pages) for name, child in groups.items()}
+    texts["blksnap"] = blksnap_page(pages)
     for name, text in texts.items():
         (target / f"{name}.1").write_text(text)
     return [target / f"{name}.1" for name in texts]

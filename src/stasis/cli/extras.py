@@ -23,6 +23,8 @@ def add(groups: Groups) -> None:
 stasis completion bash > ~/.local/share/bash-completion/completions/stasis
 """, json=False)
     command.add_argument("shell", metavar="SHELL", choices=["bash", "zsh"], help="bash or zsh")
+    command.add_argument("--command", choices=["stasis", "blksnap"], default="stasis",
+                         help="which command's: stasis or blksnap (stasis)")
     add_command(groups, "version", version, "Print the version.", "stasis version --json")
 
 
@@ -33,7 +35,10 @@ def completion(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise UnsupportedError("completion needs the Python package shtab",
                                hint="pip install 'stasis[completion]'") from error
-    from stasis.cli.main import build_parser
+    if arguments.command == "blksnap":
+        from stasis.cli.blksnap.parser import build_parser
+    else:
+        from stasis.cli.main import build_parser
 
     print(shtab.complete(build_parser(), arguments.shell))
 
