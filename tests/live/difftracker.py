@@ -45,13 +45,20 @@ class DiffTracker:
     breaks_at_switch: int | None = None
 
     def __post_init__(self) -> None:
-        self.seen = self.image.read_bytes()
+        self.seen = bytearray(self.image.read_bytes())
         self.last: dict[int, int] = {}
 
-    def _different(self, now: bytes) -> list[int]:
-        unit = self.block_size
-        return [block for block in range(-(-len(now) // unit))
-                if now[block * unit : (block + 1) * unit] != self.seen[block * unit : (block + 1) * unit]]
+    def _different(self, *, take: bool = False) -> list[int]:
+        """Blocks that are not as they were; `take`: from now on they are."""
+        unit, found = self.block_size, []
+        with self.image.open("rb", buffering=0) as file:
+            for block, start in enumerate(range(0, len(self.seen), unit)):
+                now = file.read(unit)
+                if now != self.seen[start : start + unit]:
+                    found.append(block)
+                    if take:
+                        self.seen[start : start + unit] = now
+        return found
 
     def check(self) -> None:
         if self.lost:
@@ -65,16 +72,14 @@ class DiffTracker:
         self.check()
         if mark.generation != self.generation:
             raise GenerationError("another generation")
-        now = self._different(self.image.read_bytes())
+        now = self._different()
         return self._extents([*now, *(block for block, number in self.last.items() if number > mark.number)])
 
     def count_changed(self) -> int:
-        return len(self._different(self.image.read_bytes()))
+        return len(self._different())
 
     def turn(self) -> list[tuple[int, int]]:
-        now = self.image.read_bytes()
-        blocks = self._different(now)
-        self.seen = now
+        blocks = self._different(take=True)
         self.last.update(dict.fromkeys(blocks, self.number + 1))
         return self._extents(blocks)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,12 +23,13 @@ from stasis.live.stash import Budget
 from tests.backup.stored import content_of
 from tests.live.difftracker import DiffTracker
 
-__all__ = ["CHECK", "MIB", "Backup", "Disk", "Setup", "back_up", "formatted", "loop", "mounted", "tool", "writing"]
+__all__ = ["CHECK", "MIB", "Backup", "Disk", "Setup", "back_up", "fast_folder", "formatted", "image_file", "loop",
+           "mounted", "tool", "writing"]
 
 MIB = 1 << 20
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"], "btrfs": ["mkfs.btrfs", "-q", "-f"],
         "vfat": ["mkfs.vfat"]}
-SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB, "vfat": 32 * MIB}  # about the least that each takes
+SIZES = {"ext4": 32 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB, "vfat": 32 * MIB}  # about the least that each takes
 CHECK = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check", "--readonly"]}
 
 
@@ -68,14 +70,31 @@ class Disk:
 
 
 @contextlib.contextmanager
+def fast_folder(where: Path) -> Iterator[Path]:
+    """A folder in memory where there is room, else in `where`: the disk below is not what a test should wait for."""
+    memory = Path("/dev/shm")
+    room = memory.is_dir() and os.statvfs(memory).f_bavail * os.statvfs(memory).f_frsize > 1 << 30
+    with tempfile.TemporaryDirectory(dir=memory if room else where) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def image_file(where: Path, name: str, size: int) -> Iterator[Path]:
+    """A new empty file."""
+    with fast_folder(where) as folder:
+        image = folder / f"{name}.img"
+        with image.open("wb") as file:
+            file.truncate(size)
+        yield image
+
+
+@contextlib.contextmanager
 def formatted(kind: str, where: Path, name: str = "disk") -> Iterator[Disk]:
-    """A new file system on a loop device over a file in `where`, mounted."""
-    image = where / f"{name}.img"
-    with image.open("wb") as file:
-        file.truncate(SIZES[kind])
-    tool(*MAKE[kind], image)
-    with loop(image) as node, mounted(node, where / name) as directory:
-        yield Disk(kind, image, node, directory)
+    """A new file system on a loop device, mounted on `where`/`name`."""
+    with image_file(where, name, SIZES[kind]) as image:
+        tool(*MAKE[kind], image)
+        with loop(image) as node, mounted(node, where / name) as directory:
+            yield Disk(kind, image, node, directory)
 
 
 @contextlib.contextmanager

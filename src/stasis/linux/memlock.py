@@ -2,10 +2,11 @@
 """Memory that stays in RAM (include/uapi/asm-generic/mman.h): what runs while a disk rests must not wait for it."""
 
 import ctypes
+from pathlib import Path
 
 from stasis.linux import libc
 
-__all__ = ["lock", "lock_all"]
+__all__ = ["available", "lock", "lock_all"]
 
 MCL_CURRENT = 1
 MCL_FUTURE = 2
@@ -22,3 +23,11 @@ def lock_all() -> None:
 def lock(address: int, length: int) -> None:
     """Keep length bytes at a page-aligned address in RAM, all of them taken now. EPERM, ENOMEM, EAGAIN."""
     libc.check(_mlock(address, length), "mlock")
+
+
+def available() -> int:
+    """Bytes that can be taken before anything has to be swapped out (proc_meminfo(5), MemAvailable)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0

@@ -31,9 +31,11 @@ T = TypeVar("T")
 
 STASH_ROUNDS = 8
 ATTEMPTS = 3
+FITTING = 0.6  # of the memory: it has to take what is written in the rounds as well
 FIRST_GUESS = 200e6  # bytes per second that are read, until it was measured
 OVERHEAD = 0.02  # seconds of a freeze in which nothing has changed
 MOST_NAMED = 3
+AIM = 0.03  # seconds: another round in memory is cheaper than a freeze that is longer than this
 CONVERGED = 0.75  # a round that leaves more than this of what the one before left gains nothing
 
 
@@ -94,7 +96,7 @@ class LiveSet:
 
     def fits(self) -> bool:
         """Whether the rest is little enough for rounds in memory."""
-        return self.pending_bytes <= self.options.memory // 2
+        return self.pending_bytes <= self.options.memory * FITTING
 
     def relieve(self, seconds: float) -> None:
         """The rounds do not get ahead of the writers: slow them if `on_busy` says so, or raise BusyError.
@@ -121,7 +123,7 @@ class LiveSet:
         for _ in range(STASH_ROUNDS):
             self._sync()
             pending = self.pending_bytes
-            if self._estimate(pending) <= self.options.max_freeze / 2 or pending > before * CONVERGED:
+            if self._estimate(pending) <= min(self.options.max_freeze / 2, AIM) or pending > before * CONVERGED:
                 break
             before = pending
             self._timed_round()

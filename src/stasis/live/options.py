@@ -3,11 +3,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["ON_BUSY", "LiveOptions"]
+from stasis.linux import memlock
+
+__all__ = ["ON_BUSY", "LiveOptions", "spare_memory"]
 
 ON_BUSY = ("freeze", "throttle", "fail")
+
+
+LEAST_MEMORY = 64 << 20
+
+
+def spare_memory() -> int:
+    """Bytes that may be taken for what changes late: a quarter of what is available, and 64 MiB at least."""
+    return max(LEAST_MEMORY, memlock.available() // 4)
 
 
 @dataclass(frozen=True)
@@ -21,5 +31,5 @@ class LiveOptions:
     max_freeze: float = 0.2
     busy_freeze: float = 2.0
     on_busy: str = "freeze"
-    memory: int = 256 << 20
+    memory: int = field(default_factory=spare_memory)
     rounds: int = 6

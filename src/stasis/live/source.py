@@ -26,7 +26,7 @@ from stasis.live.tracked import SwitchLike, Tracked
 __all__ = ["LiveSource", "SettledReader"]
 
 FINEST = 4096  # a place that cannot be read is narrowed down to this many bytes
-NEW_GENERATION = "a full backup of a device whose changes were not known"
+NEW_GENERATION = "a backup found tracking lost"
 
 
 class LiveSource:
@@ -49,6 +49,7 @@ class LiveSource:
         self._base: tuple[int, OpenBase] | None = None
         self._switch: SwitchLike | None = None
         self._owed: list[Extent] = []
+        self._lost = ""
         self._reader = _open(self.path)
         self.rdev = os.fstat(self._reader.fd).st_rdev
         self.size: int | None = blockdev.size(self._reader.fd)
@@ -71,8 +72,8 @@ class LiveSource:
         """What was written since the mark, up to now. GenerationError if unknown."""
         own = self.mark
         if own is not None and mark.generation != own.generation:
-            raise GenerationError(f"the tracking of {self.path} started over since the last backup: its generation is "
-                                  f"now {own.generation[:8]}, and was {mark.generation[:8]}")
+            raise GenerationError(f"the tracking of {self.path} started over since the last backup{self._lost}: its "
+                                  f"generation is now {own.generation[:8]}, and was {mark.generation[:8]}")
         return self._tracking.changed_since(tracker.Mark(mark.generation, mark.number))
 
     def zero_extents(self) -> list[Extent]:
@@ -99,8 +100,9 @@ class LiveSource:
 
     def begin(self) -> None:
         """End the epoch: `mark` names this moment, and `advance` tells what is written from now on."""
-        if self._tracking.lost:
-            self._tracking.begin_generation(NEW_GENERATION)
+        if lost := self._tracking.lost:
+            self._lost = f" ({lost})"
+            self._tracking.begin_generation(f"{NEW_GENERATION}: {lost}")
         self._tracking.prepare_switch()
         mark = self._tracking.switch().settle()
         self.mark = Mark(mark.generation, mark.number)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MovingJob", "Precopy"]
 
+GAINING = 0.9  # a round that leaves more than this of what the one before left is no gain
+
 
 class _Round(Pipeline):
     """A pass whose names are not final: a later round may replace any of them."""
@@ -182,15 +184,16 @@ class Precopy:
             self._repository.sync()
 
     def _rounds(self, group: MovingGroup, rounds: int) -> None:
-        left = rounds
+        left, before = rounds, float("inf")
         while True:
             seconds = self._round()
             if group.fits():
                 return
-            left -= 1
-            if not left:
+            left, pending = left - 1, sum(job.source.pending_bytes for job in self.jobs)
+            if not left or pending > before * GAINING:
                 group.relieve(seconds)
-                left = rounds
+                left, pending = rounds, float("inf")
+            before = pending
             for job in self.jobs:
                 job.advance()
 
