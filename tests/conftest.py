@@ -28,6 +28,7 @@ from tests import leaks
 from tests.runner import Stasis
 
 DIST_PACKAGES = Path("/usr/lib/python3/dist-packages")
+MODULE_NODES = {"blksnap": ("blksnap-control", "blksnap"), "dattobd": ("datto-ctl",)}
 SUSPICIOUS = re.compile(r"Traceback \(most recent|\b(ERROR|CRITICAL)\b|Exception ignored|ResourceWarning")
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
@@ -55,6 +56,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs root")
     if item.get_closest_marker("vm") and os.environ.get("STASIS_VMTEST") != "1":
         pytest.skip("runs in a virtual machine; make vmtest")
+    for marker in item.iter_markers("kernel_module"):
+        if not any(Path("/dev", node).exists() for node in MODULE_NODES[marker.args[0]]):
+            pytest.skip(f"needs the kernel module {marker.args[0]}, which is not loaded")
     missing = [n for marker in item.iter_markers("tool") for n in marker.args if shutil.which(n) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}; make deps installs it")
