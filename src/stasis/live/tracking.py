@@ -117,12 +117,14 @@ def _loaded(directory: Path) -> Hooks:
 def _unused(hooks: Hooks, state: Path, name: str) -> list[int]:
     """Slots that belong to no device, or to this one."""
     used = set()
-    for other in devicefile.names(state):
+    for other in set(devicefile.names(state)) - {name}:
         files = DeviceFile(state, other)
         early = files.read_early()
-        for record in (files.read(), *([early[0]] if early else [])):
-            if other != name and record.this_boot and record.table == hooks.id:
-                used.add(record.slot)
+        try:
+            records = [files.read(), *([early[0]] if early else [])]
+        except StasisError:
+            return []  # one of them may be its
+        used |= {record.slot for record in records if record.this_boot and record.table == hooks.id}
     return [index for index in hooks.used_slots() if index not in used]
 
 
