@@ -189,7 +189,7 @@ class Precopy:
             seconds = self._round()
             if group.fits():
                 return
-            left, pending = left - 1, sum(job.source.pending_bytes for job in self.jobs)
+            left, pending = left - 1, float(sum(job.source.pending_bytes for job in self.jobs))
             if not left or pending > before * GAINING:
                 group.relieve(seconds)
                 left, pending = rounds, float("inf")
