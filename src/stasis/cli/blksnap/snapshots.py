@@ -7,6 +7,7 @@ A snapshot whose devices could not all be added is left behind, as blksnap leave
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stasis.blksnap.console.numbers import SECTOR, limit_sectors
@@ -20,20 +21,32 @@ if TYPE_CHECKING:
 __all__ = ["snapshot_add", "snapshot_collect", "snapshot_create", "snapshot_destroy", "snapshot_info", "snapshot_take"]
 
 FIELDS = ("image", "error_code")
+OURS = "stasis"
+"""Driver of the devices that stasis serves itself; a kernel module freezes by itself what lies on its devices."""
 
 
 def snapshot_create(session: Session) -> None:
     """Create a snapshot, print its UUID, then add the devices."""
     client = session.client
     path, limit = session.require("file"), limit_sectors(session.require("limit")) * SECTOR
+    devices = session.values.get("device", [])
+    first = _first_of_module(session, devices)
     with failing("Failed to create snapshot object."):
         if limit < 0:
             raise UsageError(f"a limit of {limit} bytes is none")
         os.stat(path)  # the daemon would make a file; here it must exist
-        uuid = client.create_snapshot(path, limit=limit).id
+        uuid = client.create_snapshot(path, first, limit=limit).id
     session.show({"id": uuid}, uuid)
-    for device in session.values.get("device", []):
+    for device in devices[len(first) :]:
         _add(session, uuid, device)
+
+
+def _first_of_module(session: Session, paths: Sequence[str]) -> list[str]:
+    """Name of the first device if a kernel module tracks it: only its name tells that the snapshot is that module's."""
+    if not paths or not os.path.exists(paths[0]):
+        return []
+    found = session.find(os.stat(paths[0]))
+    return [] if found is None or found.driver == OURS else [found.name]
 
 
 def snapshot_add(session: Session) -> None:
@@ -60,7 +73,8 @@ def snapshot_take(session: Session) -> None:
     uuid = session.require_uuid()
     with failing("Failed to take snapshot"):
         names = {device.name for device in client.snapshot(uuid).devices}
-        nodes = [device.node for device in client.devices() if device.name in names and device.node]
+        nodes = [device.node for device in client.devices()
+                 if device.name in names and device.node and device.driver == OURS]  # fmt: skip
         own = [str(client.directories.run), str(client.directories.state)]
         with file_systems_at_rest(nodes, own) as resting:
             taken = client.take(uuid)
