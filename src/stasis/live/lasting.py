@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ __all__ = ["resume", "resume_early", "save"]
 Told = list[tuple[str, str]]
 """Name of each device, and what became of it."""
 
+APPEAR_SECONDS = 20.0
+"""How long the early step waits for disks that are not there."""
 SAVED = "saved"
 """What `save` says of a device whose map can be gone on with."""
 TAKEN_UP = "taken up"
@@ -85,14 +88,25 @@ def _mark(path: str) -> str:
 
 
 def resume_early(state: Path) -> Told:
-    """Start tracking what was tracked before the boot; writes to /run only."""
-    told = []
+    """Start tracking what was tracked before the boot, once the devices are there; writes to /run only."""
+    told: Told = []
+    _wait_for_devices(state)
     for name in devicefile.names(state):
         try:
             told.append((name, _start_early(DeviceFile(state, name))))
         except StasisError as error:
             told.append((name, f"not tracked: {error.message}"))
     return told
+
+
+def _wait_for_devices(state: Path) -> None:
+    """This early, disks are still being found."""
+    deadline = time.monotonic() + APPEAR_SECONDS
+    for name in devicefile.names(state):
+        with contextlib.suppress(StasisError):
+            record = DeviceFile(state, name).read()
+            while not os.path.exists(record.given) and time.monotonic() < deadline:
+                time.sleep(0.05)  # udev makes names in many directories; at boot nobody minds a look at one
 
 
 def _start_early(files: DeviceFile) -> str:
