@@ -68,6 +68,8 @@ stasis process restore --images /var/tmp/images --map-path /srv/app.log=/tmp/app
     where = command.add_mutually_exclusive_group()
     where.add_argument("--attach", action="store_true", help="wait for the first process, and end with its exit status")
     where.add_argument("--pidfile", metavar="FILE", help="write the pid of the first process to this file")
+    command.add_argument("--manage-cgroups", choices=("soft", "ignore"), default="soft",
+                         help="put processes into the control groups they were in, as far as that goes (soft), or not")
     command.add_argument("--pid-namespace", action="store_true",
                          help="restore into a new pid namespace, whoever has the pids outside")
     command.add_argument("--map-path", metavar="OLD=NEW", action="append", default=[],
@@ -197,8 +199,10 @@ def restore(arguments: argparse.Namespace) -> int:
 
     options = RestoreOptions(map_paths=dict(map(_mapping, arguments.map_path)),
                              files=FileOptions(inherited=dict(arguments.inherit_fd), tcp=arguments.tcp),
-                             pid_namespace=arguments.pid_namespace)  # fmt: skip
+                             pid_namespace=arguments.pid_namespace,
+                             manage_cgroups=arguments.manage_cgroups == "soft")  # fmt: skip
     result = restore_tree(arguments.images, options)
+    _warn(result.warnings or [])
     if arguments.pidfile:
         with open(arguments.pidfile, "w") as file:
             file.write(f"{result.pid}\n")

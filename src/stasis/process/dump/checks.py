@@ -7,6 +7,7 @@ import os
 
 from stasis.linux import procfs, ptrace
 from stasis.linux.kcmp import Kcmp, compare
+from stasis.process.cgroups import check_groups
 from stasis.process.dump.ids import NAMESPACES, namespace_ids
 from stasis.process.dump.tasks import ns_pid
 from stasis.process.findings import Findings
@@ -32,6 +33,7 @@ def check_tree(tree: Tree, findings: Findings) -> None:
     for task in living:
         _check_task(task, ours, findings)
         _check_threads(task, findings)
+        check_groups(task, findings)
     for number, task in enumerate(living):
         _check_sharing(living[:number], task, findings)
     for pid, reason in unmakeable(_kin(tree.root)):

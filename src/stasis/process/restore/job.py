@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from stasis.errors import StasisError
 from stasis.linux import procfs, ptrace
+from stasis.process.cgroups import join
 from stasis.process.files.connections import let_all_live
 from stasis.process.files.opening import FileSet
 from stasis.process.files.options import FileOptions
@@ -37,11 +38,13 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 
 class RestoreOptions(NamedTuple):
     """How to restore. `map_paths`: beginnings of paths in the images, and what stands for them here.
-    `files`: what stands for open files of the images. `pid_namespace`: into a new one, where all pids are free."""
+    `files`: what stands for open files of the images. `pid_namespace`: into a new one, where all pids are free.
+    `manage_cgroups`: put processes into the control groups that they were in, as far as that goes."""
 
     map_paths: Mapping[str, str] = NOTHING
     files: FileOptions = FileOptions()
     pid_namespace: bool = False
+    manage_cgroups: bool = True
 
 
 class RestoreResult(NamedTuple):
@@ -51,6 +54,7 @@ class RestoreResult(NamedTuple):
     pid: int
     pids: list[int]
     init: int = 0
+    warnings: list[str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -75,11 +79,11 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
         chain = opened.chain()
         try:
             with _segments(opened, chain):
-                _restore(root, files, chain)
+                warnings = _restore(root, files, chain, groups=chosen.manage_cgroups)
         finally:
             for parent in chain[1:]:
                 parent.close()
-    return RestoreResult(root.pid, [plan.pid for plan in root.walk()])
+    return RestoreResult(root.pid, [plan.pid for plan in root.walk()], warnings=warnings)
 
 
 def _restore_inside(images: str | os.PathLike[str], options: RestoreOptions) -> RestoreResult:
@@ -88,8 +92,13 @@ def _restore_inside(images: str | os.PathLike[str], options: RestoreOptions) -> 
     with ImageSet.open(images) as opened:
         wanted = [tid for plan in read_tree(opened).walk() for tid in plan.entry.threads]
         root = next(iter(opened.messages("pstree"))).pid
-    init, pids = restore_inside(wanted, lambda: restore(images, options).pid)
-    return RestoreResult(pids[root], [outer for inner, outer in pids.items() if inner in wanted], init)
+
+    def work() -> tuple[int, list[str]]:
+        result = restore(images, options)
+        return result.pid, result.warnings or []
+
+    init, pids, warnings = restore_inside(wanted, work)
+    return RestoreResult(pids[root], [outer for inner, outer in pids.items() if inner in wanted], init, warnings)
 
 
 def _segments(images: ImageSet, chain: list[ImageSet]) -> contextlib.AbstractContextManager[None]:
@@ -111,13 +120,15 @@ def _mapper(map_paths: Mapping[str, str]) -> Callable[[str], str]:
     return mapped
 
 
-def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> None:
+def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet], *, groups: bool) -> list[str]:
+    """Make it all; what could not be done of what may be left out."""
     living = [plan for plan in root.walk() if not plan.is_zombie]
     roll, filters = Roll(), Filters(files.images)
     with Guardian(Journal(), roll.end), adopting() as end_all:
         try:
             ready = spawn(root, files, chain)
             roll.enter(plan.pid for plan in living)
+            warnings = join(files.images, _members(living)) if groups else []
             for plan in living:
                 _seize(plan.pid)
             for plan in living:
@@ -130,6 +141,11 @@ def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> None:
             if isinstance(error, OSError):
                 raise StasisError(f"the restore failed: {error.strerror or error}", errno=error.errno or 0) from error
             raise
+    return warnings
+
+
+def _members(living: list[TaskPlan]) -> list[tuple[int, int | None]]:
+    return [(plan.pid, plan.core.tc.cg_set) for plan in living if plan.core.tc is not None]
 
 
 def _seize(pid: int) -> None:

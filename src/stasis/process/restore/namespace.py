@@ -29,10 +29,13 @@ NS_LAST_PID, PID_MAX = Path("/proc/sys/kernel/ns_last_pid"), Path("/proc/sys/ker
 SIGNAL_EXIT = 128
 
 
-def restore_inside(pids: Iterable[int], work: Callable[[], int]) -> tuple[int, dict[int, int]]:
-    """Have `work` done inside, which makes processes with `pids` and gives the first one's.
+def restore_inside(
+    pids: Iterable[int], work: Callable[[], tuple[int, list[str]]]
+) -> tuple[int, dict[int, int], list[str]]:
+    """Have `work` done inside, which makes processes with `pids` and gives the first one's, and warnings.
 
-    Returns the pid of the namespace's first process, a child of ours, and the outer pids by the inner ones.
+    Returns the pid of the namespace's first process, a child of ours, the outer pids by the inner ones, and the
+    warnings.
     """
     down, up = os.pipe(), os.pipe()
     try:
@@ -54,7 +57,7 @@ def restore_inside(pids: Iterable[int], work: Callable[[], int]) -> tuple[int, d
         if "error" in answer:
             os.waitpid(init, 0)
             raise StasisError.from_dict(answer)
-        return init, _outer_pids(init)
+        return init, _outer_pids(init), answer["warnings"]
 
 
 def _outer_pids(init: int) -> dict[int, int]:
@@ -68,14 +71,14 @@ def _outer_pids(init: int) -> dict[int, int]:
     return found
 
 
-def _live(pids: list[int], work: Callable[[], int], go_on: int, tell: int) -> NoReturn:
+def _live(pids: list[int], work: Callable[[], tuple[int, list[str]]], go_on: int, tell: int) -> NoReturn:
     status = FAILED
     try:
         os.setsid()
         mount_proc()
         NS_LAST_PID.write_text(str(_clear_of(pids)))
-        root = work()
-        os.write(tell, json.dumps({"pid": root}).encode() + b"\n")
+        root, warnings = work()
+        os.write(tell, json.dumps({"warnings": warnings}).encode() + b"\n")
         os.close(tell)
         os.read(go_on, 1)  # its end: the outer pids are known
         status = _watch(root)

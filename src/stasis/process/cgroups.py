@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control groups of a tree (cgroups(7)): where its processes were, and putting them there again.
+
+Only membership is kept, neither limits nor other properties. Who was in the groups of the dumper comes back in those of
+the restorer; the others come back in the groups of the same name, which are made where they are missing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from stasis.linux import procfs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from stasis.process.findings import Findings
+    from stasis.process.images.imageset import ImageSet
+    from stasis.process.images.setwriter import ImageSetWriter
+    from stasis.process.tree import Task
+
+__all__ = ["GroupTable", "check_groups", "join"]
+
+OUR_SET = 1
+FROZEN = {"cgroup.freeze": "1", "freezer.state": "FROZEN"}
+
+Groups = tuple[tuple[str, str], ...]
+"""(controllers, path) of each hierarchy; the second version's has no controllers in its name."""
+
+
+def groups_of(pid: int, tid: int | None = None) -> Groups:
+    """Where a process is, or one of its threads."""
+    name = "cgroup" if tid is None else f"task/{tid}/cgroup"
+    lines = procfs.read(pid, name).decode(errors="surrogateescape").splitlines()
+    found = (line.split(":", 2) for line in lines)
+    return tuple(sorted((controllers, path) for _, controllers, path in found))
+
+
+def check_groups(task: Task, findings: Findings) -> None:
+    """Note threads that are in other groups than their process."""
+    own = groups_of(task.pid)
+    for thread in task.threads:
+        if thread.tid != task.pid and groups_of(task.pid, thread.tid) != own:
+            findings.add(task.pid, f"thread {thread.tid}", "it is in other control groups than its process")
+
+
+class GroupTable:
+    """The sets of groups of a dump. The dumper's own is the first."""
+
+    def __init__(self) -> None:
+        self._sets: dict[Groups, int] = {groups_of(os.getpid()): OUR_SET}
+
+    def of(self, pid: int) -> int:
+        """Number of the set that a process is in."""
+        return self._sets.setdefault(groups_of(pid), len(self._sets) + 1)
+
+    def write(self, out: ImageSetWriter) -> int:
+        """Write the sets, where there is another one than the dumper's own; the number of that one."""
+        if len(self._sets) == 1:
+            return OUR_SET
+        from stasis.process.images.schema.inventory import CgMemberEntry, CgroupEntry, CgSetEntry
+
+        out.write("cgroup", CgroupEntry(sets=[
+            CgSetEntry(id=number, ctls=[CgMemberEntry(name=name, path=path) for name, path in found])
+            for found, number in self._sets.items()
+        ]))  # fmt: skip
+        return OUR_SET
+
+
+def join(images: ImageSet, members: Iterable[tuple[int, int | None]]) -> list[str]:
+    """Put processes, (pid, set) of each, into their groups. Returns what did not succeed, in sentences: a process is
+    then in the groups of the restorer."""
+    ours = images.inventory.root_cg_set
+    wanted = [(pid, number) for pid, number in members if number is not None and number != ours]
+    if not wanted:
+        return []
+    sets = {found.id: found.ctls for entry in images.messages("cgroup") for found in entry.sets}
+    places = _hierarchies()
+    here = dict(groups_of(os.getpid()))
+    problems: dict[str, None] = {}
+    for pid, number in wanted:
+        for member in sets.get(number, ()):
+            if member.path != here.get(member.name):
+                problem = _enter(pid, member.name, member.path, places)
+                problems.update({problem: None} if problem else {})
+    return list(problems)
+
+
+def _hierarchies() -> dict[str, str]:
+    """Where each hierarchy is mounted, by its name in /proc/PID/cgroup."""
+    found: dict[str, str] = {}
+    for line in procfs.read(os.getpid(), "mountinfo").decode(errors="surrogateescape").splitlines():
+        fields, _, rest = line.partition(" - ")
+        kind, _, options = rest.split(" ", 2)
+        if kind == "cgroup2":
+            found.setdefault("", fields.split()[4])
+        elif kind == "cgroup":
+            words = [word for word in options.split(",") if word not in ("rw", "ro", "xattr", "clone_children")]
+            found.setdefault(",".join(words), fields.split()[4])
+    return found
+
+
+def _enter(pid: int, name: str, path: str, places: dict[str, str]) -> str:
+    """Put a process into one group; why not, or ""."""
+    what = f"the control group {path} ({name or 'version 2'}) of process {pid}"
+    if name not in places:
+        return f"{what} is of a hierarchy that is not mounted here"
+    if ".." in path.split("/") or not path.startswith("/"):
+        return f"{what} is outside of what can be seen here"
+    group = f"{places[name]}{path}"
+    try:
+        os.makedirs(group, exist_ok=True)
+        if any(_holds(f"{group}/{file}", frozen) for file, frozen in FROZEN.items()):
+            return f"{what} is frozen"
+        with open(f"{group}/cgroup.procs", "w") as file:
+            file.write(str(pid))
+    except OSError as error:
+        return f"{what} cannot be entered: {error.strerror}"
+    return ""
+
+
+def _holds(path: str, text: str) -> bool:
+    try:
+        with open(path) as file:
+            return file.read().strip() == text
+    except FileNotFoundError:
+        return False
