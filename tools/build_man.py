@@ -21,6 +21,8 @@ from stasis.cli.main import build_parser
 from tools.roff import escape, from_markdown
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide"
+TOOLS = {"dbdctl": "control dattobd's tracers", "update-img": "bring a copy of a dattobd snapshot up to the next"}
+"""Console scripts with a section in the guide to `stasis datto`."""
 SUMMARY = "snapshot block devices while they are written, and know what changed"
 
 
@@ -108,6 +110,12 @@ def main_page(parser: argparse.ArgumentParser, pages: list[str]) -> str:
     return "\n".join([*lines, *see_also("stasis", pages)]) + "\n"
 
 
+def tool_page(name: str, summary: str, pages: list[str]) -> str:
+    """The page of a console script of its own: its section of `docs/guide/datto.md`."""
+    lines = [*head(name, summary), ".SH DESCRIPTION", from_markdown(guide_sections(GUIDE / "datto.md")[name])]
+    return "\n".join([*lines, *see_also(name, pages)]) + "\n"
+
+
 def usage(parser: argparse.ArgumentParser) -> str:
     text = " ".join(parser.format_usage().partition(": ")[2].split())
     return rf"\fB{escape(text)}\fR"
@@ -123,10 +131,11 @@ def build(target: Path) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     parser = build_parser()
     groups = {name: child for name, child in subparsers(parser).items() if (GUIDE / f"{name}.md").exists()}
-    pages = ["stasis", *(f"stasis-{name}" for name in groups), "blksnap"]
+    pages = ["stasis", *(f"stasis-{name}" for name in groups), "blksnap", *TOOLS]
     texts = {"stasis": main_page(parser, pages)}
     texts |= {f"stasis-{name}": group_page(name, child, pages) for name, child in groups.items()}
     texts["blksnap"] = blksnap_page(pages)
+    texts |= {name: tool_page(name, summary, pages) for name, summary in TOOLS.items()}
     for name, text in texts.items():
         (target / f"{name}.1").write_text(text)
     return [target / f"{name}.1" for name in texts]

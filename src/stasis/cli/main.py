@@ -15,7 +15,7 @@ from stasis.errors import ExitCode, StasisError
 
 __all__ = ["build_parser", "main"]
 
-GROUPS = ("device", "snapshot", "map", "track", "backup", "repo", "process", "settings", "daemon")
+GROUPS = ("device", "snapshot", "map", "track", "datto", "backup", "repo", "process", "settings", "daemon")
 """Modules with commands, imported when the command of that name is asked for; all are for the help."""
 
 EPILOG = """\

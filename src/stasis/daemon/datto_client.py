@@ -16,6 +16,11 @@ __all__ = ["TracerCalls"]
 StrPath = str | os.PathLike[str]
 
 
+def _named(bdev: StrPath) -> str:
+    """A path that is there as the daemon can use it; anything else may be a device's name."""
+    return os.path.abspath(bdev) if os.path.exists(bdev) else os.fspath(bdev)
+
+
 class TracerCalls(ABC):
     """Sizes have dattobd's units: bytes for caches, MiB for files; 0 is the default. Every errno is dattobd's."""
 
@@ -32,7 +37,7 @@ class TracerCalls(ABC):
         A device is named by its path, the path of its kernel node, or its name. Raises errors with EINVAL, EBUSY,
         ENOENT, ENOTBLK, EISDIR, EEXIST, and what fallocate has.
         """
-        wanted = [{"minor": minor, "bdev": os.fspath(bdev), "cow": os.path.abspath(cow)}
+        wanted = [{"minor": minor, "bdev": _named(bdev), "cow": os.path.abspath(cow)}
                   for minor, bdev, cow in members]
         answer = self._call("DattoSetupSnapshot", members=wanted, fallocated_space=fallocated_space,
                             cache_size=cache_size)
