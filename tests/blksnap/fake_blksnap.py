@@ -81,12 +81,13 @@ class Snapshot:
 class FakeBlksnap:
     """The module from v3 on."""
 
-    def __init__(self, kernel: FakeKernel, generation: Generation = CURRENT, *, hz: int = 250,
+    def __init__(self, kernel: FakeKernel, generation: Generation = CURRENT, *, hz: int = 1000,
                  applies_first_only: bool = False) -> None:
         self.kernel, self.generation, self.hz = kernel, generation, hz
         self.applies_first_only = applies_first_only
         self.trackers: dict[str, Tracker] = {}
         self.other_filter: set[str] = set()
+        self.take_fails = 0
         self.snapshots: dict[uuid.UUID, Snapshot] = {}
         self.corrupted_code = {name: code for code, name in generation.events.items()}["corrupted"]
         self.changed = threading.Condition(threading.RLock())
@@ -271,6 +272,9 @@ class FakeBlksnap:
             raise fail(errno.EALREADY)
         if not snapshot.trackers:
             raise fail(errno.ENODEV)
+        if self.take_fails:
+            self._destroy(wanted)  # it is given up altogether
+            raise fail(self.take_fails)
         for tracker in snapshot.trackers:
             if tracker.map.corrupted or tracker.map.capacity != tracker.disk.size:
                 tracker.map = Map(tracker.disk.size)
@@ -365,7 +369,7 @@ class FakeBlksnap:
 class FakeTracker(FakeBlksnap):
     """The module of v1 and v2: the same machine behind other requests."""
 
-    def __init__(self, kernel: FakeKernel, *, hz: int = 250) -> None:
+    def __init__(self, kernel: FakeKernel, *, hz: int = 1000) -> None:
         super().__init__(kernel, V5, hz=hz)
 
     def _image_name(self, disk: Disk) -> str:
@@ -402,7 +406,10 @@ class FakeTracker(FakeBlksnap):
             return calls[request](argument) or 0
 
     def _remove(self, dev: v2.BlkSnapDev) -> None:
-        del self.trackers[str(self._tracker(dev).disk.path)]
+        tracker = self._tracker(dev)
+        if tracker.snapshot is not None:
+            raise fail(errno.EBUSY)
+        del self.trackers[str(tracker.disk.path)]
 
     def _collect_trackers(self, request: v2.TrackerCollect) -> None:
         room = (v2.CbtInfo * request.count).from_address(request.cbt_info_array)
@@ -411,12 +418,17 @@ class FakeTracker(FakeBlksnap):
             info.dev_id, info.blk_size, info.device_capacity = tracker.disk.number, 1 << kept.shift, kept.capacity
             info.blk_count, info.snap_number = kept.count, kept.previous
             info.generation_id = common.Uuid.of(str(kept.generation))
-        if request.count < len(self.trackers):
+        if not self.trackers:
             raise fail(errno.ENODATA)
+        if request.count < len(self.trackers):
+            raise fail(errno.ENOBUFS)
         request.count = len(self.trackers)
 
     def _read_map(self, request: v2.TrackerReadCbtBitmap) -> int:
-        kept = self._tracker(request.dev_id).map
+        tracker = self._tracker(request.dev_id)
+        if tracker.image is None:
+            raise fail(errno.EPERM)
+        kept = tracker.map
         length = min(request.length, kept.count - request.offset, 7)  # it may give less than was asked for
         ctypes.memmove(request.buff, bytes(kept.read[request.offset : request.offset + length]), length)
         return length
@@ -446,11 +458,12 @@ class FakeTracker(FakeBlksnap):
 
     def _collect_images(self, request: v2.SnapshotCollectImages) -> None:
         snapshot = self._find(request.id, errno.ESRCH)
+        if not snapshot.taken:
+            raise fail(errno.ENODEV)
         room = (v2.ImageInfo * request.count).from_address(request.image_info_array)
         for info, tracker in zip(room, snapshot.trackers, strict=False):
             info.orig_dev_id = tracker.disk.number
-            if tracker.image is not None:
-                info.image_dev_id = (252, tracker.disk.number[1])
+            info.image_dev_id = (252, tracker.disk.number[1])
         request.count = len(snapshot.trackers)
 
 

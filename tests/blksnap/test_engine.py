@@ -152,6 +152,42 @@ def test_overflow_reaches_watchers_and_marks_the_snapshot(client: api.Client, ne
     assert client.snapshot(shown.id).state == "corrupted"
 
 
+def test_nobody_waits_any_more_when_a_snapshot_is_destroyed(client: api.Client, newest: Host) -> None:
+    """Or the module would keep it, with its image, until that wait has ended: ten times later than asked for."""
+    newest.module.hz = 100
+    client.attach(newest.disk.path, driver="blksnap")
+    shown = _snapshot(client, newest)
+    image = Path(shown.devices[0].node or "")
+    assert image.exists()
+    client.destroy(shown.id)
+    assert not image.exists()
+
+
+def test_a_take_that_fails_leaves_nothing(client: api.Client, newest: Host) -> None:
+    client.attach(newest.disk.path, driver="blksnap")
+    newest.module.take_fails = errno.EFAULT
+    with pytest.raises(api.StorageError, match="lost at once"):
+        _snapshot(client, newest)
+    made = client.create_snapshot(newest.directory / "storage", ["sdb"], limit=64 * MIB)
+    with pytest.raises(api.StorageError, match="lost at once"):
+        client.take(made.id)
+    assert client.collect() == []
+    newest.module.take_fails = 0
+    assert _snapshot(client, newest).state == "taken"
+
+
+def test_the_event_of_a_device_that_was_added_later_names_it(client: api.Client, newest: Host) -> None:
+    second = newest.kernel.add_disk("sdc", MIB, (8, 32))
+    for disk in (newest.disk, second):
+        client.attach(disk.path, driver="blksnap")
+    made = client.create_snapshot(newest.directory / "storage", ["sdb"], limit=64 * MIB)
+    client.add(made.id, "sdc")
+    client.take(made.id)
+    newest.module.corrupt(newest.module.trackers[str(second.path)], errno.EPERM)
+    events = client.wait_events(made.id, timeout=30)
+    assert [(event.device, event.error_code) for event in events] == [("sdc", -errno.EPERM)]
+
+
 def test_an_event_that_somebody_else_took_is_seen_in_the_image(client: api.Client, newest: Host) -> None:
     client.attach(newest.disk.path, driver="blksnap")
     shown = _snapshot(client, newest)

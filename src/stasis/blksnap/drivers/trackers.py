@@ -74,7 +74,9 @@ class TrackerDriver(BlksnapDriver):
             try:
                 self.control_call("collect", "its devices", v2.IOCTL_BLK_SNAP_TRACKER_COLLECT, request)
             except StasisError as error:
-                if error.errno != errno.ENODATA or room >= MOST_DEVICES:
+                if error.errno == errno.ENODATA:
+                    return None  # some say so where there is none at all
+                if error.errno != errno.ENOBUFS or room >= MOST_DEVICES:
                     raise
                 room *= 2
                 continue
@@ -88,20 +90,29 @@ class TrackerDriver(BlksnapDriver):
         return ModuleMap(info.device_capacity, info.blk_size, info.blk_count, str(info.generation_id), info.snap_number)
 
     def read_module_map(self, device: Tracked, info: ModuleMap) -> bytes:
-        """See BlksnapDriver. The call says how much it gave, which may be less than was asked for."""
-        major, minor = self._number(device)
+        """See BlksnapDriver. Without a snapshot the module shows nothing (EPERM): everything may have changed."""
         changes = ctypes.create_string_buffer(info.block_count)
         offset = 0
         while offset < info.block_count:
-            request = v2.TrackerReadCbtBitmap(
-                dev_id=v2.BlkSnapDev(major, minor), offset=offset, length=min(MAP_PORTION, info.block_count - offset),
-                buff=ctypes.addressof(changes) + offset)
-            got = self.control_call("cbtmap", device.path, v2.IOCTL_BLK_SNAP_TRACKER_READ_CBT_MAP, request)
+            try:
+                got = self._read_portion(device, changes, offset)
+            except StasisError as error:
+                if error.errno == errno.EPERM:
+                    return bytes((max(info.number, 1),)) * info.block_count
+                raise
             if got <= 0:
                 raise StasisError(f"blksnap gives {offset} of {info.block_count} bytes of the map of {device.path}",
                                   errno=errno.EIO)
             offset += got
         return changes.raw
+
+    def _read_portion(self, device: Tracked, changes: ctypes.Array[ctypes.c_char], offset: int) -> int:
+        """Read the map from block `offset` on; how much came, which may be less than was asked for."""
+        major, minor = self._number(device)
+        request = v2.TrackerReadCbtBitmap(
+            dev_id=v2.BlkSnapDev(major, minor), offset=offset, length=min(MAP_PORTION, len(changes) - offset),
+            buff=ctypes.addressof(changes) + offset)
+        return self.control_call("cbtmap", device.path, v2.IOCTL_BLK_SNAP_TRACKER_READ_CBT_MAP, request)
 
     def mark(self, device: Tracked, ranges: Sequence[tuple[int, int]]) -> None:
         """See Driver."""
@@ -149,7 +160,12 @@ class TrackerDriver(BlksnapDriver):
         array = (v2.ImageInfo * MOST_DEVICES)()
         request = v2.SnapshotCollectImages(id=Uuid.of(held.uuid), count=len(array),
                                            image_info_array=ctypes.addressof(array))
-        self.control_call("collect", held.uuid, v2.IOCTL_BLK_SNAP_SNAPSHOT_COLLECT_IMAGES, request)
+        try:
+            self.control_call("collect", held.uuid, v2.IOCTL_BLK_SNAP_SNAPSHOT_COLLECT_IMAGES, request)
+        except StasisError as error:
+            if error.errno == errno.ENODEV:
+                return Image(None)  # it is not taken yet
+            raise
         number = self._number(device)
         for info in array:
             if (info.orig_dev_id.mj, info.orig_dev_id.mn) == number and info.image_dev_id.mj:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -135,7 +136,8 @@ class DrivenEngine:
                 try:
                     self._snapshots.take(uuid)
                 except BaseException:
-                    self._snapshots.destroy(uuid)
+                    with contextlib.suppress(NotFoundError):  # the module may have given it up by itself
+                        self._snapshots.destroy(uuid)
                     raise
             return uuid
 

@@ -146,6 +146,7 @@ class DrivenSnapshots:
             driver.take(snapshot.held, self._tracked(snapshot))
         except BaseException:
             snapshot.move(SnapshotState.CREATED)
+            self._forget_if_gone(snapshot, driver)
             raise
         snapshot.hold_ns, snapshot.taken = time.monotonic_ns() - started, time.time()
         for device in self._members(snapshot):
@@ -153,6 +154,13 @@ class DrivenSnapshots:
             self._devices.save(device)
         snapshot.move(SnapshotState.TAKEN)
         self._serve(snapshot, driver)
+
+    def _forget_if_gone(self, snapshot: DrivenSnapshot, driver: Driver) -> None:
+        """A module may give a snapshot up that it fails to take."""
+        with contextlib.suppress(StasisError):
+            if not driver.exists(snapshot.held):
+                self._watchers.pop(snapshot.id).stop()
+                self._forget(snapshot)
 
     def _record(self, member: Member, device: DrivenDevice) -> None:
         with ChangeMap.open_readonly(device.tracked.map_path) as changes:
@@ -188,10 +196,8 @@ class DrivenSnapshots:
     # -- what happens to it -----------------------------------------------------------------------
 
     def _watch(self, snapshot: DrivenSnapshot, driver: Driver) -> None:
-        numbers = {self._kernel.number(member.path): name for name, member in snapshot.members.items()}
-
         def told(event: DriverEvent) -> None:
-            name = numbers.get(event.device, "") if event.device else ""
+            name = self._name_of(snapshot, event.device)
             if event.name == "corrupted" and name:
                 self._lost(snapshot, name, -event.error_code, "", event.time)
             else:
@@ -203,6 +209,13 @@ class DrivenSnapshots:
                 self._lost(snapshot, name, errno.ESRCH, "somebody else has destroyed the snapshot")
 
         self._watchers[snapshot.id] = Watcher(driver, snapshot.held, told, gone)
+
+    def _name_of(self, snapshot: DrivenSnapshot, number: tuple[int, int] | None) -> str:
+        for name, member in list(snapshot.members.items()):
+            with contextlib.suppress(OSError):  # a device that was removed
+                if number is not None and self._kernel.number(member.path) == number:
+                    return name
+        return ""
 
     def _lost(self, snapshot: DrivenSnapshot, name: str, error: int, reason: str, moment: int | None = None) -> None:
         """The image of a device cannot be trusted any more; told once. Also called by the watcher, without the lock."""
