@@ -20,6 +20,8 @@ __all__ = ["all_kinds"]
 KINDS = {
     FdTypes.UNIXSK: ("unix", "UnixSockets"),
     FdTypes.INETSK: ("inet", "InetSockets"),
+    FdTypes.NETLINKSK: ("netlink", "NetlinkSockets"),
+    FdTypes.NS: ("nsfile", "NamespaceFiles"),
     FdTypes.REG: ("regular", "RegularFiles"),
     FdTypes.MEMFD: ("memfd", "Memfds"),
     FdTypes.PIPE: ("pipes", "Pipes"),

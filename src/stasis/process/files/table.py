@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 __all__ = ["FD_CLOEXEC", "FileTable", "check_descriptors"]
 
 FD_CLOEXEC = 1
+UNKNOWN = {
+    "anon_inode:[io_uring]": "the kernel does not tell what is under way in an io_uring",
+    "anon_inode:[userfaultfd]": "its process would wait for pages that nobody fills",
+    "anon_inode:[fanotify]": "fanotify is not supported yet",
+    "anon_inode:bpf-": "BPF programs, maps and links are not supported yet",
+    "anon_inode:[perf_event]": "counters of perf cannot be set",
+    "anon_inode:seccomp notify": "it decides about the system calls of others",
+}
+"""Why kinds that nobody keeps are not kept, by what /proc calls them."""
 
 
 def check_descriptors(pids: Sequence[int], findings: Findings, options: FileOptions | None = None) -> None:
@@ -54,9 +63,16 @@ class _Check:
         check_locks(descriptor, keep=self._options.file_locks, findings=self.findings)
         kind = _kind_of(descriptor, self._kinds)
         if kind is None:
-            self.findings.add(descriptor.pid, descriptor.where, "this kind of file is not supported yet")
+            self.findings.add(descriptor.pid, descriptor.where, _why_unknown(descriptor))
         else:
             kind.check(descriptor, self)
+
+
+def _why_unknown(descriptor: Descriptor) -> str:
+    for name, reason in UNKNOWN.items():
+        if descriptor.link.startswith(name):
+            return reason
+    return "this kind of file is not supported yet"
 
 
 def _kind_of(descriptor: Descriptor, kinds: Sequence[FileKind]) -> FileKind | None:

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptors of namespaces (/proc/PID/ns/NAME): those that the tree lives in, which are there at the restore."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from stasis.errors import StateError
+from stasis.process.dump.ids import NAMESPACES
+from stasis.process.files.kind import FileKind
+from stasis.process.images.damage import damaged
+from stasis.process.images.schema.files import FdTypes, FileEntry, NsFileEntry
+
+if TYPE_CHECKING:
+    from stasis.process.files.descriptor import Descriptor
+    from stasis.process.files.kind import Looking, Opened, Saving
+    from stasis.process.images.schema.common import FownEntry
+
+__all__ = ["NamespaceFiles"]
+
+# include/uapi/linux/sched.h, CLONE_NEW*
+FLAGS = {
+    "time": 0x80, "mnt": 0x20000, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000,
+    "pid": 0x20000000, "net": 0x40000000,
+}  # fmt: skip
+NAMES = {flag: name for name, flag in FLAGS.items()}
+
+
+class NamespaceFiles(FileKind):
+    type = FdTypes.NS
+    field = "nsf"
+
+    def claims(self, descriptor: Descriptor) -> bool:
+        return _name(descriptor.link) in NAMESPACES
+
+    def check(self, descriptor: Descriptor, looking: Looking) -> None:
+        ours = os.stat(f"/proc/self/ns/{_name(descriptor.link)}")
+        if not os.path.samestat(ours, descriptor.status):
+            looking.findings.add(descriptor.pid, descriptor.where, "it is a namespace that the tree does not live in")
+
+    def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
+        entry = NsFileEntry(id=number, ns_id=descriptor.status.st_ino & 0xFFFFFFFF,
+                            ns_cflag=FLAGS[_name(descriptor.link)], flags=descriptor.flags)  # fmt: skip
+        return FileEntry(type=FdTypes.NS, id=number, nsf=entry)
+
+    def restore(self, entry: FileEntry, opened: Opened) -> int:
+        found: NsFileEntry = self.message_of(entry)
+        name = NAMES.get(found.ns_cflag)
+        if name is None:
+            raise damaged(opened.images.file_path("files"), 0, f"there is no namespace of the kind {found.ns_cflag:#x}")
+        if found.ns_id != (getattr(opened.images.inventory.root_ids, NAMESPACES[name], None) or found.ns_id):
+            raise StateError(f"a process had a {name} namespace open that it did not live in",
+                             hint="it cannot be found again")  # fmt: skip
+        return os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def owner(self, entry: FileEntry, opened: Opened) -> FownEntry | None:
+        return None
+
+
+def _name(link: str) -> str:
+    """Of what /proc calls net:[4026531840]."""
+    name, _, rest = link.partition(":[")
+    return name if rest.endswith("]") and name in FLAGS else ""
