@@ -67,3 +67,36 @@ def test_memory_is_bounded() -> None:
         queue.post("generation", "S")
     assert len(queue.events()) == EventQueue.LIMIT
     assert queue.last == EventQueue.LIMIT + 10
+
+
+def test_each_event_is_taken_once_and_only_by_who_asks_for_its_kind() -> None:
+    queue = EventQueue()
+    assert queue.take((0, 1)) is None
+    queue.post("low_space", "S")
+    full, lost = queue.post("no_space", "S"), queue.post("corrupted", "S")
+    assert queue.take((0,)) == lost
+    assert queue.take((0, 1)) == full
+    assert queue.take((0, 1)) is None
+    assert queue.delivered() == [full.sequence, lost.sequence]
+    again = EventQueue(queue.events(), queue.delivered())
+    assert again.take((0, 1)) is None
+    assert again.take((2,)) is not None
+
+
+def test_who_waits_to_take_is_woken_by_an_event_of_its_kind_and_by_the_end() -> None:
+    queue, woken = EventQueue(), threading.Event()
+
+    def wait() -> None:
+        queue.wait_to_take((0, 1), None)
+        woken.set()
+
+    for wake in (lambda: queue.post("corrupted", "S"), queue.close):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        queue.post("low_space", "S")
+        wake()
+        waiting.join(60)
+        assert woken.is_set()
+        woken.clear()
+        queue.take((0,))
+    assert queue.take((0, 1, 2)) is None

@@ -102,3 +102,34 @@ def test_a_node_that_went_with_the_daemon_comes_back(
         node = other.device("disk").node
         assert node is not None
         assert Path(node).exists()
+
+
+def test_a_node_of_an_image_outlives_the_daemon_and_goes_with_the_snapshot(
+    stasis: Stasis, client: api.Client, make_image: MakeImage, storage: Path
+) -> None:
+    image = make_image()
+    before = image.read_bytes()
+    device = client.attach(image)
+    snapshot = client.create_snapshot(storage, [device.name], limit=64 * MIB)
+    with pytest.raises(api.StateError, match="not taken"):
+        client.image_node(snapshot.id, device.name)
+    client.take(snapshot.id)
+    node = client.image_node(snapshot.id, device.name)
+    assert client.image_node(snapshot.id, device.name) == node
+    kill(stasis.daemon_pid() or 0)
+    with api.connect(stasis.run_dir, stasis.state_dir) as other:
+        assert other.snapshot(snapshot.id).device(device.name).node == node
+        assert other.image_node(snapshot.id, device.name) == node
+        assert Path(node).read_bytes() == before
+        other.destroy(snapshot.id)
+    assert not any((stasis.run_dir / "nodes").iterdir())
+
+
+def test_a_detach_by_force_leaves_the_image_alone_while_the_node_is_in_use(
+    client: api.Client, mounted: tuple[api.Device, Path], storage: Path
+) -> None:
+    device, _ = mounted
+    snapshot = client.create_snapshot(storage, [device.name], limit=64 * MIB, take=True)
+    with pytest.raises(api.BusyError, match="mounted"):
+        client.detach(device.name, force=True)
+    assert client.snapshot(snapshot.id).state == "taken"
