@@ -210,15 +210,15 @@ def test_a_filter_that_is_there_already_is_taken_over(filtered: Host) -> None:
 # -- what the modules do wrong --------------------------------------------------------------------
 
 
-def test_an_add_that_was_refused_in_silence_is_noticed(filtered: Host) -> None:
-    if filtered.module.generation.label == "v5":
-        pytest.skip("v5 is handed its storage and does not look where it lies")
-    driver, device = filtered.driver(), filtered.tracked()
+@pytest.mark.parametrize("generation", [name for name in FILTERED if name != "v5"])
+def test_an_add_that_was_refused_in_silence_is_noticed(make_host: Callable[[str], Host], generation: str) -> None:
+    host = make_host(generation)
+    driver, device = host.driver(), host.tracked()
     driver.attach(device)
-    filtered.disk.mounted_on = filtered.directory / "storage"
+    host.disk.mounted_on = host.directory / "storage"
     with pytest.raises(StorageError, match="holds the difference storage"):
-        driver.create(str(filtered.directory / "storage"), LIMIT, [device])
-    assert not filtered.module.snapshots
+        driver.create(str(host.directory / "storage"), LIMIT, [device])
+    assert not host.module.snapshots
 
 
 def test_old_modules_get_every_dirty_range(kernel: FakeKernel, short_dir: Path) -> None:

@@ -22,6 +22,8 @@ from stasis.daemon.recovery import recover
 from stasis.errors import ExitCode
 from tests.blksnap.conftest import MIB, Host
 from tests.blksnap.fake_blksnap import CHUNK
+from tests.blksnap.fake_datto import FakeDatto
+from tests.blksnap.fake_kernel import FakeKernel
 from tests.daemon.helpers import await_true, read, write
 from tests.runner import Stasis
 
@@ -136,6 +138,40 @@ def test_a_backup_is_incremental(
     stasis("backup", "restore", "--repo", repo, "latest", short_dir / "restored.img", "--device", "sdb")
     assert (short_dir / "restored.img").read_bytes() == newest.disk.path.read_bytes()
     assert not newest.module.snapshots
+
+
+def test_dattobd_is_driven_by_the_same_commands(
+    kernel: FakeKernel, start: Callable[[Kernel], Service], stasis: Stasis, short_dir: Path
+) -> None:
+    module = FakeDatto(kernel)
+    kernel.load(module, "datto-ctl")
+    disk = kernel.add_disk("sdb1", 4 * MIB, (8, 17))
+    disk.mounted_on = short_dir / "mnt"
+    disk.mounted_on.mkdir()
+    first = start(kernel)
+    with api.connect(stasis.run_dir, stasis.state_dir) as client:
+        client.attach(disk.path, driver="dattobd")
+        for number in (1, 2):
+            made = client.create_snapshot(disk.mounted_on, ["sdb1"], limit=16 * MIB, take=True)
+            assert made.devices[0].change_number == number
+            image = disk.path.read_bytes()
+            kernel.write(disk, number * MIB, b"written")
+            assert read(made.devices[0].uri or "", 0, 4 * MIB) == image
+            extents = client.changed_extents("sdb1", number - 1, held=True)
+            assert extents == ([api.Extent(MIB, 65536)] if number == 2 else [])
+            client.destroy(made.id)
+        with pytest.raises(api.StorageError, match="no directory on"):
+            client.create_snapshot("/proc", ["sdb1"])
+    first.end()
+    kernel.write(disk, 3 * MIB, b"while no daemon runs")
+    start(kernel)
+    with api.connect(stasis.run_dir, stasis.state_dir) as client:
+        made = client.create_snapshot(disk.mounted_on, ["sdb1"], take=True)
+        assert client.changed_extents("sdb1", 2, held=True) == [api.Extent(2 * MIB, 65536), api.Extent(3 * MIB, 65536)]
+        module.break_down(module.minors[0], errno.EFBIG)
+        assert client.snapshot(made.id).devices[0].error_code == -errno.EFBIG
+        client.detach("sdb1", force=True)
+    assert not module.minors
 
 
 def test_overflow_reaches_watchers_and_marks_the_snapshot(client: api.Client, newest: Host) -> None:
