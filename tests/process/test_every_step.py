@@ -19,9 +19,10 @@ from tests.process.injector import count_steps, kill_at
 from tests.process.programs import Program, compiled, running, wait_for
 from tests.process.test_killed import FAMILY
 
-pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
-
 LONG = bool(os.environ.get("STASIS_LONG"))
+
+pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.timeout(7200 if LONG else 300)]
+
 SAMPLE = 6
 
 

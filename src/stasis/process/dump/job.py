@@ -8,19 +8,22 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stasis.errors import UsageError
 from stasis.linux import procfs, ptrace
 from stasis.linux.procfs import Mapping
+from stasis.process import keeper
+from stasis.process.cgroups import GroupTable
 from stasis.process.dump import mm
 from stasis.process.dump.checks import check_tree
 from stasis.process.dump.ids import FIRST_ID, ObjectIds, namespace_ids
-from stasis.process.dump.pages import dump_private_pages, dump_shared_pages
+from stasis.process.dump.pages import Look, dump_private_pages, dump_shared_pages
 from stasis.process.dump.predump import continued
 from stasis.process.dump.tasks import task_core, zombie_core
 from stasis.process.dump.threads import thread_core, thread_info
@@ -33,12 +36,13 @@ from stasis.process.findings import Finding, Findings
 from stasis.process.guardian import Guardian
 from stasis.process.images.codec import prepare
 from stasis.process.images.schema.files import FdinfoEntry, FileEntry
-from stasis.process.images.schema.inventory import InventoryEntry
+from stasis.process.images.schema.inventory import DumpStatsEntry, InventoryEntry, StatsEntry
 from stasis.process.images.schema.memory import MmEntry
 from stasis.process.images.schema.tasks import CoreEntry, FsEntry, March, PstreeEntry, TaskKobjIdsEntry
 from stasis.process.images.setwriter import ImageSetWriter, staging_for
 from stasis.process.journal import Journal
 from stasis.process.remote import Remote
+from stasis.process.restore.crew import Roll
 from stasis.process.seccomp import FilterTable
 from stasis.process.tree import Task, Tree
 
@@ -51,7 +55,10 @@ IMAGE_VERSION = 2
 class DumpOptions:
     """How to dump. `timeout`: seconds to stop the tree in. Without `leave_running` or `leave_stopped` it is ended.
     `parent`: the set of a pre-dump, to write only what changed since. `pre_copy`: at most so many rounds of copying
-    memory before the tree is stopped. `files`: what is done about open files that need a decision."""
+    memory before the tree is stopped. `files`: what is done about open files that need a decision. `track`: what a tree
+    that is left running writes from then on is watched, so that another dump can continue this set. `hook` is called
+    with "pre-dump" before the tree is stopped and with "post-dump" when all is written, before it is let go; what it
+    raises undoes the dump."""
 
     leave_running: bool = False
     leave_stopped: bool = False
@@ -59,12 +66,14 @@ class DumpOptions:
     parent: str | None = None
     pre_copy: int = 0
     files: FileOptions = field(default_factory=FileOptions)
+    track: bool = False
+    hook: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
 class DumpResult:
     """What was dumped. Seconds, pages of 4 KiB. `frozen_seconds`: from standstill to the last byte written, of which
-    `pages_seconds` for memory; what waits for the disk comes behind."""
+    `pages_seconds` for memory; what waits for the disk comes behind. `pages_in_parent`: those that the parent has."""
 
     images: str
     pids: list[int]
@@ -73,6 +82,7 @@ class DumpResult:
     freezing_seconds: float
     frozen_seconds: float
     pages_seconds: float
+    pages_in_parent: int = 0
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,7 +104,10 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     touched; whatever fails, the tree goes on as it was.
     """
     chosen = options or DumpOptions()
-    journal, connections = Journal(), Connections(chosen.files.network_lock)
+    if chosen.track and not chosen.leave_running:
+        raise UsageError("only a tree that is left running can be watched", hint="leave it running, or do not track it")
+    journal, connections, roll = Journal(), Connections(chosen.files.network_lock), Roll()
+    chosen.hook("pre-dump")
     if chosen.pre_copy:
         _refuse_early(pid, chosen)
     prepare(CoreEntry, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry)
@@ -102,9 +115,11 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     staging = staging_for(images)
     with (
         _without_pauses(),
-        Guardian(journal, partial(shutil.rmtree, staging, ignore_errors=True), first=connections.release),
+        Guardian(journal, partial(shutil.rmtree, staging, ignore_errors=True), roll.end, first=connections.release),
         ImageSetWriter(images, staging=staging) as out,
-        continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout) as (tracking, warnings),
+        continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout, chosen.track) as (
+            tracking, warnings,
+        ),
         Tree(pid, timeout=chosen.timeout) as tree,
         connections,
     ):
@@ -113,23 +128,43 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
         frozen = time.monotonic()
         layouts: dict[int, list[Mapping]] = {}
         _look(tree, layouts, chosen.files).refuse()
-        writing = _Dump(out, journal, layouts, tracking, chosen.files, connections)
+        writing = _Dump(out, journal, layouts, tracking, chosen, connections)
         for task in tree.tasks:
             writing.add(task)
         writing.finish(tree)
         written = time.monotonic()
         result = DumpResult(
             os.fspath(images), [task.pid for task in tree.tasks], sum(len(task.threads) for task in tree.tasks),
-            writing.pages, frozen - started, written - frozen, writing.pages_seconds, warnings + writing.warnings,
+            writing.pages, frozen - started, written - frozen, writing.pages_seconds, writing.pages_in_parent,
+            warnings + writing.warnings,
         )  # fmt: skip
+        out.write("stats-dump", _statistics(result))
+        chosen.hook("post-dump")
         if connections.count and (chosen.leave_running or chosen.leave_stopped):
             connections.release()
         if chosen.leave_running:
             tree.thaw()  # nothing is to be ended for the images' sake: the disk may take its time
         out.commit()
         connections.keep()
+        if chosen.track:
+            tracking.keep_only({(task.pid, task.stat.start_time) for task in tree.tasks})
+            tracking.since = connections.run_id
+            keeper.give((pid, procfs.stat(pid).start_time), tracking)
+        if not chosen.leave_running and not chosen.leave_stopped:
+            roll.enter(task.pid for task in tree.tasks if not task.is_zombie)
         _let_go(tree, chosen)
+        roll.clear()
         return result
+
+
+def _statistics(result: DumpResult) -> StatsEntry:
+    """As criu tells them: microseconds and pages."""
+    return StatsEntry(dump=DumpStatsEntry(
+        freezing_time=int(result.freezing_seconds * 1e6), frozen_time=int(result.frozen_seconds * 1e6),
+        memdump_time=int(result.pages_seconds * 1e6), memwrite_time=int(result.pages_seconds * 1e6),
+        pages_scanned=result.pages + result.pages_in_parent, pages_skipped_parent=result.pages_in_parent,
+        pages_written=result.pages, pages_lazy=0,
+    ))  # fmt: skip
 
 
 @contextmanager
@@ -186,7 +221,7 @@ class _Dump:
 
     def __init__(
         self, out: ImageSetWriter, journal: Journal, layouts: dict[int, list[Mapping]], tracking: Tracking,
-        files: FileOptions, connections: Connections,
+        options: DumpOptions, connections: Connections,
     ) -> None:
         self.pages = 0
         self.pages_seconds = 0.0
@@ -195,11 +230,13 @@ class _Dump:
         self._tracking = tracking
         self._ids = ObjectIds()
         self._filters = FilterTable()
+        self._groups = GroupTable()
         self._shared: set[int] = set()
         self._segments: dict[int, tuple[int, Mapping]] = {}
         self._connections = connections
-        self._options = files
-        self._files = FileTable(out, files, connections)
+        self.pages_in_parent = 0
+        self._options = options
+        self._files = FileTable(out, options.files, connections)
 
     def add(self, task: Task) -> None:
         """Write everything of a task."""
@@ -209,8 +246,9 @@ class _Dump:
         ids = self._ids.of(task.pid)
         self._out.write("ids", ids, number=task.pid)
         self._files.dump_descriptors(task.pid, ids.files_id)
+        changes = self._changes(task)
         with self._remote(task) as remote:
-            self._memory(remote, task)
+            self._memory(remote, task, changes)
             self._cores(remote, task, ids)
         umask = int(procfs.status(task.pid)["Umask"], 8)
         cwd, root = (self._files.path_file(task.pid, link, os.O_RDONLY) for link in ("cwd", "root"))
@@ -221,12 +259,20 @@ class _Dump:
         with Remote(task.pid, self._layouts[task.pid], self._journal) as remote:
             yield remote
 
-    def _memory(self, remote: Remote, task: Task) -> None:
+    def _changes(self, task: Task) -> Look:
+        """What tells the pages of a mapping that were written; where the task is to be watched on, they are marked."""
+        if not self._options.track:
+            return partial(self._tracking.changes, task)
+        marked = self._tracking.mark(task, self._layouts[task.pid], self._journal)
+        return lambda mapping, _: marked.get(mapping.start)
+
+    def _memory(self, remote: Remote, task: Task, changes: Look) -> None:
         found = mm.vmas(task.pid, self._layouts[task.pid], self._files)
         exe = self._files.path_file(task.pid, "exe", os.O_RDONLY)
         self._out.write("mm", mm.mm_entry(remote, task, found, exe), number=task.pid)
         started = time.monotonic()
-        self.pages += dump_private_pages(remote, found, self._out, partial(self._tracking.changes, task))
+        pages, left = dump_private_pages(remote, found, self._out, changes)
+        self.pages, self.pages_in_parent = self.pages + pages, self.pages_in_parent + left
         for vma in found:
             if vma.entry.status & mm.VmaStatus.SYSVIPC:
                 self._segments[vma.entry.shmid] = task.pid, vma.mapping
@@ -245,6 +291,7 @@ class _Dump:
             core.thread_core.seccomp_filter = self._filters.last_of(thread.tid)
             if thread.tid == task.pid:
                 core.tc, core.ids = task_core(remote, task), ids
+                core.tc.cg_set = self._groups.of(task.pid)
             self._out.write("core", core, number=thread.tid)
 
     def finish(self, tree: Tree) -> None:
@@ -268,7 +315,7 @@ class _Dump:
         uptime = int(float(Path("/proc/uptime").read_text().split()[0]) * 1_000_000)
         self._out.write("inventory", InventoryEntry(
             img_version=IMAGE_VERSION, fdinfo_per_id=True, ns_per_id=True, root_ids=root_ids, dump_uptime=uptime,
-            tcp_close=self._options.tcp == "close" or None, dump_criu_run_id=self._connections.run_id,
-            network_lock_method=self._connections.method,
+            root_cg_set=self._groups.write(self._out), tcp_close=self._options.files.tcp == "close" or None,
+            dump_criu_run_id=self._connections.run_id, network_lock_method=self._connections.method,
         ))  # fmt: skip
 

@@ -21,7 +21,7 @@ from stasis.process.images.pagemap import PE_PARENT, PE_PRESENT, PagemapWriter
 from stasis.process.images.setwriter import ImageSetWriter
 from stasis.process.remote import Remote
 
-__all__ = ["PAGE", "dump_private_pages", "dump_shared_pages", "write_shared"]
+__all__ = ["PAGE", "Look", "dump_private_pages", "dump_shared_pages", "write_shared"]
 
 PAGE = 4096
 PORTION = 1 << 30  # one write(2) takes at most 2 GiB less a page
@@ -42,8 +42,10 @@ Look = Callable[[Mapping, PageScanner], Iterable[Change] | None]
 """What was written of a mapping since the parent set; None: it is not in there."""
 
 
-def dump_private_pages(remote: Remote, found: Sequence[Vma], out: ImageSetWriter, look: Look | None = None) -> int:
-    """Write what only this task has: private mappings, and its vdso. Returns pages."""
+def dump_private_pages(
+    remote: Remote, found: Sequence[Vma], out: ImageSetWriter, look: Look | None = None
+) -> tuple[int, int]:
+    """Write what only this task has: private mappings, and its vdso. How many pages, and how many the parent has."""
     with (
         PageScanner(remote.pid) as scanner,
         PagemapWriter(out, remote.pid) as pagemap,
@@ -57,7 +59,7 @@ def dump_private_pages(remote: Remote, found: Sequence[Vma], out: ImageSetWriter
                     to.write(_own_runs(scanner, vma), readable=readable)
                 else:
                     to.write_changes(changes, readable=readable)
-        return to.pages
+        return to.pages, to.left
 
 
 def dump_shared_pages(pid: int, vma: Vma, out: ImageSetWriter) -> int:
@@ -130,6 +132,7 @@ class _Sink:
 
     def __init__(self, remote: Remote, out: ImageSetWriter, pagemap: PagemapWriter, base: int = 0) -> None:
         self.pages = 0
+        self.left = 0
         self._remote = remote
         self._pagemap = pagemap
         self._base = base
@@ -176,6 +179,7 @@ class _Sink:
                 self.write([(start, length)], readable=readable)
             else:
                 self._pagemap.add(start, length // PAGE, PE_PARENT)
+                self.left += length // PAGE
 
     def _write_remotely(self, start: int, length: int) -> None:
         if length >= WORTH_ALLOCATING:

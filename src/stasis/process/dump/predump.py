@@ -89,11 +89,13 @@ def pre_dump(
 
 @contextmanager
 def continued(
-    pid: int, out: ImageSetWriter, parent: str | os.PathLike[str] | None, rounds: int, timeout: float
+    pid: int, out: ImageSetWriter, parent: str | os.PathLike[str] | None, rounds: int, timeout: float,
+    track: bool = False,
 ) -> Iterator[tuple[Tracking, list[str]]]:
     """For a dump: what is known of the memory from `parent` on, after up to `rounds` rounds of copying into sets
-    within the set `out`, which continues the last one. Also what the user should know about it."""
-    if parent is None and not rounds:
+    within the set `out`, which continues the last one. Also what the user should know about it. With `track` a keeper
+    that is there gives up what it has."""
+    if parent is None and not rounds and not track:
         yield Tracking(), []
         return
     root = _root(pid)

@@ -48,6 +48,10 @@ class Changes:
         """Append a run."""
         self._values.extend((start, length | written))
 
+    def extend(self, others: Changes) -> None:
+        """Append all runs of others, which lie behind."""
+        self._values.extend(others._values)
+
     def __iter__(self) -> Iterator[Change]:
         values = iter(self._values)
         for start, length in zip(values, values, strict=True):
@@ -82,8 +86,15 @@ class Tracking:
 
     def arm(self, task: Task, layout: Sequence[Mapping], journal: Journal) -> Changes:
         """Mark all pages of a stopped task that can be watched, and tell which were written since the last time."""
-        fd = self._watch(task, layout, journal)
         found = Changes()
+        for changes in self.mark(task, layout, journal).values():
+            found.extend(changes)
+        return found
+
+    def mark(self, task: Task, layout: Sequence[Mapping], journal: Journal) -> dict[int, Changes]:
+        """The same for each mapping that can be watched, by its start and in order of address."""
+        fd = self._watch(task, layout, journal)
+        marked: dict[int, Changes] = {}
         with PageScanner(task.pid) as scanner:
             for mapping in layout:
                 if not is_watchable(mapping) or not _register(fd, mapping):
@@ -91,9 +102,10 @@ class Tracking:
                 known = WATCHED in mapping.flags
                 if not known:
                     userfaultfd.forget(fd, mapping.start, mapping.length)  # marks of an earlier life
+                found = marked[mapping.start] = Changes()
                 for start, length, written in scanner.changes(mapping.start, mapping.end, arm=True):
                     found.add(start, length, written=written or not known or not self.since)
-        return found
+        return marked
 
     def changes(self, task: Task, mapping: Mapping, scanner: PageScanner) -> Changes | None:
         """The pages of a mapping of a stopped task and which of them are not as in the set `since`; None if it has to

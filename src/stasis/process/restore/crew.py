@@ -101,8 +101,8 @@ class Roll:
 
     def enter(self, pids: Iterable[int]) -> None:
         """They are ours from here on."""
-        for number, pid in enumerate(list(pids)[:MOST_PIDS]):
-            self._pids[number] = pid
+        for number, pid in reversed(list(enumerate(list(pids)[:MOST_PIDS]))):
+            self._pids[number] = pid  # the first one last: from here on the guardian believes them
 
     def clear(self) -> None:
         """They are on their own."""
