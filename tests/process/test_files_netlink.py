@@ -35,7 +35,7 @@ def test_port_and_groups(tmp_path: Path) -> None:
         bound, port, connected = state
         with socket.socket(fileno=bound) as sock, socket.socket(fileno=connected) as other:
             assert sock.getsockname()[0] == 0x123457
-            assert sock.getsockopt(SOL_NETLINK, LIST_MEMBERSHIPS, 4) == b"\x05\0\0\0"
+            assert sock.getsockopt(SOL_NETLINK, LIST_MEMBERSHIPS, 64)[:4] == b"\x05\0\0\0"
             assert not os.get_blocking(bound)
             sock.setblocking(True)
             sock.settimeout(60)
