@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from stasis.cli.blksnap import location, maps, snapshots, version
+from stasis.cli.blksnap import devices, location, maps, snapshots, version
 from stasis.cli.blksnap.session import Session
 from stasis.daemon.model import Device, Snapshot, Storage
-from stasis.errors import DaemonError, GenerationError, StasisError, UsageError
+from stasis.errors import BusyError, DaemonError, GenerationError, StasisError, UsageError
 from stasis.linux import fiemap
 from stasis.nbd.client import Client
 from tests.blksnap.console.conftest import Tool
@@ -200,12 +200,21 @@ class _Module:
     """A daemon in which a kernel module tracks the device at `path`."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path, self.attached = path, True
         self.created: list[tuple[str, list[str]]] = []
         self.added: list[str] = []
 
     def devices(self) -> list[Device]:
-        return [Device("one", self.path, f"file://{self.path}", 1, "serving", node=self.path, driver="blksnap")]
+        return [self._device()] if self.attached else []
+
+    def _device(self) -> Device:
+        return Device("one", self.path, f"file://{self.path}", 1, "tracked", node=self.path, driver="blksnap")
+
+    def attach(self, path: str, *, name: str, kernel: bool = False, driver: str = "stasis") -> Device:
+        if driver == "stasis":
+            raise BusyError(f"{path} is in use: mounted on /srv")
+        self.attached = True
+        return self._device()
 
     def create_snapshot(self, storage: str, devices: list[str], *, limit: int) -> Snapshot:
         self.created.append((storage, devices))
@@ -221,6 +230,18 @@ def test_a_snapshot_of_a_device_of_a_kernel_module_is_that_modules(disk: Path) -
     session._client = module = _Module(str(disk))  # type: ignore[assignment]
     snapshots.snapshot_create(session)
     assert (module.created, module.added) == ([(str(disk.parent), ["one"])], ["one"])
+
+
+def test_a_disk_in_use_is_tracked_by_the_module_where_there_is_one(
+    disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session()
+    session.values = {"device": [str(disk)]}
+    session._client = module = _Module(str(disk))  # type: ignore[assignment]
+    module.attached = False
+    devices.attach(session)
+    devices.attach(session)
+    assert capsys.readouterr().out == "Attached successfully\nAlready was attached\n"
 
 
 class _Maps:

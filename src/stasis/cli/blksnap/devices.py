@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from typing import TYPE_CHECKING
 
 from stasis.cli.blksnap.session import Session, failing, open_device
-from stasis.errors import NotFoundError, PermissionDeniedError, StasisError, UnsupportedError
+from stasis.errors import BusyError, NotFoundError, PermissionDeniedError, StasisError, UnsupportedError
 
 if TYPE_CHECKING:
     from stasis.daemon.model import Device
@@ -45,7 +46,18 @@ def attach_path(session: Session, path: str, status: os.stat_result) -> tuple[De
 
 
 def _attach_new(session: Session, path: str) -> Device:
+    """Serve it, or, if it is in use and blksnap's module is there, have that track it where it is."""
     name = _free_name(session, path)
+    try:
+        return _serve(session, path, name)
+    except BusyError as busy:
+        if busy.errno == errno.EBUSY:
+            with contextlib.suppress(StasisError):
+                return session.client.attach(path, name=name, driver="blksnap")
+        raise
+
+
+def _serve(session: Session, path: str, name: str) -> Device:
     try:
         return session.client.attach(path, name=name, kernel=True)
     except (UnsupportedError, PermissionDeniedError):
