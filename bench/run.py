@@ -21,6 +21,7 @@ import rows_backup
 import rows_checkpoint
 import rows_disk
 import rows_image
+import rows_live_tracking
 import rows_plain
 import rows_process
 import rows_snapshot
@@ -33,7 +34,8 @@ from stasis.errors import StasisError
 
 HERE = Path(__file__).resolve().parent
 # Importing these registers their groups; this is the order of the table.
-ROOMS = (rows_plain, rows_snapshot, rows_disk, rows_tracking, rows_image, rows_process, rows_backup, rows_checkpoint)
+ROOMS = (rows_plain, rows_snapshot, rows_disk, rows_tracking, rows_image, rows_process, rows_backup, rows_checkpoint,
+         rows_live_tracking)
 
 
 def main() -> int:
@@ -75,7 +77,7 @@ def _replace(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    suites = ["block", "backup", "process"]
+    suites = ["block", "backup", "process", "live"]
     parser.add_argument("--suite", choices=suites, default="block", help="what to measure (block)")
     parser.add_argument("--only", action="append", metavar="NAME", help="groups or rows with NAME in their name")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 2 s on a small image: does it run at all?")
