@@ -280,3 +280,33 @@ def test_the_eleven_calls(attached: Tools) -> None:
 @pytest.mark.usefixtures("tools")
 def test_without_a_daemon_there_is_no_control_device() -> None:
     assert _errno(datto.dattobd_get_free_minor) == errno.ENOENT
+
+
+# -- into a repository ------------------------------------------------------------------------------------------
+
+
+def _backup(tools: Tools) -> dict[str, object]:
+    printed = tools.stasis("backup", "create", "datto:0", "--repo", tools.directory / "repo", "--json")
+    backups = json.loads(printed.splitlines()[-1])["backups"]
+    return {name: backups[0][name] for name in ("id", "kind", "device")}
+
+
+def test_a_tracer_is_backed_up_and_left_out_snapshots_cost_no_full_backup(attached: Tools) -> None:
+    stasis, directory = attached.stasis, attached.directory
+    stasis("repo", "init", directory / "repo", "--no-encryption")
+    attached.dbdctl("setup-snapshot", attached.disk, "cow0", "0")
+    first = _backup(attached)
+    assert (first["kind"], first["device"]) == ("full", "disk")
+    for number in (1, 2):
+        attached.dbdctl("transition-to-incremental", "0")
+        attached.write(100000 * number, b"changed" * 1000)
+        attached.dbdctl("transition-to-snapshot", f"cow{number}", "0")
+    second = _backup(attached)
+    assert second["kind"] == "incremental"
+    stasis("backup", "restore", str(second["id"]), directory / "restored", "--repo", directory / "repo")
+    assert (directory / "restored").read_bytes() == attached.disk.read_bytes()
+    attached.dbdctl("transition-to-incremental", "0")
+    stasis.fail(ExitCode.STATE, "backup", "create", "datto:0", "--repo", directory / "repo")
+    attached.dbdctl("transition-to-snapshot", "cow3", "0")
+    (directory / "cow2").unlink()
+    assert _backup(attached)["kind"] == "full"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a backup reads from: a device as it was at one instant.
 
-Served and live devices, image files, block devices, snapshots that exist already and standard input are sources; so
-will be dattobd's files. A backup job knows only this interface. An extent is ``(offset, length)`` in bytes;
+Served and live devices, image files, block devices, snapshots that exist already, dattobd's and standard input are
+sources. A backup job knows only this interface. An extent is ``(offset, length)`` in bytes;
 lists of extents ascend and do not overlap.
 """
 
@@ -41,8 +41,8 @@ class SourceReader(Protocol):
 class PointInTimeSource(Protocol):
     """A device at one instant. Nothing that is written to it later shows.
 
-    name: the device's name in the repository; kind: "served", "live", "snapshot", "file", "device"
-    or "stdin".
+    name: the device's name in the repository; kind: "served", "live", "snapshot", "datto", "file",
+    "device" or "stdin".
     path: the origin, for people; size: in bytes; None where it is known only at the end (standard input).
     identity: tells the device from another one of the same name (path and inode or disk sequence number).
     mark: names this instant for a later `changed_since`; None where nothing is tracked.

@@ -82,6 +82,10 @@ class TracerCalls(ABC):
         return self._tracer("DattoReconfigureAutoExpand", minor=minor, step_size=step_size,
                             reserved_space=reserved_space)
 
+    def datto_distrust(self, minor: int) -> None:
+        """Let no backup go on from the snapshots of the series so far."""
+        self._call("DattoDistrust", minor=minor)
+
     def datto_list(self) -> list[Tracer]:
         """All tracers. The status file is brought up to date."""
         return [model.from_dict(Tracer, entry) for entry in self._call("DattoList")["tracers"]]

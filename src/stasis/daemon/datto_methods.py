@@ -96,6 +96,12 @@ class DattoMethods:
             return _answer(registry.reconfigure_auto_expand(minor, step_size, reserved_space or 0))
 
     @method
+    def DattoDistrust(self, minor: int) -> Answer:
+        with self._devices.lock:
+            self._devices.tracers.registry.distrust(minor)
+        return {}
+
+    @method
     def DattoList(self) -> Answer:
         found = self._devices.tracers.refresh()
         return {"tracers": [model.as_dict(tracer(record)) for record in found]}

@@ -165,6 +165,12 @@ class Tracer:
     error: int = 0
     reason: str = ""
     device: str | None = None
+    taken: float = 0.0
+    """When its snapshot was taken, in seconds since 1970."""
+    finished: dict[str, str] = field(default_factory=dict)
+    """Paths of the finished COW files of the series, by their numbers."""
+    trusted_from: int = 0
+    """What changed since snapshots with smaller numbers is not relied on."""
 
 
 @dataclass(frozen=True)

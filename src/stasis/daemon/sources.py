@@ -5,6 +5,7 @@
     PATH          an image file or block device; the served device if it is the origin of one, the live one if it is
                   tracked
     UUID:NAME     a device of a snapshot that exists already
+    datto:N       the snapshot of dattobd's tracer with minor N
     -             standard input
 
 All served devices go into one snapshot, which is taken while the live ones are frozen. It is destroyed at the end on
@@ -32,6 +33,7 @@ from stasis.daemon.paths import resolve
 from stasis.daemon.record import default_name, origin_key, valid_name
 from stasis.daemon.served_source import PlannedSource, ServedSource
 from stasis.daemon.signals import deferred_interrupts
+from stasis.daemon.tracer_source import TracerSource
 from stasis.errors import BusyError, NotFoundError, StasisError, UsageError
 from stasis.live.options import LiveOptions
 
@@ -42,11 +44,12 @@ if TYPE_CHECKING:
     from stasis.backup.job.precopy import Precopy
     from stasis.backup.progress import Progress
     from stasis.backup.repo import Repository
-    from stasis.daemon.model import Device, Snapshot
+    from stasis.daemon.model import Device, Snapshot, Tracer
 
 __all__ = ["SnapshotStorage", "SourceSet"]
 
 DEFAULT_STORAGE = "/var/tmp"
+TRACER = re.compile(r"datto:([0-9]{1,3})")
 EXISTING = re.compile(r"([0-9a-fA-F][0-9a-fA-F-]{3,35}):(.+)")
 FOUND = "stasis device list shows the served devices; or give the path of an image file or block device"
 
@@ -68,6 +71,7 @@ class _Wanted:
     device: Device | None = None
     snapshot: Snapshot | None = None
     live: bool = False
+    tracer: Tracer | None = None
 
 
 class SourceSet:
@@ -102,7 +106,7 @@ class SourceSet:
     @property
     def is_instant(self) -> bool:
         """Whether all sources are one instant, so that nothing need rest any longer once they are taken."""
-        return all(wanted.device is not None or wanted.live for wanted in self._wanted)
+        return all(wanted.device is not None or wanted.live or wanted.tracer for wanted in self._wanted)
 
     def __enter__(self) -> SourceSet:
         return self
@@ -121,6 +125,8 @@ class SourceSet:
             return _Wanted("", "-")
         if "/" not in word and (match := EXISTING.fullmatch(word)) and not os.path.exists(word):
             return self._existing(match[1], match[2])
+        if (match := TRACER.fullmatch(word)) and not os.path.exists(word):
+            return self._traced(int(match[1]))
         device = self._served(word)
         if device is not None:
             return _Wanted(device.name, device.path, device)
@@ -134,6 +140,12 @@ class SourceSet:
         snapshot = client.snapshot(uuid)
         member = client.require_device(snapshot, name)
         return _Wanted(name, member.path, self._by_name(name), snapshot)
+
+    def _traced(self, minor: int) -> _Wanted:
+        client = self._connect(start=True)
+        assert client is not None
+        tracer = client.datto_info(minor)
+        return _Wanted(tracer.device or default_name(tracer.bdev), tracer.bdev, tracer=tracer)
 
     def _served(self, word: str) -> Device | None:
         """The served device that a word means: by its name, or as the origin that lies at this path."""
@@ -288,6 +300,8 @@ class SourceSet:
         if wanted.device is not None and snapshot is not None and self._client is not None:
             kind = "served" if wanted.snapshot is None else "snapshot"
             return ServedSource(self._client, snapshot, wanted.device, wanted.name, kind)
+        if wanted.tracer is not None and self._client is not None:
+            return TracerSource(self._client, wanted.tracer, wanted.name)
         if wanted.path == "-":
             return StreamSource(wanted.name, 0)
         if wanted.live and (live := self._open_live()) is not None:

@@ -8,8 +8,9 @@ of errnos is in docs/guide/datto.md.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from errno import EBUSY, EFBIG, EINVAL, ENOENT
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ __all__ = ["MIB", "PATH_MAX", "Backend", "Registry", "Target", "TracerRecord"]
 
 MIB = 1 << 20
 PATH_MAX = 4096
+FILES_REMEMBERED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,12 @@ class TracerRecord:
     version: int = 0
     changed: int = 0
     filled: int = 0
+    taken: float = 0.0
+    """When its snapshot was taken, in seconds since 1970."""
+    finished: dict[str, str] = field(default_factory=dict)
+    """Finished COW files of the series by their numbers."""
+    trusted_from: int = 0
+    """What changed since snapshots before this one is not relied on any more."""
 
     @property
     def cache_size(self) -> int:
@@ -199,6 +207,7 @@ class Registry:
             raise
         for record in records:
             record.take(begun[str(record.device)])
+            record.taken = time.time()
             self.tracers[record.minor] = record
         self._backend.changed()
         return records
@@ -268,12 +277,20 @@ class Registry:
         size = self._check_size(fallocated)
         record = self._find_closed(minor)
         device = self._active(record, State.ACTIVE_INCREMENTAL, "transition-to-snapshot")
-        figure = fallocated or record.fallocated
+        figure, finished = fallocated or record.fallocated, (str(record.seqid), record.cow)
         described = self._backend.ask(device, "snapshot", cow=cow, size=size or figure * MIB)
         record.state, record.fallocated = move(record.state, Move.TO_SNAPSHOT), figure
         record.take(described)
+        record.taken = time.time()
+        record.finished = dict([*record.finished.items(), finished][-FILES_REMEMBERED:])
         self._backend.changed()
         return record
+
+    def distrust(self, minor: int) -> None:
+        """What the series says of changes was found to be wrong: nothing goes on from its snapshots so far."""
+        record = self.find(minor)
+        record.trusted_from = record.seqid + 1
+        self._backend.changed()
 
     def reconfigure(self, minor: int, cache: int) -> TracerRecord:
         """Memory for the index in bytes, 0 for the default."""
