@@ -71,6 +71,7 @@ class Snapshot:
     def __init__(self, limit: int, storage: tuple[int, int] | None) -> None:
         self.id, self.limit, self.storage = uuid.uuid4(), limit, storage
         self.filled, self.capacity = 0, limit
+        self.ranges: list[tuple[int, int]] = []
         self.trackers: list[Tracker] = []
         self.taken = self.told = False
         self.events: deque[tuple[int, bytes]] = deque()
@@ -250,6 +251,7 @@ class FakeBlksnap:
         assert all(one.count for one in ranges)
         assert len(ctypes.string_at(request.bdev_path)) + 1 == request.bdev_path_size
         snapshot.capacity += sum(one.count for one in ranges) * SECTOR
+        snapshot.ranges += [(one.offset, one.count) for one in ranges]
         snapshot.told = False
 
     def _destroy(self, wanted: common.Uuid) -> None:

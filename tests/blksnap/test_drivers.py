@@ -304,6 +304,40 @@ def test_storage_is_handed_over_bit_by_bit_up_to_the_limit(make_host: Callable[[
     assert not file.exists()
 
 
+@pytest.mark.root
+def test_nothing_is_handed_over_twice_whoever_died(make_host: Callable[[str], Host]) -> None:
+    host = make_host("v5")
+    driver, device = host.driver(), host.tracked()
+    driver.attach(device)
+    held = _taken(host, driver, device, limit=4 * MIB)
+    remembered = Held(held.uuid, held.storage, held.limit, dict(held.notes))
+    for offset in range(0, MIB, CHUNK):
+        host.kernel.write(host.disk, offset, b"x")
+    assert driver.next_event(held, 1) is None
+    (snapshot,) = host.module.snapshots.values()
+    assert snapshot.capacity == 2 * MIB
+    for offset in range(MIB, 2 * MIB, CHUNK):
+        host.kernel.write(host.disk, offset, b"x")
+    assert host.driver().next_event(remembered, 1) is None
+    starts = [start for start, _ in snapshot.ranges]
+    assert len(set(starts)) == len(starts)
+    assert snapshot.capacity == 3 * MIB
+    host.driver().destroy(remembered, [device])
+    assert list((host.directory / "storage").iterdir()) == []
+
+
+@pytest.mark.root
+def test_storage_of_a_snapshot_that_is_gone_is_given_back(make_host: Callable[[str], Host]) -> None:
+    host = make_host("v5")
+    driver, device = host.driver(), host.tracked()
+    driver.attach(device)
+    held = _taken(host, driver, device)
+    host.module.snapshots.clear()
+    with pytest.raises(NotFoundError):
+        driver.destroy(held, [device])
+    assert list((host.directory / "storage").iterdir()) == []
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 

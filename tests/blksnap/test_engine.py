@@ -296,6 +296,8 @@ def test_what_a_module_cannot_do_is_said(client: api.Client, newest: Host) -> No
     with pytest.raises(api.UsageError, match="no block device"):
         client.attach(newest.directory, driver="blksnap")
     client.attach(newest.disk.path, driver="blksnap")
+    with pytest.raises(api.StorageError, match="is a device of the snapshot itself"):
+        client.create_snapshot(newest.disk.path, ["sdb"])
     with pytest.raises(api.UsageError, match="--chunk"):
         client.create_snapshot(newest.directory / "storage", ["sdb"], chunk=1 << 20)
     assert list(newest.directory.glob("state/devices/*")) == [newest.directory / "state/devices/sdb"]

@@ -111,13 +111,14 @@ def _print(snapshot: Snapshot) -> None:
     storage = snapshot.storage
     hold = None if snapshot.hold_ns is None else f"{snapshot.hold_ns / 1e6:.1f} ms"
     full = " (at its limit)" if storage.no_space else ""
+    filled = f"{output.size_text(storage.filled)} of at most {output.size_text(storage.limit)}{full}"
     output.print_fields([
         ("id", snapshot.id),
         ("state", snapshot.state),
         ("error code", snapshot.error_code or None),
         ("storage", f"{storage.path} ({storage.kind})"),
-        ("filled", f"{output.size_text(storage.filled)} of at most {output.size_text(storage.limit)}{full}"),
-        ("allocated", output.size_text(storage.capacity)),
+        ("filled", filled if storage.capacity else None),  # a kernel module does not tell
+        ("allocated", output.size_text(storage.capacity) if storage.capacity else None),
         ("writes held for", hold),
     ])
     for device in snapshot.devices:
@@ -130,6 +131,7 @@ def _print_device(device: SnapshotDevice) -> None:
         ("device", device.name),
         ("image", device.uri),
         ("image over TCP", device.tcp_uri),
+        ("image node", device.node),
         ("size", output.size_text(device.size) if device.size else None),
         ("error code", device.error_code or None),
         ("generation", device.generation),

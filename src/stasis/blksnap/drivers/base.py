@@ -67,6 +67,8 @@ class Driver(ABC):
     """Name of the driver, as in `--driver`."""
     version: str
     """What the module is, for people."""
+    storage_elsewhere = True
+    """Whether storage must not lie on a device of the snapshot."""
     has_events = True
     """Whether `next_event` is worth calling."""
 

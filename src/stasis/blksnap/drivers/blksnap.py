@@ -22,7 +22,7 @@ from stasis.blksnap.uapi.common import (
     Uuid,
 )
 from stasis.block.mapimport import ForeignMap, store
-from stasis.errors import GenerationError, StasisError
+from stasis.errors import GenerationError, NotFoundError, StasisError
 
 __all__ = ["LATER", "WRAPPED", "BlksnapDriver", "ModuleMap", "Numbers", "as_sectors"]
 
@@ -116,7 +116,15 @@ class BlksnapDriver(Driver):
 
     def destroy(self, held: Held, devices: Sequence[Tracked]) -> None:
         """See Driver."""
-        self.control_call("destroy", held.uuid, self.numbers.destroy, Uuid.of(held.uuid))
+        try:
+            self.control_call("destroy", held.uuid, self.numbers.destroy, Uuid.of(held.uuid))
+        except NotFoundError:
+            self.released(held)
+            raise
+        self.released(held)
+
+    def released(self, held: Held) -> None:
+        """The module has no such snapshot any more, and writes to its storage no longer."""
 
     def exists(self, held: Held) -> bool:
         """See Driver."""

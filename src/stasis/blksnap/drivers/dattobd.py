@@ -52,6 +52,7 @@ class DattoDriver(Driver):
     """The dattobd module. A device's notes: minor, cow (path), series, generation, number, marked."""
 
     name = "dattobd"
+    storage_elsewhere = False
     has_events = False
 
     def __init__(self, kernel: Kernel, control: str) -> None:

@@ -23,6 +23,8 @@ __all__ = ["Feeder"]
 
 PORTION = 1 << 30
 """Bytes of the first portion where the module does not say how much it wants (diff_storage_minimum)."""
+UNIT = 1 << 20
+"""What is handed over is a multiple of this."""
 UNFIT = (
     fiemap.FIEMAP_EXTENT_UNKNOWN
     | fiemap.FIEMAP_EXTENT_DELALLOC
@@ -43,52 +45,51 @@ class Feeder:
         self._append = append
 
     def begin(self, held: Held, event: DriverEvent | None) -> None:
-        """Hand over the first portion: what the event of a new snapshot asks for. StorageError."""
+        """Hand over the first portion: what the event of a new snapshot asks for, or what the file has."""
         path = held.storage
         try:
-            mode = os.stat(path).st_mode
-            if stat.S_ISBLK(mode):
+            status = os.stat(path)
+            if stat.S_ISBLK(status.st_mode):
                 self._whole_device(held)
                 return
-            name = str(Path(path) / f"stasis-{held.uuid}.diff") if stat.S_ISDIR(mode) else path
-            held.notes.update(file=name, made=stat.S_ISDIR(mode), filled=0)
         except OSError as error:
             raise _unusable(path, error) from error
+        is_directory = stat.S_ISDIR(status.st_mode)
+        name = str(Path(path) / f"stasis-{held.uuid}.diff") if is_directory else path
+        held.notes.update(file=name, made=is_directory)
         wanted = event.requested if event is not None and event.requested else PORTION
-        if not self._grow(held, wanted):
+        there = 0 if is_directory else status.st_size
+        if not self._hand_over(held, 0, max(there, min(wanted, _limit(held, 0)))):
             raise StorageError(f"the limit of {path} leaves no room for difference storage", hint="raise --limit")
 
     def _whole_device(self, held: Held) -> None:
         number = self._kernel.number(held.storage)
         assert number is not None
         with open(os.open(held.storage, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC), "rb", buffering=0) as device:
-            size = blockdev.size(device.fileno())
-            self._append(held, number, [(0, size)])
-        held.notes.update(filled=size)
+            self._append(held, number, [(0, blockdev.size(device.fileno()))])
 
     def feed(self, held: Held, event: DriverEvent) -> DriverEvent | None:
-        """Answer a call for more: None, or the event that says why there is no more."""
+        """Answer a call for more: None, or the event that says why there is no more.
+
+        How much was handed over is the size of the file, so that nothing is handed over twice, whoever died.
+        """
+        filled = 0
         if "file" in held.notes:
             with contextlib.suppress(StasisError, OSError):
-                if self._grow(held, event.requested):
+                filled = os.stat(held.notes["file"]).st_size
+                if self._hand_over(held, filled, event.requested):
                     return None
         if held.notes.get("no_space"):
             return None
         held.notes["no_space"] = True
-        return DriverEvent("no_space", event.time, requested=int(held.notes.get("filled", 0)))
+        return DriverEvent("no_space", event.time, requested=filled)
 
-    def _grow(self, held: Held, wanted: int) -> bool:
-        """Hand over `wanted` more bytes, or what the limit leaves; False if it leaves nothing."""
-        filled = int(held.notes["filled"])
-        space = os.statvfs(os.path.dirname(held.notes["file"]) or ".")
-        limit = held.limit if held.limit is not None else filled + space.f_bavail * space.f_frsize
-        unit = 1 << 20
-        length = min(-(-wanted // unit) * unit, (limit - filled) // unit * unit)
+    def _hand_over(self, held: Held, filled: int, wanted: int) -> bool:
+        """Hand over `wanted` bytes from byte `filled` on, or what the limit leaves; False if it leaves nothing."""
+        length = min(-(-wanted // UNIT) * UNIT, (_limit(held, filled) - filled) // UNIT * UNIT)
         if length <= 0:
             return False
-        number, ranges = _place(held.notes["file"], filled, length, create=filled == 0)
-        held.notes["filled"] = filled + length
-        self._append(held, number, ranges)
+        self._append(held, *_place(held.notes["file"], filled, length, create=filled == 0))
         return True
 
     def end(self, held: Held) -> None:
@@ -100,6 +101,14 @@ class Feeder:
             files.set_immutable(name, False)
             if held.notes.get("made"):
                 os.unlink(name)
+
+
+def _limit(held: Held, filled: int) -> int:
+    """The most bytes that the file may have: what was named, or what is free beside what it has."""
+    if held.limit is not None:
+        return held.limit
+    space = os.statvfs(os.path.dirname(held.notes["file"]) or ".")
+    return filled + space.f_bavail * space.f_frsize
 
 
 def _place(name: str, offset: int, length: int, *, create: bool) -> tuple[tuple[int, int], list[tuple[int, int]]]:

@@ -142,9 +142,8 @@ class FilterDriver(BlksnapDriver):
         raise StorageError(f"blksnap refuses add of {device.path}: it holds the difference storage {held.storage}",
                            hint="name a storage on another disk", errno=errno.EBUSY)
 
-    def destroy(self, held: Held, devices: Sequence[Tracked]) -> None:
-        """See Driver."""
-        super().destroy(held, devices)
+    def released(self, held: Held) -> None:
+        """See BlksnapDriver."""
         self._feeder.end(held)
 
     def image(self, held: Held, device: Tracked) -> Image:

@@ -150,9 +150,8 @@ class TrackerDriver(BlksnapDriver):
         raise UnsupportedError("this blksnap module cannot add devices to a snapshot",
                                hint="destroy it, and name all devices when creating another", errno=errno.ENOTTY)
 
-    def destroy(self, held: Held, devices: Sequence[Tracked]) -> None:
-        """See Driver."""
-        super().destroy(held, devices)
+    def released(self, held: Held) -> None:
+        """See BlksnapDriver."""
         self._feeder.end(held)
 
     def image(self, held: Held, device: Tracked) -> Image:

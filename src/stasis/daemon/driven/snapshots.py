@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 from stasis.blksnap.drivers import Driver, DriverEvent, Held, Image, Tracked
 from stasis.blksnap.kernel import Kernel
+from stasis.block.backing import refuse_origins
 from stasis.block.changemap import ChangeMap
 from stasis.block.snapshot import SnapshotState
 from stasis.daemon import sockets
@@ -101,6 +103,8 @@ class DrivenSnapshots:
             self._refuse_member(device)
         driver = devices[0].require()
         storage = MEMORY if options.storage == "memory" else options.storage
+        for device in devices:
+            _refuse_storage(driver, storage, device)
         held = driver.create(storage, options.limit, [device.tracked for device in devices])
         snapshot = DrivenSnapshot(
             held.uuid, self._directories.driven / held.uuid, storage, options.limit, tcp=options.tcp,
@@ -130,6 +134,7 @@ class DrivenSnapshots:
         if device.record.driver != snapshot.driver:
             raise UsageError(f"{name} is tracked by {device.record.driver}, not by {snapshot.driver}",
                              hint="a snapshot holds devices of one kernel module")
+        _refuse_storage(device.require(), snapshot.storage, device)
         device.require().add(snapshot.held, device.tracked)
         snapshot.members[name] = Member(name, device.record.path)
         snapshot.save()
@@ -339,6 +344,20 @@ class DrivenSnapshots:
             for device in self._members(snapshot):
                 driver.update_map(device.tracked, held=True)
             self._serve(snapshot, driver)
+
+
+def _refuse_storage(driver: Driver, storage: str, device: DrivenDevice) -> None:
+    """StorageError if the storage lies on the device; a module overlooks the disk of a partition, and the reverse."""
+    if not driver.storage_elsewhere:
+        return
+    try:
+        fd = os.open(storage, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return  # the module will say what it misses
+    try:
+        refuse_origins(fd, [os.stat(device.record.path)], storage)
+    finally:
+        os.close(fd)
 
 
 def _refuse_options(options: SnapshotOptions) -> None:
