@@ -36,6 +36,7 @@ from stasis.daemon.signals import deferred_interrupts
 from stasis.daemon.tracer_source import TracerSource
 from stasis.errors import BusyError, NotFoundError, StasisError, UsageError
 from stasis.live.options import LiveOptions
+from stasis.live.providers import open_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -306,7 +307,7 @@ class SourceSet:
             return StreamSource(wanted.name, 0)
         if wanted.live and (live := self._open_live()) is not None:
             return live.sources[wanted.name]
-        return self._stack.enter_context(RawSource(wanted.name, wanted.path))
+        return self._stack.enter_context(open_file(wanted.name, wanted.path))
 
     def planned(self) -> list[PointInTimeSource]:
         """The sources as they are now, for a plan: no snapshot is taken, and they cannot be read."""
@@ -315,6 +316,8 @@ class SourceSet:
     def _planned(self, wanted: _Wanted) -> PointInTimeSource:
         if wanted.device is not None and wanted.snapshot is None and self._client is not None:
             return PlannedSource(self._client, wanted.device, wanted.name)
+        if wanted.path != "-" and not wanted.live and wanted.device is None and wanted.tracer is None:
+            return self._stack.enter_context(RawSource(wanted.name, wanted.path))
         return self._open(wanted, None)
 
     def _disconnect(self) -> None:

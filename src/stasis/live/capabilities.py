@@ -81,4 +81,10 @@ def _device(device: str | None) -> list[Capability]:
     return [Capability("device", True, "takes bios: each write in flight is noted" if bios else "takes requests")]
 
 
-PROBES: list[Probe] = [_root, _types, _programs, _device]
+def _ways(device: str | None) -> list[Capability]:
+    from stasis.live.providers import probe_ways  # imported late: it imports this
+
+    return probe_ways(device)
+
+
+PROBES: list[Probe] = [_root, _types, _programs, _device, _ways]
