@@ -9,28 +9,40 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import stasis
+from stasis.cli.options import size
 from stasis.errors import StasisError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from stasis.process.files.options import FileOptions
+    from stasis.process.restore.job import RestoreResult
+
 __all__ = ["build_parser", "main"]
 
 FAILURE = 1
+COMMANDS = ("dump", "pre-dump", "restore", "check")
 NOT_IMPLEMENTED = (
-    "--prev-images-dir", "--track-mem", "--tcp-established", "--tcp-close", "--file-locks", "--link-remap",
-    "--ext-unix-sk", "--shell-job", "-j", "--cgroup-root", "--external", "--ghost-limit", "--network-lock",
-    "--skip-in-flight", "--freeze-cgroup", "--restore-sibling", "-S", "--force-irmap", "--action-script",
-    "--inherit-fd", "--join-ns", "--lazy-pages", "--page-server", "--exec-cmd", "--root", "-r",
+    "--link-remap", "--cgroup-root", "--external", "--freeze-cgroup", "--restore-sibling", "-S", "--join-ns", "-J",
+    "--lazy-pages", "--page-server", "--exec-cmd", "--root", "-r", "--auto-dedup", "--stream", "--evasive-devices",
+    "--config", "--pre-dump-mode", "--empty-ns", "--lsm-profile", "--irmap-scan-path",
 )  # fmt: skip
-"""Switches of criu that mean something which is not done here yet."""
+"""Switches of criu that mean something which is not done here."""
+ANYWAY = {
+    "--no-default-config": "no configuration file is read in any case",
+    "--force-irmap": "the paths of watched files are always looked up",
+    "--display-stats": "figures are in stats-dump and stats-restore in any case",
+}
+"""Switches whose meaning is what happens here."""
+INHERITED = re.compile(r"fd\[(\d+)\]:(.+)")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,15 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"Version: 4.2 (stasis {stasis.__version__})",
                         help="print the version of criu whose images these are")  # fmt: skip
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    command = _add(commands, "dump", dump, "write a process tree to images")
-    command.add_argument("-t", "--tree", metavar="PID", type=int, required=True, help="the first process")
-    after = command.add_mutually_exclusive_group()
-    after.add_argument("-R", "--leave-running", action="store_true", help="let the processes run on")
-    after.add_argument("-s", "--leave-stopped", action="store_true", help="leave the processes stopped")
-    command.add_argument("--timeout", metavar="SECONDS", type=float, default=10.0, help="for stopping the tree (10)")
-    command = _add(commands, "restore", restore, "bring the processes of images back")
-    command.add_argument("-d", "--restore-detached", action="store_true", help="do not wait for the first process")
-    command.add_argument("--pidfile", metavar="FILE", help="write the first process's pid to this file")
+    _add_dump(_add(commands, "dump", dump, "write a process tree to images"))
+    command = _add(commands, "pre-dump", pre_dump, "copy the memory of a process tree while it runs on")
+    _add_tree(command)
+    _add_restore(_add(commands, "restore", restore, "bring the processes of images back"))
     command = _add(commands, "check", check, "tell whether this kernel has what is needed")
     command.add_argument("--feature", metavar="NAME", help="ask for one feature")
     return parser
@@ -72,11 +79,77 @@ def _add(
     command.add_argument("-D", "--images-dir", metavar="DIR", default=".", help="directory of the images (.)")
     command.add_argument("-W", "--work-dir", metavar="DIR", help="directory of log and pid files (that of the images)")
     command.add_argument("-o", "--log-file", metavar="FILE", help="where messages go (standard error)")
-    command.add_argument("-v", "--verbosity", metavar="N", nargs="?", const="3", default="2", help="0 to 4")
-    command.add_argument("--manage-cgroups", nargs="?", const="soft", choices=["none", "ignore"], default="ignore",
-                         help="only none and ignore: processes join the cgroup of whoever restores them")  # fmt: skip
-    command.add_argument("--no-default-config", action="store_true", help="no configuration file is read in any case")
+    command.add_argument("-v", "--verbosity", metavar="N", nargs="?", const=3, default=2, type=int, help="0 to 4")
+    for switch, meaning in ANYWAY.items():
+        command.add_argument(switch, action="store_true", help=meaning)
     return command
+
+
+def _add_tree(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-t", "--tree", metavar="PID", type=int, required=True, help="the first process")
+    command.add_argument("--timeout", metavar="SECONDS", type=float, default=10.0, help="for stopping the tree (10)")
+    command.add_argument("--prev-images-dir", metavar="DIR",
+                         help="the set to continue, seen from the directory of the images")
+    command.add_argument("--track-mem", action="store_true",
+                         help="watch what is written from now on; pre-dump does in any case")
+
+
+def _add_dump(command: argparse.ArgumentParser) -> None:
+    _add_tree(command)
+    _add_common(command)
+    after = command.add_mutually_exclusive_group()
+    after.add_argument("-R", "--leave-running", action="store_true", help="let the processes run on")
+    after.add_argument("-s", "--leave-stopped", action="store_true", help="leave the processes stopped")
+    command.add_argument("--ghost-limit", metavar="SIZE", type=size, default=1 << 20,
+                         help="take deleted files along that occupy at most this much (1M)")
+    command.add_argument("--network-lock", choices=("nftables", "skip", "iptables"), default="nftables",
+                         help="how packets of kept connections are dropped (nftables)")
+    command.add_argument("--skip-in-flight", action="store_true",
+                         help="leave connections behind that a listener has not accepted yet")
+
+
+def _add_restore(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    command.add_argument("-d", "--restore-detached", action="store_true", help="do not wait for the first process")
+    command.add_argument("--pidfile", metavar="FILE", help="write the first process's pid to this file")
+    command.add_argument("--inherit-fd", metavar="fd[N]:RES", action="append", default=[], type=_inherited,
+                         help="use descriptor N of this command for what the images call RES, as pipe:[4711]")
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    """What criu wants for both halves."""
+    command.add_argument("--tcp-established", action="store_true", help="keep TCP connections")
+    command.add_argument("--tcp-close", action="store_true", help="have TCP connections closed after the restore")
+    command.add_argument("-l", "--file-locks", action="store_true", help="keep file locks; a restore does if they are")
+    command.add_argument("-x", "--ext-unix-sk", action="store_true",
+                         help="keep unix sockets whose other end is outside of the tree")
+    command.add_argument("-j", "--shell-job", action="store_true", help="the terminal is that of the caller")
+    command.add_argument("--manage-cgroups", metavar="MODE", nargs="?", const="soft", default="ignore",
+                         choices=("none", "ignore", "soft"), help="none, ignore or soft (ignore; soft without MODE)")
+    command.add_argument("--action-script", metavar="FILE", action="append", default=[],
+                         help="run this program at each step, named by CRTOOLS_SCRIPT_ACTION; may be repeated")
+
+
+def _inherited(text: str) -> tuple[str, int]:
+    match = INHERITED.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is no inherited descriptor", hint="write fd[N]:RES, as in fd[3]:pipe:[4711]")
+    return match[2], int(match[1])
+
+
+def _file_options(arguments: argparse.Namespace) -> FileOptions:
+    from stasis.process.files.options import FileOptions
+
+    if arguments.tcp_established and arguments.tcp_close:
+        raise UsageError("--tcp-established and --tcp-close exclude each other", hint="give one of them")
+    return FileOptions(external_unix=arguments.ext_unix_sk, shell_job=arguments.shell_job,
+                       file_locks=arguments.file_locks, tcp=_tcp(arguments))  # fmt: skip
+
+
+def _tcp(arguments: argparse.Namespace) -> str:
+    if arguments.tcp_close:
+        return "close"
+    return "established" if arguments.tcp_established else ""
 
 
 def dump(arguments: argparse.Namespace) -> int:
@@ -84,23 +157,85 @@ def dump(arguments: argparse.Namespace) -> int:
     from stasis.process.dump.job import DumpOptions
     from stasis.process.dump.job import dump as dump_tree
 
-    options = DumpOptions(leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped,
-                          timeout=arguments.timeout)  # fmt: skip
-    dump_tree(arguments.tree, arguments.images_dir, options)
+    if arguments.network_lock == "iptables":
+        raise UnsupportedError("--network-lock iptables is not implemented", hint="use nftables or skip")
+    files = _file_options(arguments)._replace(
+        ghost_limit=arguments.ghost_limit, network_lock=arguments.network_lock,
+        skip_in_flight=arguments.skip_in_flight,
+    )  # fmt: skip
+    options = DumpOptions(
+        leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped, timeout=arguments.timeout,
+        parent=_previous(arguments), files=files, track=arguments.track_mem and arguments.leave_running,
+        hook=lambda action: _run_scripts(arguments, action, arguments.tree),
+    )  # fmt: skip
+    _note(arguments, dump_tree(arguments.tree, arguments.images_dir, options).warnings)
+    _note(arguments, ["Dumping finished successfully"], level=3)
     return 0
+
+
+def pre_dump(arguments: argparse.Namespace) -> int:
+    """stasis-criu pre-dump"""
+    from stasis.process.dump.predump import pre_dump as pre_dump_tree
+
+    done = pre_dump_tree(arguments.tree, arguments.images_dir, parent=_previous(arguments), timeout=arguments.timeout)
+    _note(arguments, done.warnings)
+    _note(arguments, ["Pre-dumping finished successfully"], level=3)
+    return 0
+
+
+def _previous(arguments: argparse.Namespace) -> str | None:
+    if not arguments.prev_images_dir:
+        return None
+    return os.path.join(os.path.abspath(str(arguments.images_dir)), str(arguments.prev_images_dir))
 
 
 def restore(arguments: argparse.Namespace) -> int:
     """stasis-criu restore"""
+    from stasis.process.restore.job import RestoreOptions
     from stasis.process.restore.job import restore as restore_tree
 
-    result = restore_tree(arguments.images_dir)
+    options = RestoreOptions(
+        files=_file_options(arguments)._replace(inherited=dict(arguments.inherit_fd)),
+        manage_cgroups=arguments.manage_cgroups == "soft",
+        hook=lambda action, pid: _run_scripts(arguments, action, pid),
+    )
+    result = restore_tree(arguments.images_dir, options)
     if arguments.pidfile:
-        _work_path(arguments, arguments.pidfile).write_text(str(result.pid))
+        with open(_work_path(arguments, arguments.pidfile), "w") as file:
+            file.write(str(result.pid))
+    _write_statistics(arguments, result)
+    _note(arguments, result.warnings or [])
+    _note(arguments, ["Restore finished successfully. Tasks resumed."], level=3)
     if arguments.restore_detached:
         return 0
     status = os.waitstatus_to_exitcode(os.waitpid(result.pid, 0)[1])
     return status if status >= 0 else 128 - status
+
+
+def _write_statistics(arguments: argparse.Namespace, result: RestoreResult) -> None:
+    """stats-restore in the work directory: microseconds."""
+    from stasis.process.images.kinds import KINDS
+    from stasis.process.images.schema.inventory import RestoreStatsEntry, StatsEntry
+    from stasis.process.images.writer import ImageWriter
+
+    figures = RestoreStatsEntry(pages_compared=0, pages_skipped_cow=0, restore_time=int(result.seconds * 1e6),
+                                forking_time=int(result.forking_seconds * 1e6))  # fmt: skip
+    path = _work_path(arguments, KINDS["stats-restore"].file_name())
+    with ImageWriter(KINDS["stats-restore"], lambda: open(path, "w+b")) as image:
+        image.append(StatsEntry(restore=figures))
+
+
+def _run_scripts(arguments: argparse.Namespace, action: str, pid: int) -> None:
+    """Run the action scripts as criu does, told by their environment. What fails after "post-resume" is only noted."""
+    told = {"CRTOOLS_SCRIPT_ACTION": action, "CRTOOLS_IMAGE_DIR": os.path.abspath(arguments.images_dir)}
+    if pid:
+        told["CRTOOLS_INIT_PID"] = str(pid)
+    for script in arguments.action_script:
+        status = subprocess.run([script], env={**os.environ, **told}, stdin=subprocess.DEVNULL).returncode
+        if status and action == "post-resume":
+            _note(arguments, [f"{script} ended with status {status} at {action}"])
+        elif status:
+            raise StasisError(f"{script} ended with status {status} at {action}", hint="see what it printed")
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -116,9 +251,9 @@ def check(arguments: argparse.Namespace) -> int:
     return 0 if found else FAILURE
 
 
-def _work_path(arguments: argparse.Namespace, name: str) -> Path:
+def _work_path(arguments: argparse.Namespace, name: str) -> str:
     """Where a file of log or pid lies: relative to the work directory, as criu has it."""
-    return Path(arguments.work_dir or arguments.images_dir) / name
+    return os.path.join(arguments.work_dir or arguments.images_dir, name)
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -131,7 +266,7 @@ def main(given: Sequence[str] | None = None) -> int:
         _tell(arguments, f"Error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
     except OSError as error:
         _tell(arguments, f"Error: {error}\n")
-        if arguments is not None and arguments.verbosity == "4":
+        if arguments is not None and arguments.verbosity >= 4:
             traceback.print_exc()
     return FAILURE
 
@@ -139,8 +274,14 @@ def main(given: Sequence[str] | None = None) -> int:
 def _joined(words: Sequence[str]) -> list[str]:
     """`-v4` and `-vvvv` in one form, and commands before their switches, which criu takes in any order."""
     joined = [f"--verbosity={word.count('v')}" if word.strip("v") == "-" and word != "-" else word for word in words]
-    commands = [word for word in joined if word in ("dump", "restore", "check")]
+    commands = [word for word in joined if word in COMMANDS]
     return commands[:1] + [word for word in joined if word not in commands[:1]] if commands else joined
+
+
+def _note(arguments: argparse.Namespace, lines: Sequence[str], level: int = 2) -> None:
+    """Warnings (2), and what is said where everything is told (3)."""
+    if lines and arguments.verbosity >= level:
+        _tell(arguments, "".join(f"{line}\n" for line in lines))
 
 
 def _tell(arguments: argparse.Namespace | None, text: str) -> None:

@@ -1,2 +1,19 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Dumping: what of a stopped process tree goes into which image."""
+
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _Dump(ModuleType):
+    """`stasis.process.dump(...)` is the function `dump` of `job`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from stasis.process.dump.job import dump
+
+        return dump(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Dump

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -39,22 +40,29 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 class RestoreOptions(NamedTuple):
     """How to restore. `map_paths`: beginnings of paths in the images, and what stands for them here.
     `files`: what stands for open files of the images. `pid_namespace`: into a new one, where all pids are free.
-    `manage_cgroups`: put processes into the control groups that they were in, as far as that goes."""
+    `manage_cgroups`: put processes into the control groups that they were in, as far as that goes. `hook` is called
+    with "pre-restore" before anything is made, "post-restore" and "pre-resume" when all is there and stands still, and
+    "post-resume" when it runs, each with the first process's pid, 0 before it is there. What it raises before
+    "post-resume" ends the tree."""
 
     map_paths: Mapping[str, str] = NOTHING
     files: FileOptions = FileOptions()
     pid_namespace: bool = False
     manage_cgroups: bool = True
+    hook: Callable[[str, int], None] = lambda *_: None
 
 
 class RestoreResult(NamedTuple):
     """What was restored: the first process, and all. `init`: the first process of their pid namespace where they have
-    one of their own; it ends with them and with the status of `pid`."""
+    one of their own; it ends with them and with the status of `pid`. Seconds for all of it, of which `forking_seconds`
+    for making processes and their files."""
 
     pid: int
     pids: list[int]
     init: int = 0
     warnings: list[str] | None = None
+    forking_seconds: float = 0.0
+    seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -70,6 +78,8 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
     chosen = options or RestoreOptions()
     if chosen.pid_namespace:
         return _restore_inside(images, chosen._replace(pid_namespace=False))
+    began = time.monotonic()
+    chosen.hook("pre-restore", 0)
     with ImageSet.open(images) as opened:
         root = read_tree(opened)
         files = FileSet(opened, _mapper(chosen.map_paths), chosen.files)
@@ -79,11 +89,11 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
         chain = opened.chain()
         try:
             with _segments(opened, chain):
-                warnings = _restore(root, files, chain, groups=chosen.manage_cgroups)
+                warnings, forking = _restore(root, files, chain, chosen)
         finally:
             for parent in chain[1:]:
                 parent.close()
-    return RestoreResult(root.pid, [plan.pid for plan in root.walk()], warnings=warnings)
+    return RestoreResult(root.pid, [plan.pid for plan in root.walk()], 0, warnings, forking, time.monotonic() - began)
 
 
 def _restore_inside(images: str | os.PathLike[str], options: RestoreOptions) -> RestoreResult:
@@ -120,20 +130,26 @@ def _mapper(map_paths: Mapping[str, str]) -> Callable[[str], str]:
     return mapped
 
 
-def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet], *, groups: bool) -> list[str]:
-    """Make it all; what could not be done of what may be left out."""
+def _restore(
+    root: TaskPlan, files: FileSet, chain: list[ImageSet], options: RestoreOptions
+) -> tuple[list[str], float]:
+    """Make it all; what could not be done of what may be left out, and how long the making of processes took."""
     living = [plan for plan in root.walk() if not plan.is_zombie]
     roll, filters = Roll(), Filters(files.images)
     with Guardian(Journal(), roll.end), adopting() as end_all:
         try:
+            began = time.monotonic()
             ready = spawn(root, files, chain)
+            forking = time.monotonic() - began
             roll.enter(plan.pid for plan in living)
-            warnings = join(files.images, _members(living)) if groups else []
+            warnings = join(files.images, _members(living)) if options.manage_cgroups else []
             for plan in living:
                 _seize(plan.pid)
             for plan in living:
                 _become(plan, ready[plan.pid], chain, filters)
             let_all_live(files, [(plan.pid, plan.ids.files_id) for plan in living if plan.ids is not None])
+            for name in "post-restore", "pre-resume":
+                options.hook(name, root.pid)
             _let_go(living, roll)
         except BaseException as error:
             _end(living)
@@ -141,7 +157,8 @@ def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet], *, groups: b
             if isinstance(error, OSError):
                 raise StasisError(f"the restore failed: {error.strerror or error}", errno=error.errno or 0) from error
             raise
-    return warnings
+    options.hook("post-resume", root.pid)
+    return warnings, forking
 
 
 def _members(living: list[TaskPlan]) -> list[tuple[int, int | None]]:
