@@ -24,6 +24,7 @@ from tests.blksnap.conftest import MIB, Host
 from tests.blksnap.fake_blksnap import CHUNK
 from tests.blksnap.fake_datto import FakeDatto
 from tests.blksnap.fake_kernel import FakeKernel
+from tests.conftest import MODULE_NODES
 from tests.daemon.helpers import await_true, read, write
 from tests.runner import Stasis
 
@@ -301,6 +302,18 @@ def test_what_a_module_cannot_do_is_said(client: api.Client, newest: Host) -> No
     with pytest.raises(api.UsageError, match="--chunk"):
         client.create_snapshot(newest.directory / "storage", ["sdb"], chunk=1 << 20)
     assert list(newest.directory.glob("state/devices/*")) == [newest.directory / "state/devices/sdb"]
+
+
+@pytest.mark.parametrize("driver", ["blksnap", "dattobd"])
+def test_where_no_module_is_loaded_one_sentence_says_so(stasis: Stasis, driver: str) -> None:
+    nodes = [Path("/dev", entry.name) for entry in Path("/sys/class/block").iterdir()]
+    disks = [path for path in nodes if path.exists()]
+    if not disks or any(Path("/dev", node).exists() for node in MODULE_NODES[driver]):
+        pytest.skip(f"needs a block device and no module {driver}")
+    said = stasis.fail(ExitCode.UNSUPPORTED, "device", "attach", min(disks), "--driver", driver)
+    assert f"the kernel module {driver} is not loaded" in said
+    assert stasis.json("device", "list") == []
+    assert not any((stasis.state_dir / "devices").iterdir())
 
 
 def test_the_filter_commands_answer_as_those_of_a_served_device(client: api.Client, newest: Host) -> None:

@@ -19,6 +19,7 @@ __all__ = ["DRIVERS", "probe"]
 
 NOBODY = b"stasis-probe"
 """Name of a filter that nobody has: asking for it changes nothing. How it is refused tells generations apart."""
+WITHOUT = "attach it without --driver, or stasis track start if it is mounted"
 NO_ADDRESS = (1 << 64) - 1
 """As an address outside of every process, and as a descriptor -1."""
 
@@ -42,7 +43,7 @@ def _blksnap(kernel: Kernel, device: str) -> Driver:
         return TrackerDriver(kernel, control, _version(kernel, control, v2.IOCTL_BLK_SNAP_VERSION) or "?")
     if (kernel.dev / val7.CONTROL_NODE).exists():
         raise UnsupportedError("the blksnap module of Veeam Agent is loaded, which only Veeam Agent drives",
-                               hint="attach without --driver: stasis needs no module")
+                               hint=f"do without: {WITHOUT}")
     raise _absent("blksnap", kernel, current.CONTROL_NODE)
 
 
@@ -110,12 +111,12 @@ def _dattobd(kernel: Kernel, device: str) -> Driver:
 
 def _absent(name: str, kernel: Kernel, node: str) -> UnsupportedError:
     return UnsupportedError(f"the kernel module {name} is not loaded: there is no {kernel.dev / node}",
-                            hint=f"modprobe {name}; or attach without --driver: stasis needs no module")
+                            hint=f"modprobe {name}; or do without: {WITHOUT}")
 
 
 def _unknown(control: str) -> UnsupportedError:
     return UnsupportedError(f"the module behind {control} has an interface that stasis does not know",
-                            hint="attach without --driver: stasis needs no module")
+                            hint=f"do without: {WITHOUT}")
 
 
 def _denied(path: str) -> StasisError:
