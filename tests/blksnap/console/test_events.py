@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -59,13 +60,25 @@ $ snapshot_waitevent --id $ID --timeout 1 --json
 {"result": "timeout"}
 $ snapshot_waitevent -i garbage -t 1
 result=not found
+$ snapshot_watcher
+! Argument 'id' is missed.
+$ snapshot_watcher -i 11111111-2222-3333-4444-555555555555
+Start snapshot watcher.
+Snapshot not found
+Snapshot watcher finished
 """,
         {"ID": snapshot},
     )
+    for number in (signal.SIGINT, signal.SIGCONT):
+        process = blksnap.popen("snapshot_waitevent", "-i", snapshot, "-t", "100000")
+        wait_until(functools.partial(_is_waiting, process.pid), "the wait")
+        process.send_signal(number)
+        assert (*process.communicate(timeout=60), process.returncode) == ("result=interrupted\n", "", 0)
 
 
 def test_a_storage_that_fills_up(blksnap: Tool, snapshot: str) -> None:
-    """Its limit is told once, then the loss of the image; the disk goes on. Each event is handed out once."""
+    """Its limit is told once, then the loss of the image; the disk goes on. A watcher sees it all, and ends."""
+    watcher = blksnap.popen("snapshot_watcher", "--id", snapshot)
     _overwrite(blksnap, 3 * MIB)
     blksnap.replay(
         """
@@ -83,6 +96,19 @@ $ snapshot_info -d $DISK -f error_code
         {"ID": snapshot, "DISK": str(blksnap.directory.parent / "disk.img")},
     )
     assert (blksnap.directory.parent / "disk.img").read_bytes()[: 3 * MIB] == bytes(3 * MIB)
+    out, err = watcher.communicate(timeout=60)
+    assert (watcher.returncode, err) == (0, "")
+    pattern = (
+        r"Start snapshot watcher\.\n"
+        r"\d+ - The the difference storage already grow up to 1 MiB\. Limit has been reached\.\n"
+        r'\d+ - The snapshot was corrupted for device \[\d+:\d+\] with error "No space left on device"\.\n'
+        r"Snapshot watcher finished\n"
+    )
+    assert re.fullmatch(pattern, out), out
+    assert all(int(label) < 1 << 32 for label in re.findall(r"^(\d+) -", out, re.MULTILINE))
+    assert blksnap.ok("snapshot_watcher", "-i", snapshot) == out.rstrip("\n")  # one that comes late sees the same
+    told = [json.loads(line) for line in blksnap.ok("snapshot_watcher", "-i", snapshot, "-j").splitlines()]
+    assert [event["event"] for event in told] == ["no_space", "corrupted"]
 
 
 def test_an_event_that_was_handed_out_is_not_told_again_by_the_next_daemon(blksnap: Tool, snapshot: str) -> None:
@@ -99,7 +125,7 @@ def test_of_many_who_wait_each_gets_another_event(blksnap: Tool, snapshot: str) 
     with ThreadPoolExecutor(6) as pool:
         def wait() -> int | None:
             with _connect(blksnap) as client:
-                event = client.take_event(snapshot, timeout=3.0, codes=(0, 1))
+                event = client.take_event(snapshot, timeout=2.0, codes=(0, 1))
                 return None if event is None else event.code
 
         waiting = [pool.submit(wait) for _ in range(6)]
@@ -126,62 +152,16 @@ def _is_waiting(pid: int) -> bool:
     return bool(caught and int(caught[1], 16) >> (signal.SIGCONT - 1) & 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGCONT])
-def test_a_signal_interrupts_the_wait(blksnap: Tool, snapshot: str, number: signal.Signals) -> None:
-    process = blksnap.popen("snapshot_waitevent", "-i", snapshot, "-t", "100000")
-    wait_until(lambda: _is_waiting(process.pid), "the wait")
-    process.send_signal(number)
-    assert process.communicate(timeout=60) == ("result=interrupted\n", "")
-    assert process.returncode == 0
-
-
-def test_the_end_of_the_snapshot_wakes_who_waits(blksnap: Tool, snapshot: str) -> None:
-    process = blksnap.popen("snapshot_waitevent", "-i", snapshot, "-t", "100000")
-    wait_until(lambda: _is_waiting(process.pid), "the wait")
+def test_the_end_of_the_snapshot_wakes_who_waits_and_who_watches(blksnap: Tool, snapshot: str) -> None:
+    waiting = blksnap.popen("snapshot_waitevent", "-i", snapshot, "-t", "100000")
+    watcher = blksnap.popen("snapshot_watcher", "-i", snapshot)
+    assert watcher.stdout is not None
+    assert watcher.stdout.readline() == "Start snapshot watcher.\n"
+    wait_until(lambda: _is_waiting(waiting.pid), "the wait")
     blksnap.ok("snapshot_destroy", "-i", snapshot)
-    assert process.communicate(timeout=60) == ("result=not found\n", "")
-    assert process.returncode == 0
-
-
-def test_a_watcher_ends_with_its_snapshot(blksnap: Tool, snapshot: str) -> None:
-    process = blksnap.popen("snapshot_watcher", "-i", snapshot)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "Start snapshot watcher.\n"
-    blksnap.ok("snapshot_destroy", "-i", snapshot)
-    assert process.communicate(timeout=60) == ("Snapshot not found\nSnapshot watcher finished\n", "")
-    assert process.returncode == 0
-
-
-def test_a_watcher_tells_events_and_ends_when_the_image_is_lost(blksnap: Tool, snapshot: str) -> None:
-    process = blksnap.popen("snapshot_watcher", "--id", snapshot)
-    _overwrite(blksnap, 3 * MIB)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
-    pattern = (
-        r"Start snapshot watcher\.\n"
-        r"\d+ - The the difference storage already grow up to 1 MiB\. Limit has been reached\.\n"
-        r'\d+ - The snapshot was corrupted for device \[\d+:\d+\] with error "No space left on device"\.\n'
-        r"Snapshot watcher finished\n"
-    )
-    assert re.fullmatch(pattern, out), out
-    assert all(int(label) < 1 << 32 for label in re.findall(r"^(\d+) -", out, re.MULTILINE))
-    assert blksnap.ok("snapshot_watcher", "-i", snapshot) == out.rstrip("\n")  # one that comes late sees the same
-    told = [json.loads(line) for line in blksnap.ok("snapshot_watcher", "-i", snapshot, "-j").splitlines()]
-    assert [event["event"] for event in told] == ["no_space", "corrupted"]
-
-
-def test_a_watcher_of_nothing(blksnap: Tool) -> None:
-    blksnap.replay(
-        """
-$ snapshot_watcher
-! Argument 'id' is missed.
-$ snapshot_watcher -i 11111111-2222-3333-4444-555555555555
-Start snapshot watcher.
-Snapshot not found
-Snapshot watcher finished
-""",
-        {},
-    )
+    assert (*waiting.communicate(timeout=60), waiting.returncode) == ("result=not found\n", "", 0)
+    wanted = "Snapshot not found\nSnapshot watcher finished\n"
+    assert (*watcher.communicate(timeout=60), watcher.returncode) == (wanted, "", 0)
 
 
 def test_a_watcher_that_loses_the_daemon_fails(blksnap: Tool, snapshot: str) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stasis.blksnap.console import numbers
@@ -62,6 +62,7 @@ def test_every_prefix_means_its_option(name: str, data: st.DataObject) -> None:
         assert [parse(options, way) for way in ways] == [wanted] * len(ways)
 
 
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.from_regex(r"[0-9]{1,4}:[0-9]{1,4}", fullmatch=True), min_size=1), min_size=1))
 def test_ranges_may_be_many_and_repeated(groups: list[list[str]]) -> None:
     arguments = [word for group in groups for word in ("--ranges", *group)]

@@ -214,14 +214,31 @@ grep -q '^allocate range: ofs=[0-9]* cnt=[0-9]*$' said
     )
 
 
-def test_a_disk_in_use_is_not_pulled_away_and_its_snapshot_is(blksnap: Tool) -> None:
-    """A detach under a mounted file system is refused; one without loses the image, and no byte of the disk."""
+def test_what_is_in_use(blksnap: Tool, short_dir: Path) -> None:
+    """A storage on the disk itself is refused, and so is a detach under a mounted file system. Without, it loses the
+    image, and no byte of the disk. A snapshot ends under a mounted image, whose readers get errors from then on."""
     _run(
         blksnap,
         """
 node=$(node_of one.img)
 mkfs.ext4 -q -F $node
 mount $node mnt
+mkdir mnt/diff
+id=$(blksnap snapshot_create -f mnt/diff -l 8M)
+expect 'Device or resource busy' blksnap snapshot_add -d one.img -i $id
+blksnap snapshot_destroy -i $id
+rmdir mnt/diff
+
+fill mnt/files
+id=$(blksnap snapshot_create -d one.img -f diff -l 100M)
+blksnap snapshot_take -i $id
+image=$(blksnap snapshot_info -d one.img -f image)
+mount $image image
+cat image/files/1000003 > /dev/null
+blksnap snapshot_destroy -i $id
+fails dd if=$image of=/dev/null bs=1M count=1 iflag=direct
+umount image
+
 load mnt/load & loader=$!
 id=$(blksnap snapshot_create -d one.img -f diff -l 100M)
 blksnap snapshot_take -i $id
@@ -241,42 +258,6 @@ grep -qx 'event=corrupted' event
 blksnap snapshot_destroy -i $id
 [ "$(blksnap attach -d one.img)" = 'Attached successfully' ]
 [ "$(blksnap cbtinfo -d one.img | sed -n 's/^changes_number=//p')" = 0 ]
-""",
-    )
-
-
-def test_a_storage_on_the_disk_itself_is_refused(blksnap: Tool) -> None:
-    _run(
-        blksnap,
-        """
-node=$(node_of one.img)
-mkfs.ext4 -q -F $node
-mount $node mnt
-mkdir mnt/diff
-id=$(blksnap snapshot_create -f mnt/diff -l 8M)
-expect 'Device or resource busy' blksnap snapshot_add -d one.img -i $id
-blksnap snapshot_destroy -i $id
-""",
-    )
-
-
-def test_a_snapshot_with_a_mounted_image_ends(blksnap: Tool, short_dir: Path) -> None:
-    """Whoever reads the image gets errors from then on; unmounting it is all that is left to do."""
-    _run(
-        blksnap,
-        """
-node=$(node_of one.img)
-mkfs.ext4 -q -F $node
-mount $node mnt
-fill mnt/files
-id=$(blksnap snapshot_create -d one.img -f diff -l 100M)
-blksnap snapshot_take -i $id
-image=$(blksnap snapshot_info -d one.img -f image)
-mount $image image
-ls image/files > /dev/null
-blksnap snapshot_destroy -i $id
-fails dd if=$image of=/dev/null bs=1M count=1 iflag=direct
-umount image
 """,
     )
     assert list((short_dir / "run" / "nodes").glob("*@*")) == []
