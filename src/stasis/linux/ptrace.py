@@ -20,10 +20,8 @@ __all__ = [
     "cont",
     "cont_to_system_call",
     "detach",
-    "event_message",
     "fpu_state",
     "interrupt",
-    "listen",
     "pending_signals",
     "poll_stop",
     "registers",
@@ -46,12 +44,10 @@ PTRACE_SETREGS = 13
 PTRACE_DETACH = 17
 PTRACE_SYSCALL = 24
 PTRACE_SETOPTIONS = 0x4200
-PTRACE_GETEVENTMSG = 0x4201
 PTRACE_GETREGSET = 0x4204
 PTRACE_SETREGSET = 0x4205
 PTRACE_SEIZE = 0x4206
 PTRACE_INTERRUPT = 0x4207
-PTRACE_LISTEN = 0x4208
 PTRACE_PEEKSIGINFO = 0x4209
 PTRACE_GETSIGMASK = 0x420A
 PTRACE_SETSIGMASK = 0x420B
@@ -153,11 +149,6 @@ def interrupt(tid: int) -> None:
     _call(PTRACE_INTERRUPT, tid, name="PTRACE_INTERRUPT")
 
 
-def listen(tid: int) -> None:
-    """Leave a task in the group stop it is in, and still hear of its end."""
-    _call(PTRACE_LISTEN, tid, name="PTRACE_LISTEN")
-
-
 def cont(tid: int, number: int = 0) -> None:
     """Let a stopped task run on, with a signal if one is to be delivered."""
     _call(PTRACE_CONT, tid, 0, number, "PTRACE_CONT")
@@ -180,13 +171,6 @@ def detach(tid: int, number: int = 0) -> None:
 def set_options(tid: int, options: int) -> None:
     """PTRACE_O_* of a stopped task. PTRACE_O_SUSPEND_SECCOMP needs CAP_SYS_ADMIN."""
     _call(PTRACE_SETOPTIONS, tid, 0, options, "PTRACE_SETOPTIONS")
-
-
-def event_message(tid: int) -> int:
-    """What belongs to the event a task stopped with: the new task's id for a clone."""
-    value = ctypes.c_ulong()
-    _call(PTRACE_GETEVENTMSG, tid, 0, ctypes.addressof(value), "PTRACE_GETEVENTMSG")
-    return value.value
 
 
 def wait_for_stop(tid: int) -> Stop:

@@ -23,6 +23,7 @@ from stasis.process.cgroups import GroupTable
 from stasis.process.dump import mm
 from stasis.process.dump.checks import check_tree
 from stasis.process.dump.ids import FIRST_ID, ObjectIds, namespace_ids
+from stasis.process.dump.losses import losses
 from stasis.process.dump.pages import Look, dump_private_pages, dump_shared_pages
 from stasis.process.dump.predump import continued
 from stasis.process.dump.tasks import task_core, zombie_core
@@ -249,6 +250,7 @@ class _Dump:
         changes = self._changes(task)
         with self._remote(task) as remote:
             self._memory(remote, task, changes)
+            self.warnings += losses(remote, task, self._layouts[task.pid])
             self._cores(remote, task, ids)
         umask = int(procfs.status(task.pid)["Umask"], 8)
         cwd, root = (self._files.path_file(task.pid, link, os.O_RDONLY) for link in ("cwd", "root"))

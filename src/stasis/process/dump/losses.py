@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a task the images have no field for, and what it does without after a restore: told, not refused."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from stasis.linux import libc, procfs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from stasis.linux.procfs import Mapping
+    from stasis.process.remote import Remote
+    from stasis.process.tree import Task
+
+__all__ = ["losses"]
+
+SYS_IOPRIO_GET = 252
+IOPRIO_WHO_PROCESS, IOPRIO_CLASS_SHIFT = 1, 13  # include/uapi/linux/ioprio.h
+LOCKED = "lo"
+
+
+def losses(remote: Remote, task: Task, layout: list[Mapping]) -> Iterator[str]:
+    """A sentence for each. A restored task has these from who restores it: only what differs from us counts."""
+    ours = os.sched_getaffinity(0)
+    for thread in task.threads:
+        where = f"thread {thread.tid} of process {task.pid}"
+        if os.sched_getaffinity(thread.tid) != ours:
+            yield f"{where} will not be bound to its processors any more"
+        if _io_priority(thread.tid) != _io_priority(0):
+            yield f"{where} will not have its I/O priority any more"
+    if procfs.read(task.pid, "coredump_filter") != procfs.read(os.getpid(), "coredump_filter"):
+        yield f"process {task.pid} will not have its core dump filter any more"
+    if _locks_what_comes(remote, layout):
+        yield f"process {task.pid} will not lock memory that it maps from then on (MCL_FUTURE)"
+
+
+def _io_priority(tid: int) -> int:
+    """Class and level; 0 where it follows the nice value."""
+    found = libc.check(libc.syscall(SYS_IOPRIO_GET, IOPRIO_WHO_PROCESS, tid, 0, 0, 0, 0), "ioprio_get")
+    return found if found >> IOPRIO_CLASS_SHIFT else 0
+
+
+def _locks_what_comes(remote: Remote, layout: list[Mapping]) -> bool:
+    """Nobody can ask for it, but our pages in the task came after it, and show it."""
+    if not any(LOCKED in mapping.flags for mapping in layout):
+        return False
+    return any(LOCKED in mapping.flags for mapping in procfs.mappings(remote.pid) if mapping.start == remote.scratch)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What images have no field for is told at the dump."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.process.programs import compiled, running, stasis
+
+pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
+
+SETTINGS = r"""
+int main(void) {
+    int filter = open("/proc/self/coredump_filter", O_WRONLY);
+    CHECK(write(filter, "0x7f", 4) == 4 && !close(filter));
+    CHECK(!syscall(SYS_ioprio_set, 1, 0, 2 << 13 | 1));
+    CHECK(!mlockall(MCL_FUTURE));
+    CHECK(mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) != MAP_FAILED);
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(0, &one);
+    CHECK(sysconf(_SC_NPROCESSORS_ONLN) == 1 || !sched_setaffinity(0, sizeof one, &one));
+    set_up();
+    return content();
+}
+"""
+
+
+def test_what_is_lost_is_told(tmp_path: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, SETTINGS)) as program:
+        told = stasis("dump", program.pid, "--images", tmp_path / "images", "--leave-running", "--json")
+        warnings = "\n".join(json.loads(told)["warnings"])
+        for what in "I/O priority", "core dump filter", "MCL_FUTURE":
+            assert what in warnings
+        program.finish()
+
+
+def test_an_ordinary_process_loses_nothing(tmp_path: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, "int main(void) { set_up(); return content(); }")) as program:
+        told = stasis("dump", program.pid, "--images", tmp_path / "images", "--leave-running", "--json")
+        assert json.loads(told)["warnings"] == []
+        program.finish()
