@@ -119,9 +119,9 @@ def _read_queue(sock: socket.socket, queue: int, length: int) -> tuple[int, byte
     _choose(sock, queue)
     sequence = sock.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ) & MASK
     data = b""
-    peek_offset = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
     if length:
-        if peek_offset >= 0:  # since Linux 6.10 (commit 05ea491641d3)
+        peek_offset = _peek_offset(sock)
+        if peek_offset >= 0:
             sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
         data = sock.recv(length, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         if peek_offset >= 0:
@@ -130,6 +130,16 @@ def _read_queue(sock: socket.socket, queue: int, length: int) -> tuple[int, byte
     if len(data) != length:
         raise OSError(0, f"a TCP queue gave {len(data)} of {length} bytes")
     return sequence, data
+
+
+def _peek_offset(sock: socket.socket) -> int:
+    """Where looking at the queue would begin; TCP has that since Linux 6.10 (commit 05ea491641d3)."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return -1
 
 
 class _Stream:

@@ -50,8 +50,8 @@ def _act_on_signals(remote: Remote, task: TaskCoreEntry) -> None:
 
 
 def make_timers(remote: Remote, task: TaskCoreEntry) -> None:
-    """The POSIX timers, which may be for threads; none runs yet."""
-    for timer in task.timers.posix if task.timers is not None else ():
+    """The POSIX timers, which may be for threads; none runs yet. A kernel that cannot be asked for ids counts up."""
+    for timer in sorted(task.timers.posix if task.timers is not None else (), key=lambda timer: timer.it_id):
         _make_timer(remote, timer)
 
 
