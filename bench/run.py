@@ -21,6 +21,7 @@ import rows_backup
 import rows_checkpoint
 import rows_disk
 import rows_image
+import rows_live_copy
 import rows_live_tracking
 import rows_plain
 import rows_process
@@ -35,7 +36,7 @@ from stasis.errors import StasisError
 HERE = Path(__file__).resolve().parent
 # Importing these registers their groups; this is the order of the table.
 ROOMS = (rows_plain, rows_snapshot, rows_disk, rows_tracking, rows_image, rows_process, rows_backup, rows_checkpoint,
-         rows_live_tracking)
+         rows_live_tracking, rows_live_copy)
 
 
 def main() -> int:

@@ -54,10 +54,10 @@ class DiffTracker:
         with self.image.open("rb", buffering=0) as file:
             for block, start in enumerate(range(0, len(self.seen), unit)):
                 now = file.read(unit)
-                if now != self.seen[start : start + unit]:
+                if now != self.seen[start : start + len(now)]:  # a file that was cut short has less
                     found.append(block)
                     if take:
-                        self.seen[start : start + unit] = now
+                        self.seen[start : start + len(now)] = now
         return found
 
     def check(self) -> None:

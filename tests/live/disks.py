@@ -24,7 +24,7 @@ from tests.backup.stored import content_of
 from tests.live.difftracker import DiffTracker
 
 __all__ = ["CHECK", "MIB", "Backup", "Disk", "Setup", "back_up", "fast_folder", "formatted", "image_file", "loop",
-           "mounted", "tool", "writing"]
+           "mounted", "put_number", "tool", "writing"]
 
 MIB = 1 << 20
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"], "btrfs": ["mkfs.btrfs", "-q", "-f"],
@@ -122,6 +122,15 @@ def writing(write: Callable[[int], None]) -> Iterator[threading.Event]:
         thread.join()
     if failures:
         raise failures[0]
+
+
+def put_number(path: Path, number: int) -> None:
+    """Write it in place and durably: the file holds this number or the one before, whenever it is looked at."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DSYNC)
+    try:
+        os.pwrite(fd, f"{number:09}".encode(), 0)
+    finally:
+        os.close(fd)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from stasis.backup.repo import Repository
-from stasis.errors import BusyError, GenerationError, StasisError, StorageError
+from stasis.errors import BusyError, ExitCode, GenerationError, StasisError, StorageError
 from stasis.linux import freeze
 from stasis.live.liveset import LiveSet
 from stasis.live.options import LiveOptions
@@ -21,7 +21,20 @@ from stasis.live.source import LiveSource
 from stasis.live.stash import Budget
 from tests.backup.restoring import new_repository
 from tests.live.difftracker import DiffTracker
-from tests.live.disks import MIB, Backup, Disk, Setup, back_up, fast_folder, formatted, image_file, loop, tool, writing
+from tests.live.disks import (
+    MIB,
+    Backup,
+    Disk,
+    Setup,
+    back_up,
+    fast_folder,
+    formatted,
+    image_file,
+    loop,
+    put_number,
+    tool,
+    writing,
+)
 from tests.system.helpers import LONG
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("mkfs.ext4", "losetup")]
@@ -99,11 +112,9 @@ def test_devices_of_a_set_show_one_instant(disk: Disk, repository: Repository, t
 
         def write(number: int) -> None:
             for one in (disk, other):
-                with (one.directory / "number").open("w") as file:
-                    file.write(f"{number:09}")
-                    file.flush()
-                    os.fsync(file.fileno())
+                put_number(one.directory / "number", number)
 
+        write(0)
         with writing(write):
             backup = back_up(repository, tmp_path / "state", devices)
         assert backup.stored == backup.contents
@@ -250,6 +261,39 @@ def test_a_raw_device_that_never_rests_is_refused(raw: tuple[str, Path, DiffTrac
 
 
 # -- places that cannot be read ---------------------------------------------------------------------------------------
+
+
+def test_places_that_cannot_be_read_are_named(raw: tuple[str, Path, DiffTracker], repository: Repository,
+                                              tmp_path: Path) -> None:
+    """A loop device gives EIO for what its file has lost."""
+    os.truncate(raw[1], 3 * MIB + 8192)
+    with pytest.raises(StasisError, match=f"{raw[0]} cannot be read between") as raised:
+        back_up(repository, tmp_path / "state", [raw])
+    assert "--on-read-error skip" in raised.value.hint
+    backup = back_up(repository, tmp_path / "state", [raw], Setup(skip_unreadable=True))
+    assert backup.stored[0] == backup.contents[0].ljust(4 * MIB, b"\0")
+    assert backup.result.backups[0].statistics["bytes_unreadable"] == MIB - 8192
+    assert backup.result.exit_code == ExitCode.PARTIAL
+
+
+def test_places_that_cannot_be_read_in_the_freeze_are_zeroes(raw: tuple[str, Path, DiffTracker], tmp_path: Path,
+                                                             repository: Repository) -> None:
+    """They changed since the last round, so that what that round stored is of no use."""
+    original = LiveSource.switch
+
+    def switch(source: LiveSource) -> None:
+        with raw[1].open("r+b") as file:
+            file.seek(3 * MIB)
+            file.write(os.urandom(65536))
+        original(source)
+        os.truncate(raw[1], 3 * MIB + 8192)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveSource, "switch", switch)
+        backup = back_up(repository, tmp_path / "state", [raw], Setup(skip_unreadable=True))
+    assert backup.stored[0][: 3 * MIB + 8192] == backup.contents[0]
+    assert backup.stored[0][3 * MIB + 8192 : 3 * MIB + 65536] == bytes(65536 - 8192)
+    assert backup.result.backups[0].statistics["bytes_unreadable"] == 65536 - 8192
 
 
 def test_a_device_that_vanishes_is_told(raw: tuple[str, Path, DiffTracker], monkeypatch: pytest.MonkeyPatch) -> None:

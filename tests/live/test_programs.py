@@ -19,7 +19,7 @@ import pytest
 
 from stasis.errors import ExitCode
 from stasis.nbd.client import Client
-from tests.live.disks import CHECK, MIB, Disk, fast_folder, formatted, loop, mounted, tool, writing
+from tests.live.disks import CHECK, MIB, Disk, fast_folder, formatted, loop, mounted, put_number, tool, writing
 from tests.live.writers import bpf_works, state_directory
 from tests.runner import Stasis
 from tests.system.helpers import LONG
@@ -183,13 +183,11 @@ def test_a_live_and_a_served_disk_show_one_instant(tracked_state: Stasis, tmp_pa
     with formatted("ext4", tmp_path) as disk, track(stasis, disk.node), fast_folder(tmp_path) as folder:
         with Client.connect(uri) as client:
             def write(number: int) -> None:
-                with (disk.directory / "number").open("w") as file:
-                    file.write(f"{number:09}")
-                    file.flush()
-                    os.fsync(file.fileno())
+                put_number(disk.directory / "number", number)
                 client.pwrite(0, f"{number:09}".encode().ljust(512))
 
             stasis("repo", "init", folder / "repo", "--no-encryption")
+            write(0)
             with writing(write):
                 stasis("backup", "create", disk.node, "served", "--repo", folder / "repo", "--max-freeze", "20s",
                        "--storage", "memory")
