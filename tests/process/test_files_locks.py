@@ -14,6 +14,7 @@ import pytest
 
 from stasis.process.files.options import FileOptions
 from tests.process.cycles import cycle, findings_of
+from tests.process.programs import compiled, running
 
 pytestmark = pytest.mark.root
 
@@ -79,3 +80,25 @@ def test_a_lock_that_somebody_else_took_is_named(tmp_path: Path) -> None:
             tmp_path / "images", set_up, lambda _: None, options=FileOptions(file_locks=True),
             between=lambda: fcntl.flock(ours, fcntl.LOCK_EX),
         )  # fmt: skip
+
+
+MAPPED = r"""
+int main(void) {
+    int fd = open("locked", O_RDWR | O_CREAT | O_TRUNC, 0600);
+    CHECK(!ftruncate(fd, 4096));
+    CHECK(mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) != MAP_FAILED);
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 7, .l_len = 3};
+    CHECK(!fcntl(fd, F_SETLK, &lock));
+    set_up();
+    return content();
+}
+"""
+
+
+@pytest.mark.tool("gcc")
+def test_a_lock_on_a_file_that_is_mapped_too(tmp_path: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, MAPPED)) as program:
+        program.restore(program.dump("--file-locks"))
+        assert _is_locked(tmp_path / "locked", "8")
+        assert not _is_locked(tmp_path / "locked", "10")
+        program.finish()

@@ -5,6 +5,7 @@ them, or none."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from stasis.errors import StasisError
 from stasis.linux import procfs, ptrace
 from stasis.process.cgroups import join
 from stasis.process.files.connections import let_all_live
+from stasis.process.files.locks import packed_lock, posix_locks
 from stasis.process.files.opening import FileSet
 from stasis.process.files.options import FileOptions
 from stasis.process.guardian import Guardian
@@ -180,6 +182,7 @@ def _become(plan: TaskPlan, ready: Ready, chain: list[ImageSet], filters: Filter
     assert task is not None
     with Remote(plan.pid, procfs.mappings(plan.pid, flags=False), avoid=plan.mm.vmas) as remote:
         replace_memory(remote, plan.mm, ready, chain)
+        _lock_again(remote, chain[0])
         give_process_state(remote, task)
         make_threads(remote, [tid for tid in plan.entry.threads if tid != plan.pid])
         make_timers(remote, task)
@@ -188,6 +191,13 @@ def _become(plan: TaskPlan, ready: Ready, chain: list[ImageSet], filters: Filter
         set_dumpable(remote, plan.mm)
         remote.leader.signal_mask = task.blk_sigset
         arm_timers(remote, task)
+
+
+def _lock_again(remote: Remote, images: ImageSet) -> None:
+    """The descriptors that memory was mapped from are closed, and with the first one of a file all locks went that the
+    process had there (fcntl_locking(2))."""
+    for entry in posix_locks(images, remote.pid):
+        remote.call("fcntl", entry.fd, fcntl.F_SETLK, remote.put(packed_lock(entry)))
 
 
 def _let_go(living: list[TaskPlan], roll: Roll) -> None:
