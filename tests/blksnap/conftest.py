@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stasis.blksnap.drivers import Driver, Tracked, probe
+from stasis.blksnap.drivers import Driver, Tracked, feeding, probe
 from stasis.blksnap.drivers.generations import CURRENT, V5, V6, V7
 from stasis.linux import files
 from tests.blksnap.fake_blksnap import FakeBlksnap, FakeTracker
@@ -52,6 +52,12 @@ def load(kernel: FakeKernel, generation: str) -> FakeBlksnap:
 
 HANDED_OVER = ("v5", "v2")
 """Generations that write to sectors behind a file: the file is made immutable, which only root can do."""
+
+
+@pytest.fixture(autouse=True)
+def _no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake module writes nothing any more when its images are gone."""
+    monkeypatch.setattr(feeding, "RELEASE_GRACE", 0.0)
 
 
 @pytest.fixture

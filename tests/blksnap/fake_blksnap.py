@@ -259,9 +259,9 @@ class FakeBlksnap:
         del self.snapshots[snapshot.id]
         snapshot.destroyed = True
         if not snapshot.waiters:
-            self._release(snapshot)
+            self.release(snapshot)
 
-    def _release(self, snapshot: Snapshot) -> None:
+    def release(self, snapshot: Snapshot) -> None:
         for tracker in snapshot.trackers:
             if tracker.image is not None:
                 tracker.image.unlink()
@@ -306,7 +306,7 @@ class FakeBlksnap:
             self.changed.wait_for(lambda: snapshot.events, event.timeout_ms / self.hz)  # jiffies, not milliseconds
             snapshot.waiters -= 1
             if snapshot.destroyed and not snapshot.waiters:
-                self._release(snapshot)
+                self.release(snapshot)
             if not snapshot.events:
                 raise fail(errno.ENOENT)
             event.code, data = snapshot.events.popleft()

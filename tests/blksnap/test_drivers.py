@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stasis.blksnap.drivers import Driver, Held, Tracked, probe
+from stasis.blksnap.drivers import Driver, Held, Tracked, feeding, probe
 from stasis.blksnap.drivers.generations import CURRENT
 from stasis.block.changemap import ChangeMap
 from stasis.errors import (
@@ -177,6 +177,17 @@ def test_a_wrapped_map_is_not_taken_for_an_increment(host: Host) -> None:
     assert _changed(device, 0) == [(2 * MIB, 65536)]
 
 
+def test_a_module_that_has_just_wrapped_for_others_tells_nothing(filtered: Host) -> None:
+    driver, device = filtered.driver(), filtered.tracked()
+    driver.attach(device)
+    kept = filtered.module.trackers[str(filtered.disk.path)].map
+    kept.previous, kept.active, kept.read = 255, 1, bytearray(kept.count)
+    driver.update_map(device, held=True)
+    with _map(device) as changes:
+        assert changes.held_number == 0
+    assert _changed(device, 0) == [(0, 4 * MIB)]
+
+
 def test_a_resized_disk_begins_a_generation(host: Host) -> None:
     driver, device = host.driver(), host.tracked()
     driver.attach(device)
@@ -327,12 +338,58 @@ def test_nothing_is_handed_over_twice_whoever_died(make_host: Callable[[str], Ho
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("generation", ["v5", "v2"])
+def test_storage_stays_while_somebody_else_keeps_the_snapshot_alive(
+    make_host: Callable[[str], Host], generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given back earlier, its sectors would be overwritten under whoever gets them next."""
+    host = make_host(generation)
+    driver, device = host.driver(), host.tracked()
+    driver.attach(device)
+    held = _taken(host, driver, device)
+    (snapshot,) = host.module.snapshots.values()
+    snapshot.waiters = 1
+    monkeypatch.setattr(feeding, "RELEASE_PATIENCE", 0.0)
+    with pytest.raises(BusyError, match="somebody still waits"):
+        driver.destroy(held, [device])
+    file = Path(held.notes["file"])
+    with pytest.raises(PermissionError):
+        file.unlink()
+    host.module.release(snapshot)
+    with pytest.raises(NotFoundError):
+        driver.destroy(held, [device])
+    assert not file.exists()
+
+
+@pytest.mark.root
+def test_storage_stays_immutable_when_it_cannot_grow(
+    make_host: Callable[[str], Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host("v5")
+    driver, device = host.driver(), host.tracked()
+    driver.attach(device)
+    held = _taken(host, driver, device)
+    for offset in range(0, MIB, CHUNK):
+        host.kernel.write(host.disk, offset, b"x")
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    event = driver.next_event(held, 1)
+    assert event is not None
+    assert event.name == "no_space"
+    with pytest.raises(PermissionError):
+        Path(held.notes["file"]).unlink()
+
+
+@pytest.mark.root
 def test_storage_of_a_snapshot_that_is_gone_is_given_back(make_host: Callable[[str], Host]) -> None:
     host = make_host("v5")
     driver, device = host.driver(), host.tracked()
     driver.attach(device)
     held = _taken(host, driver, device)
-    host.module.snapshots.clear()
+    host.module.release(host.module.snapshots.popitem()[1])
     with pytest.raises(NotFoundError):
         driver.destroy(held, [device])
     assert list((host.directory / "storage").iterdir()) == []

@@ -115,7 +115,11 @@ class BlksnapDriver(Driver):
             raise self.failed(call, subject, error) from error
 
     def destroy(self, held: Held, devices: Sequence[Tracked]) -> None:
-        """See Driver."""
+        """See Driver. The images are noted first: they tell when the module has let go, and are not told later."""
+        for device in devices:
+            with contextlib.suppress(StasisError):
+                node = self.image(held, device).node
+                held.notes["images"] = sorted({*held.notes.get("images", ()), *([node] if node else ())})
         try:
             self.control_call("destroy", held.uuid, self.numbers.destroy, Uuid.of(held.uuid))
         except NotFoundError:

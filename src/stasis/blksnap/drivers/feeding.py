@@ -3,7 +3,8 @@
 
 The module writes to these sectors behind the back of the file system. So the file must stay where it is: it has a name
 that outlives this process, it is immutable for everybody as soon as it is handed over, and files whose contents the
-file system keeps elsewhere or in another form (copy-on-write, compressed, encrypted, not yet placed) are refused.
+file system keeps elsewhere or in another form (copy-on-write, compressed, encrypted, not yet placed) are refused. It
+goes only when the module has let go of the snapshot, which is later than its destroy where somebody still waits for it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stasis.blksnap.drivers.base import DriverEvent, Held
 from stasis.blksnap.kernel import Kernel
-from stasis.errors import StasisError, StorageError
+from stasis.errors import BusyError, StasisError, StorageError
 from stasis.linux import blockdev, fiemap, files
 
 __all__ = ["Feeder"]
@@ -25,6 +27,10 @@ PORTION = 1 << 30
 """Bytes of the first portion where the module does not say how much it wants (diff_storage_minimum)."""
 UNIT = 1 << 20
 """What is handed over is a multiple of this."""
+RELEASE_PATIENCE = 60.0
+"""Seconds for the module to let go of a snapshot: others may be waiting for its events."""
+RELEASE_GRACE = 2.0
+"""Seconds for what the module still writes after it has taken the images away."""
 UNFIT = (
     fiemap.FIEMAP_EXTENT_UNKNOWN
     | fiemap.FIEMAP_EXTENT_DELALLOC
@@ -92,15 +98,30 @@ class Feeder:
         self._append(held, *_place(held.notes["file"], filled, length, create=filled == 0))
         return True
 
-    def end(self, held: Held) -> None:
-        """The snapshot is gone: its file may be changed again, and goes if we made it."""
+    def end(self, held: Held, images: Sequence[str]) -> None:
+        """The snapshot is gone: its file may be changed again, and goes if we made it.
+
+        The module takes the `images` away and then stops writing. BusyError if it does not: the file stays.
+        """
         name = held.notes.get("file")
-        if name is None:
+        if name is None or not os.path.exists(name):
             return
+        if images:
+            _await_release(name, images)
         with contextlib.suppress(OSError):
             files.set_immutable(name, False)
             if held.notes.get("made"):
                 os.unlink(name)
+
+
+def _await_release(name: str, images: Sequence[str]) -> None:
+    deadline = time.monotonic() + RELEASE_PATIENCE
+    while any(os.path.exists(image) for image in images):
+        if time.monotonic() > deadline:
+            raise BusyError(f"somebody still waits for events of a destroyed snapshot, so its storage {name} stays",
+                            hint=f"end the other program; then destroy it again, or chattr -i {name} and remove it")
+        time.sleep(0.05)
+    time.sleep(RELEASE_GRACE)
 
 
 def _limit(held: Held, filled: int) -> int:
@@ -116,21 +137,26 @@ def _place(name: str, offset: int, length: int, *, create: bool) -> tuple[tuple[
     try:
         if not create:
             files.set_immutable(name, False)
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, offset, length)
-            os.fsync(fd)
-            found = list(fiemap.extents(fd, offset, length, flags=fiemap.FIEMAP_FLAG_SYNC))
-            device = os.fstat(fd).st_dev
+            device, found = _allocate(name, offset, length)
         finally:
-            os.close(fd)
-        files.set_immutable(name, True)
+            files.set_immutable(name, True)  # also if there is no more room: the module uses what it has
     except OSError as error:
         raise _unusable(name, error) from error
     ranges = [_clipped(one, offset, offset + length) for one in found]
     if any(one.flags & UNFIT for one in found) or sum(size for _, size in ranges) != length:
         raise StorageError(f"{name} has no fixed place on its disk", hint="name a directory on ext4 or XFS")
     return (os.major(device), os.minor(device)), ranges
+
+
+def _allocate(name: str, offset: int, length: int) -> tuple[int, list[fiemap.FileExtent]]:
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, offset, length)
+        os.fsync(fd)
+        return os.fstat(fd).st_dev, list(fiemap.extents(fd, offset, length, flags=fiemap.FIEMAP_FLAG_SYNC))
+    finally:
+        os.close(fd)
 
 
 def _clipped(extent: fiemap.FileExtent, start: int, end: int) -> tuple[int, int]:

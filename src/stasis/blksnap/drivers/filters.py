@@ -144,7 +144,7 @@ class FilterDriver(BlksnapDriver):
 
     def released(self, held: Held) -> None:
         """See BlksnapDriver."""
-        self._feeder.end(held)
+        self._feeder.end(held, held.notes.get("images", ()))
 
     def image(self, held: Held, device: Tracked) -> Image:
         """See Driver. The module leaves the name alone where there is no image."""

@@ -152,7 +152,7 @@ class TrackerDriver(BlksnapDriver):
 
     def released(self, held: Held) -> None:
         """See BlksnapDriver."""
-        self._feeder.end(held)
+        self._feeder.end(held, held.notes.get("images", ()))
 
     def image(self, held: Held, device: Tracked) -> Image:
         """See Driver. This module tells of a lost image by its event alone."""
