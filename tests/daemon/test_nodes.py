@@ -125,6 +125,30 @@ def test_a_node_of_an_image_outlives_the_daemon_and_goes_with_the_snapshot(
     assert not any((stasis.run_dir / "nodes").iterdir())
 
 
+def test_a_storage_above_the_node_is_refused(
+    client: api.Client, mounted: tuple[api.Device, Path], storage: Path
+) -> None:
+    """On its file system, and on one in a file on that: writes to it would wait for themselves."""
+    device, target = mounted
+    with (target / "inner").open("wb") as file:
+        file.truncate(12 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", target / "inner"], check=True)
+    (target / "mnt").mkdir()
+    subprocess.run(["mount", "-o", "loop", target / "inner", target / "mnt"], check=True)
+    try:
+        for place in (target, target / "mnt"):
+            with pytest.raises(api.StorageError, match="lies above"):
+                client.create_snapshot(place / "file", [device.name], limit=MIB)
+            snapshot = client.create_snapshot(place, limit=MIB)
+            with pytest.raises(api.StorageError, match="lies above"):
+                client.add(snapshot.id, device.name)
+            client.destroy(snapshot.id)
+            assert not (place / "file").exists()
+    finally:
+        subprocess.run(["umount", target / "mnt"], check=True)
+    client.create_snapshot(storage, [device.name], limit=MIB)
+
+
 def test_a_detach_by_force_leaves_the_image_alone_while_the_node_is_in_use(
     client: api.Client, mounted: tuple[api.Device, Path], storage: Path
 ) -> None:

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from stasis.block.backing import refuse_origins
 from stasis.block.opening import open_origin
 from stasis.block.settings import Settings
-from stasis.daemon import sockets, statefile
+from stasis.daemon import placing, sockets, statefile
 from stasis.daemon.channel import Channel
 from stasis.daemon.child import NICE_IN_PATH, Child, last_line, spawn
 from stasis.daemon.paths import Directories
@@ -108,11 +109,11 @@ class ServedDevice:
         """The origin's descriptors as configurations name them."""
         return {"origin_fd": self._origin_fd, "buffered_fd": self._buffered_fd if self._buffered_fd >= 0 else None}
 
-    @property
-    def places(self) -> list[os.stat_result]:
-        """What no storage of its snapshots may be, or lie on: its origin, and its node."""
-        node = [] if self.node is None else [str(self.node["node"])]
-        return [os.fstat(self._origin_fd), *(os.stat(path) for path in node if os.path.exists(path))]
+    def refuse_storage(self, fd: int, name: str) -> None:
+        """StorageError if a difference storage is the device or its node, or lies on one of them."""
+        refuse_origins(fd, [os.fstat(self._origin_fd)], name)
+        if self.node is not None:
+            placing.refuse_above(fd, [str(self.node["node"])], name)
 
     @property
     def minimum_io_size(self) -> int:

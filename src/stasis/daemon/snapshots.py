@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stasis.block.backing import refuse_origins
 from stasis.block.chunktable import ChunkTable
 from stasis.block.diffstorage import DiffStorage
 from stasis.block.events import Event
@@ -117,10 +116,13 @@ class SnapshotKeeper:
 
     def open_storage(self, snapshot: Snapshot, fd: int | None) -> None:
         """Make the difference storage ready. StorageError and its kin."""
-        stats = [place for name in snapshot.members for place in self.devices.find(name).places]
+        devices = [self.devices.find(name) for name in snapshot.members]
+        stats = [os.fstat(device.origin_fd) for device in devices]
         target = snapshot.storage if fd is None else fd
         snapshot.diff = DiffStorage.create(target, snapshot.header_path, self.devices.settings(),
                                            limit=snapshot.limit, origins=stats)
+        for device in devices:
+            device.refuse_storage(snapshot.diff.fd, snapshot.storage)
 
     def _chunk_shifts(self, snapshot: Snapshot) -> None:
         settings = self.devices.settings()
@@ -140,7 +142,7 @@ class SnapshotKeeper:
                 raise StateError(f"snapshot {snapshot.id} is already taken", errno=errno.EALREADY,
                                  hint="create another snapshot for this device")
             if snapshot.diff is not None:
-                refuse_origins(snapshot.diff.fd, device.places, snapshot.storage)
+                device.refuse_storage(snapshot.diff.fd, snapshot.storage)
             snapshot.members[name] = Member(name, device.record.path)
             snapshot.save()
             return snapshot
