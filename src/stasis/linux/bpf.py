@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from stasis.linux import libc
 
-__all__ = ["F_INNER_MAP", "F_MMAPABLE", "MAP_TYPE_ARRAY", "MAP_TYPE_ARRAY_OF_MAPS", "MAP_TYPE_HASH", "FunctionInfo",
+__all__ = ["F_INNER_MAP", "F_MMAPABLE", "MAP_TYPE_ARRAY", "MAP_TYPE_ARRAY_OF_MAPS", "MAP_TYPE_HASH",
+           "MAP_TYPE_PERCPU_ARRAY", "FunctionInfo",
            "ProgramInfo", "attach_raw", "create_map", "delete", "enable_run_time_statistics", "load_btf",
            "load_program", "lookup_all", "map_id", "map_memory", "open_pinned", "pin", "program_info",
            "program_of_link", "update"]
@@ -37,6 +38,7 @@ ENABLE_STATS = 32
 
 MAP_TYPE_HASH = 1
 MAP_TYPE_ARRAY = 2
+MAP_TYPE_PERCPU_ARRAY = 6
 MAP_TYPE_ARRAY_OF_MAPS = 12
 
 F_MMAPABLE = 1 << 10

@@ -37,6 +37,7 @@ class Maps:
     table: int
     bitmaps: int
     flight: int
+    done: int
 
 
 class Functions:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import struct
 from enum import IntFlag
 
-__all__ = ["BITS_PER_ELEMENT", "COUNT", "ELEMENT_SIZE", "FLIGHT_ENTRIES", "FLIGHT_KEY", "FLIGHT_VALUE", "SLOTS",
-           "SLOT_SIZE", "TABLE_SIZE", "Lost", "Slot", "bitmap_elements", "slot_offset"]
+__all__ = ["BITS_PER_ELEMENT", "COUNT", "ELEMENT_SIZE", "EPOCH", "FLIGHT_ENTRIES", "FLIGHT_KEY", "FLIGHT_VALUE",
+           "SLOTS", "SLOT_SIZE", "TABLE_SIZE", "Done", "Lost", "Slot", "bitmap_elements", "slot_offset"]
 
 TABLE_SIZE = 4096
 COUNT = 0
 """Offset of the number of slots to look at, 32 bits."""
+EPOCH = 8
+"""Offset of a 64-bit number that is drawn anew before a bitmap or slot is put in place of another; never 0."""
 FIRST_SLOT = 64
 SLOT_SIZE = 64
 SLOTS = 32
@@ -26,6 +28,17 @@ BITS_PER_ELEMENT = ELEMENT_SIZE * 8
 FLIGHT_KEY = struct.Struct("<QII")  # address of the bio, device number of the disk, 0
 FLIGHT_VALUE = struct.Struct("<QQ")  # sector, sectors
 FLIGHT_ENTRIES = 32768
+
+
+class Done:
+    """Offsets within what each processor keeps of the last write that its first program for completions marked."""
+
+    EPOCH = 0  # u64: the table's when marking began; 0 while the others are not valid
+    COUNT = 8  # u64: how often this was stored
+    QUEUE = 16  # u64: address of the request queue
+    SECTOR = 24  # u64
+    BYTES = 32  # u64
+    SIZE = 40
 
 
 class Slot:

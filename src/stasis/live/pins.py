@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import resource
+import secrets
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from stasis.errors import PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import bpf, btf, libc, mounts
 from stasis.live import kerneltypes, layout, programs
+from stasis.live.functions import FUNCTIONS, Maps
 from stasis.live.layout import SLOTS, Lost, Slot, slot_offset
 
 __all__ = ["Hooks", "directory_of", "locked", "remove", "try_loading"]
@@ -30,6 +32,7 @@ LOCK = "/run/stasis-live.lock"
 DEFAULT_STATE = Path("/var/lib/stasis")
 
 INDEX = struct.Struct("<I")
+EPOCH = struct.Struct("@Q")  # native: stored at once, not byte by byte
 
 _mount = libc.libc.mount
 
@@ -193,6 +196,7 @@ class Hooks:
         at = slot_offset(index)
         struct.pack_into("<IIQQIIII", self.table, at, 0, 0, start, 0, shift, int(bio_based), elements, 0)
         struct.pack_into("<Q", self.table, at + Slot.END, end)
+        self.draw_epoch()
         self.set_field(index, Slot.DEVICE, device)  # last: from here on it counts
         INDEX.pack_into(self.table, layout.COUNT, max(index + 1, self.count))
         self.wait_for_programs()
@@ -221,6 +225,11 @@ class Hooks:
             return bpf.map_memory(fd, 2 * self.field(index, Slot.ELEMENTS) * layout.ELEMENT_SIZE)
         finally:
             os.close(fd)
+
+    def draw_epoch(self) -> None:
+        """What a program did before counts no longer as done. Before a bitmap or slot takes the place of another."""
+        # Drawn and not counted: others do so at the same time, and it only has to be one that never was.
+        EPOCH.pack_into(self.table, layout.EPOCH, secrets.randbits(63) * 2 + 1)
 
     # -- order ------------------------------------------------------------------------------------
 
@@ -259,8 +268,8 @@ def _load(directory: Path) -> None:
             files.callback(os.close, fd)
             opened[name] = fd
             bpf.pin(fd, str(directory / name))
-        maps = programs.Maps(opened["table"], opened["bitmaps"], opened["flight"])
-        description, type_ids = btf.write_functions(programs.FUNCTIONS)
+        maps = Maps(opened["table"], opened["bitmaps"], opened["flight"], opened["done"])
+        description, type_ids = btf.write_functions(FUNCTIONS)
         described = bpf.load_btf(description)
         files.callback(os.close, described)
         for name in programs.PROGRAMS:
@@ -287,6 +296,7 @@ def _maps() -> Iterator[tuple[str, int]]:
                                   name="stasis_table")
     yield "flight", bpf.create_map(bpf.MAP_TYPE_HASH, layout.FLIGHT_KEY.size, layout.FLIGHT_VALUE.size,
                                    layout.FLIGHT_ENTRIES, name="stasis_flight")
+    yield "done", bpf.create_map(bpf.MAP_TYPE_PERCPU_ARRAY, 4, layout.Done.SIZE, 1, name="stasis_done")
     template = bpf.create_map(bpf.MAP_TYPE_ARRAY, 4, layout.ELEMENT_SIZE, 2,
                               flags=bpf.F_MMAPABLE | bpf.F_INNER_MAP, name="stasis_bits")
     yield "template", template

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stasis.linux.bpf import FunctionInfo
-from stasis.linux.bpfasm import R0, R1, R2, R3, R4, R6, R7, R8, R9, R10
+from stasis.linux.bpfasm import R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10
 from stasis.live.functions import FUNCTIONS, MAP_LOOKUP, Functions, Maps
 from stasis.live.kerneltypes import OPAQUE, RANGES, READS, KernelTypes
-from stasis.live.layout import Lost
+from stasis.live.layout import EPOCH, Done, Lost
 
 __all__ = ["COMPLETIONS", "FUNCTIONS", "NOTING", "PROGRAMS", "Maps", "Source", "assemble"]
 
@@ -49,12 +49,11 @@ def assemble(name: str, kernel: KernelTypes, maps: Maps, type_ids: list[int]) ->
     writer = _Writer(kernel, maps)
     event = PROGRAMS[name]
     writer.asm.label("entry")
-    {
-        "block_bio_queue": writer.queue,
-        "block_bio_remap": writer.remap,
-        "block_rq_complete": writer.request,
-        "block_bio_complete": writer.bio,
-    }[event](kernel.events[event].argument)
+    argument = kernel.events[event].argument
+    if name in COMPLETIONS:
+        writer.request(argument, first=name == COMPLETIONS[0])
+    else:
+        {"queue": writer.queue, "remap": writer.remap, "bio": writer.bio}[name](argument)
     writer.functions()
     places = [writer.asm.position(function.name) for function in FUNCTIONS]
     return Source(writer.asm.code(), [FunctionInfo(*both) for both in zip(places, type_ids, strict=True)])
@@ -62,6 +61,7 @@ def assemble(name: str, kernel: KernelTypes, maps: Maps, type_ids: list[int]) ->
 
 # Places in the entry's frame.
 DEVICE, KEY, VALUE = -8, -24, -40
+BYTES, NOTHING, EPOCH_SEEN, CELL = -48, -56, -64, -72
 
 
 class _Writer(Functions):
@@ -104,23 +104,83 @@ class _Writer(Functions):
         asm.call_helper(MAP_DELETE)
         self._leave()
 
-    def request(self, argument: int) -> None:
-        """A request, or a part of one, ended. Only discards that do not adjoin are merged: theirs is a chain."""
+    def request(self, argument: int, *, first: bool) -> None:
+        """A request, or a part of one, ended. Only discards that do not adjoin are merged: theirs is a chain.
+
+        The programs for completions do the same one after the other. What the first did is found by the others.
+        """
         asm = self.asm
         asm.load(8, R6, R1, argument * 8)
         asm.load(4, R7, R6, self.offsets["request.cmd_flags"])
         asm.alu("&", R7, OPERATION_MASK)
         self._leave_if_reading()
-        asm.load(4, R9, R1, (argument + 2) * 8)  # bytes
-        asm.alu(">>", R9, 9)
+        asm.load(4, R9, R1, (argument + 2) * 8)
         asm.load(8, R8, R6, self.offsets["request.__sector"])
+        self._find_done()
+        if not first:
+            self._leave_if_done()
+        asm.label("fresh")
+        asm.alu(">>", R9, 9)
         asm.load(8, R2, R6, self.offsets["request.q"])
         asm.load(8, R2, R2, self.offsets["request_queue.disk"])
         self._device_of_disk()
         self._record_by_kind()
+        if first:
+            self._note_done()
         asm.jump_if(R7, "!=", self.operations["REQ_OP_DISCARD"], "leave")
         self._record_chain()
         self._leave()
+
+    def _find_done(self) -> None:
+        """Note EPOCH_SEEN, and CELL for a write: what this processor keeps, 0 for other operations."""
+        asm = self.asm
+        asm.store(8, R10, CELL, 0)
+        asm.jump_if(R7, "!=", self.operations["REQ_OP_WRITE"], "fresh")
+        asm.store(8, R10, BYTES, R9)
+        asm.map_value(R1, self.maps.table)
+        asm.load(8, R1, R1, EPOCH)
+        asm.store(8, R10, EPOCH_SEEN, R1)
+        asm.store(8, R10, NOTHING, 0)
+        asm.map(R1, self.maps.done)
+        asm.move(R2, R10)
+        asm.alu("+", R2, NOTHING)
+        asm.call_helper(MAP_LOOKUP)
+        asm.jump_if(R0, "==", 0, "fresh")
+        asm.store(8, R10, CELL, R0)
+
+    def _leave_if_done(self) -> None:
+        """Leave if the first program marked the same range in this epoch: its bits are set in the active bitmap.
+
+        The first program may interrupt the comparison, and be interrupted by it.
+        """
+        asm = self.asm
+        asm.load(8, R5, R0, Done.COUNT)
+        asm.load(8, R1, R10, EPOCH_SEEN)
+        asm.jump_if(R1, "==", 0, "fresh")
+        asm.load(8, R2, R6, self.offsets["request.q"])
+        for register, place in ((R1, Done.EPOCH), (R2, Done.QUEUE), (R8, Done.SECTOR), (R9, Done.BYTES),
+                                (R5, Done.COUNT)):
+            asm.load(8, R3, R0, place)
+            asm.jump_if(R3, "!=", register, "fresh")
+        asm.jump("leave")
+
+    def _note_done(self) -> None:
+        """Keep what was marked. Only the first program does, which never interrupts itself."""
+        asm = self.asm
+        asm.load(8, R1, R10, CELL)
+        asm.jump_if(R1, "==", 0, "unnoted")
+        asm.store(8, R1, Done.EPOCH, 0)
+        asm.load(8, R2, R1, Done.COUNT)
+        asm.alu("+", R2, 1)
+        asm.store(8, R1, Done.COUNT, R2)
+        asm.load(8, R2, R6, self.offsets["request.q"])
+        asm.store(8, R1, Done.QUEUE, R2)
+        asm.store(8, R1, Done.SECTOR, R8)
+        asm.load(8, R2, R10, BYTES)
+        asm.store(8, R1, Done.BYTES, R2)
+        asm.load(8, R2, R10, EPOCH_SEEN)
+        asm.store(8, R1, Done.EPOCH, R2)
+        asm.label("unnoted")
 
     def _record_chain(self) -> None:
         asm = self.asm
@@ -169,6 +229,7 @@ class _Writer(Functions):
     def _record_by_kind(self) -> None:
         """Record r8, r9 unless the operation has no range of its own: then anything may have changed."""
         asm = self.asm
+        asm.jump_if(R7, "==", self.operations["REQ_OP_WRITE"], "ranged")
         for name in OPAQUE:
             if name in self.operations:
                 asm.jump_if(R7, "==", self.operations[name], "opaque")

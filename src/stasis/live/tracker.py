@@ -186,6 +186,7 @@ class Tracker:
     def _flip(self) -> int:
         """Make the other bitmap active; returns which one was."""
         old = self._active()
+        self._kernel().draw_epoch()
         self._kernel().set_field(self._record.slot, Slot.ACTIVE, 1 - old)
         return old
 
