@@ -194,7 +194,7 @@ def _no_segments() -> Iterator[None]:
 
 
 def test_memory_files(tmp_path: Path) -> None:
-    cycle(tmp_path, MEMFD, times=2)
+    cycle(tmp_path, MEMFD)
 
 
 @pytest.mark.usefixtures("_no_segments")
@@ -202,7 +202,6 @@ def test_memory_files(tmp_path: Path) -> None:
 def test_system_v_segments(tmp_path: Path, removed: bool) -> None:
     """Made again where they are gone, filled again where they are there and nobody uses them."""
     with running(tmp_path, compiled(tmp_path, SYSV)) as program:
-        program.restore(program.dump())
         images = program.dump()
         (named,) = (one for one in sysvshm.segments().values() if one.key == KEY)
         if removed:

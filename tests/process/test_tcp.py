@@ -104,7 +104,8 @@ def server(
 def test_a_connection_goes_on(tmp_path: Path, address: str) -> None:
     with server(tmp_path, ECHO, address, b"before ") as case:
         for word in (b"between ", b"after"):
-            case.cycle()
+            if word == b"after" or address == "::1":  # twice in one family
+                case.cycle()
             case.client.sendall(word)
         case.client.shutdown(socket.SHUT_WR)
         case.go()
@@ -186,6 +187,30 @@ def test_a_connection_without_a_word_is_named(tmp_path: Path) -> None:
         said = stasis("dump", case.program.pid, "--images", tmp_path / "images", status=ExitCode.UNSUPPORTED)
         assert "--tcp established" in said
         case.client.close()
+        case.program.finish()
+
+
+def test_a_connection_that_others_have_is_named(tmp_path: Path) -> None:
+    script = """
+if not os.fork():
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() != 1 and not os.path.exists("go"):
+        time.sleep(0.003)
+    Path("alone").touch()
+    wait("go")
+    os._exit(0)
+os.wait()
+wait("alone")
+set_up()
+"""
+    with server(tmp_path, script) as case:
+        said = stasis(
+            "dump", case.program.pid, "--images", tmp_path / "images", "--tcp", "established",
+            status=ExitCode.UNSUPPORTED,
+        )  # fmt: skip
+        assert "outside of the tree, has it open as well" in said
         case.program.finish()
 
 

@@ -15,6 +15,7 @@ import mmap
 import os
 import socket
 from collections.abc import Iterable
+from itertools import takewhile
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -79,7 +80,7 @@ class Connections:
 
     def release(self) -> None:
         """Let all live again: their own packets, and those of others."""
-        held = [slot for slot in self._slots if slot.pid] if not self.count else self._slots[: self.count]
+        held = list(takewhile(lambda slot: slot.pid, self._slots))
         for slot in held:
             _release(slot)
         if held and self.method == NFTABLES:

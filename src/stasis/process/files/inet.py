@@ -4,6 +4,7 @@ lost, as the network may lose them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -11,6 +12,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from stasis.errors import BusyError, StateError
+from stasis.linux import process
 from stasis.process.files import tcp
 from stasis.process.files.connections import why_no_lock
 from stasis.process.files.descriptor import duplicate, owner, set_flags
@@ -54,6 +56,20 @@ class InetSockets(FileKind):
             reason, option = _reason_against(sock, self.options)
             if reason:
                 looking.findings.add(descriptor.pid, descriptor.where, reason, option)
+
+    def check_all(self, looking: Looking) -> None:
+        """A connection that others have open, too, would be dead for them once the tree has ended."""
+        if self.options.tcp != "established":
+            return
+        found = [one for one in looking.descriptors if self.claims(one) and _is_connected(one)]
+        inodes = {one.status.st_ino: one for one in found}
+        tree = {one.pid for one in looking.descriptors} | {os.getpid()}
+        for pid in process.processes() if inodes else ():
+            for link in _links(pid) if pid not in tree else ():
+                kind, _, inode = link.partition(":[")
+                if kind == "socket" and (one := inodes.get(int(inode[:-1]))) is not None:
+                    reason = f"process {pid} ({process.name(pid)}), which is outside of the tree, has it open as well"
+                    looking.findings.add(one.pid, one.where, reason, "--tcp close")
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
         with _opened(descriptor) as sock:
@@ -165,6 +181,21 @@ def _make_connection(sock: socket.socket, found: InetSkEntry, opened: Opened) ->
 
 def _opened(descriptor: Descriptor) -> socket.socket:
     return socket.socket(fileno=duplicate(descriptor))
+
+
+def _is_connected(descriptor: Descriptor) -> bool:
+    with _opened(descriptor) as sock:
+        return sock.proto == socket.IPPROTO_TCP and tcp.state_of(sock) in tcp.CONNECTED
+
+
+def _links(pid: int) -> list[str]:
+    """What the descriptors of a process are; those that go meanwhile are left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
 
 
 def _reason_against(sock: socket.socket, options: FileOptions) -> tuple[str, str]:
