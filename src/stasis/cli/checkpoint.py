@@ -43,6 +43,9 @@ stasis process dump 4711 --images /var/tmp/images --pre-copy 5
     after.add_argument("--leave-running", action="store_true", help="let the processes run on")
     after.add_argument("--leave-stopped", action="store_true", help="leave the processes stopped, as SIGSTOP does")
     command.add_argument("--parent", metavar="DIR", help="the last pre-dump: write only what was written since")
+    command.add_argument("--track", action="store_true",
+                         help="with --leave-running: watch what is written from now on, as pre-dump does, so that "
+                              "another dump can continue this one with --parent")
     command.add_argument("--pre-copy", metavar="N", type=_rounds, default=0,
                          help="copy memory in at most N rounds before the processes are stopped (0)")
 
@@ -164,7 +167,8 @@ def dump(arguments: argparse.Namespace) -> None:
 
     options = DumpOptions(leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped,
                           timeout=arguments.timeout, parent=arguments.parent,
-                          pre_copy=arguments.pre_copy, files=_file_options(arguments))  # fmt: skip
+                          pre_copy=arguments.pre_copy, files=_file_options(arguments),
+                          track=arguments.track)  # fmt: skip
     run = dump_inside if is_inside(arguments.pid) else dump_tree
     result = run(arguments.pid, arguments.images, options)
     if arguments.json:

@@ -36,6 +36,8 @@ def is_inside(pid: int) -> bool:
         theirs, ours = (os.stat(f"/proc/{who}/ns/pid") for who in (pid, "self"))
         roots = [os.stat(f"/proc/{who}/root/") for who in (pid, "self")]
     except FileNotFoundError as error:
+        if os.path.exists(f"/proc/{pid}"):
+            return False  # its first thread has ended, which the dump says better
         raise refusal(pid, ProcessLookupError(error.errno, error.strerror)) from error
     except PermissionError:
         return False  # told by whoever tries to trace it
