@@ -40,6 +40,7 @@ class Disk:
     def __init__(self, path: Path, number: Number) -> None:
         self.path, self.number = path, number
         self.integrity = False
+        self.discarded: int | None = 0
         self.mounted_on: Path | None = None
 
     @property
@@ -120,6 +121,9 @@ class FakeKernel(Kernel):
         if (major, minor) not in self.nodes:
             return f"/dev/block/{major}:{minor}"  # the disk that this test's own files lie on
         return self.nodes[major, minor]
+
+    def discarded(self, path: str) -> int | None:
+        return self.disks[path].discarded
 
     def mount_point(self, path: str) -> str | None:
         mounted = self.disks[path].mounted_on

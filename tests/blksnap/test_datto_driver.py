@@ -150,6 +150,25 @@ def test_a_cow_file_that_cannot_be_believed_begins_a_generation(host: Host, dama
         assert changes.changed_extents(0, held=True) == [(0, 4 * MIB)]
 
 
+@pytest.mark.parametrize("counter", [8, None])
+def test_a_discard_which_the_module_overlooks_begins_a_generation(host: Host, counter: int | None) -> None:
+    driver = host.driver()
+    driver.attach(host.device)
+    driver.destroy(_take(host, driver), [host.device])
+    before, host.disk.discarded = host.device.notes["generation"], counter
+    driver.destroy(_take(host, driver), [host.device])
+    with _map(host) as changes:
+        assert changes.generation != before
+    host.disk.discarded = 8
+    driver.destroy(_take(host, driver), [host.device])
+    known = host.device.notes["generation"]
+    host.kernel.write(host.disk, 0, b"x")
+    _take(host, driver)
+    with _map(host) as changes:
+        assert changes.held_generation == known
+        assert changes.changed_extents(changes.held_number - 1, held=True) == [(0, 65536)]
+
+
 def test_a_failed_device_tells_nothing(host: Host) -> None:
     driver = host.driver()
     driver.attach(host.device)

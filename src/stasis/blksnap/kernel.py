@@ -55,3 +55,8 @@ class Kernel:
         """Where the file system on a block device is mounted for writing; None if it is not."""
         number = os.stat(path).st_rdev
         return next((mount.target for mount in mounts.mounts_of(number) if not mount.read_only), None)
+
+    def discarded(self, path: str) -> int | None:
+        """Sectors of a block device that were discarded since it appeared; None if that is not counted."""
+        with self.open(path) as fd:
+            return blockdev.discarded_sectors(fd)

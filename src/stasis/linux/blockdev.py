@@ -10,6 +10,7 @@ from stasis.linux import ioctl
 
 __all__ = [
     "discard",
+    "discarded_sectors",
     "disk_sequence",
     "is_block_device",
     "is_read_only",
@@ -108,6 +109,22 @@ def write_counters(fd: int) -> tuple[int, int] | None:
 
     For a partition these are the partition's own. A write to the whole disk is not in them.
     """
+    fields = _statistics(fd)
+    if fields is None:
+        return None
+    return (
+        fields[STAT_WRITE_IOS] + fields[STAT_DISCARD_IOS],
+        fields[STAT_WRITE_SECTORS] + fields[STAT_DISCARD_SECTORS],
+    )
+
+
+def discarded_sectors(fd: int) -> int | None:
+    """512-byte sectors that were discarded since the device appeared; None if not counted. As `write_counters`."""
+    fields = _statistics(fd)
+    return None if fields is None else fields[STAT_DISCARD_SECTORS]
+
+
+def _statistics(fd: int) -> list[int] | None:
     status = os.fstat(fd)
     if not stat.S_ISBLK(status.st_mode):
         return None
@@ -115,9 +132,4 @@ def write_counters(fd: int) -> tuple[int, int] | None:
         fields = [int(field) for field in (sysfs_path(status.st_rdev) / "stat").read_text().split()]
     except OSError:
         return None
-    if len(fields) <= STAT_DISCARD_SECTORS:
-        return None
-    return (
-        fields[STAT_WRITE_IOS] + fields[STAT_DISCARD_IOS],
-        fields[STAT_WRITE_SECTORS] + fields[STAT_DISCARD_SECTORS],
-    )
+    return fields if len(fields) > STAT_DISCARD_SECTORS else None

@@ -4,7 +4,8 @@
 The module knows one device per minor number, which is either a snapshot or "incremental". Attaching makes a snapshot
 and lets it go at once, so that changes are noted from then on; taking one turns the device into a snapshot again, and
 leaves the COW file of the epoch that ended, whose index says what changed in it. Numbers and map are kept here, since
-the module has neither. Discards are noted by no version of it.
+the module has neither. Discards are noted by no version of it: the kernel's count of them tells whether there were any,
+and then the epoch says nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ LATER = "the module keeps what changed since the last snapshot to itself; everyt
 
 
 class DattoDriver(Driver):
-    """The dattobd module. A device's notes: minor, cow (path), series, generation, number, marked."""
+    """The dattobd module. A device's notes: minor, cow (path), series, generation, number, marked, discarded."""
 
     name = "dattobd"
     storage_elsewhere = False
@@ -105,14 +106,15 @@ class DattoDriver(Driver):
 
     def _begin(self, device: Tracked, info: dattobd.Info | None) -> None:
         """Track a device from now on, or take one over that the module tracks already; what changed before is lost."""
-        mount = self._mount_point(device)
+        mount, discarded = self._mount_point(device), self.kernel.discarded(device.path)
         if info is not None and info.state & (dattobd.State.SNAPSHOT | dattobd.State.UNVERIFIED):
             raise BusyError(f"dattobd has {device.path} as its minor {info.minor} already, in state {info.state}",
                             hint=f"dbdctl destroy {info.minor}, or dbdctl transition-to-incremental {info.minor}")
         is_new = info is None
         info = info or self._set_up(device, mount)
         device.notes.update(minor=info.minor, cow=str(mount / os.fsdecode(info.cow).lstrip("/")), marked=[],
-                            series=bytes(info.uuid).hex(), number=0, generation=str(uuid.uuid4()))
+                            series=bytes(info.uuid).hex(), number=0, generation=str(uuid.uuid4()),
+                            discarded=discarded)
         device.map_path.unlink(missing_ok=True)
         if is_new:
             self._track(device)
@@ -224,17 +226,21 @@ class DattoDriver(Driver):
         if not devices:
             raise self.failed("snapshot", held.uuid, OSError(errno.EINVAL, ""))
         (device,) = devices
-        before, old = self._checked(device), str(device.notes["cow"])
+        before, old, discarded = self._checked(device), str(device.notes["cow"]), self.kernel.discarded(device.path)
         cow = _cow_name(Path(held.storage), device, other=old)
         self._with_paths("snapshot", device, cow, dattobd.IOCTL_TRANSITION_SNAP, dattobd.TransitionSnapParams(
             fallocated_space=_snapshot_mib(device.size, held.limit), minor=device.notes["minor"]))
         device.notes["cow"] = str(cow)
         self._end_epoch(device, self._changed(device, old, before))
+        device.notes["discarded"] = discarded
         with contextlib.suppress(OSError):
             os.unlink(old)
 
     def _changed(self, device: Tracked, cow: str, before: dattobd.Info) -> list[tuple[int, int]] | None:
-        """What the COW file of the epoch that ended says; None where it cannot be believed."""
+        """What the COW file of the epoch that ended says; None where it cannot be believed, or does not have it all."""
+        discarded = self.kernel.discarded(device.path)
+        if discarded is None or discarded != device.notes["discarded"]:
+            return None
         try:
             with CowReader(cow, device.size) as reader:
                 same = reader.header.uuid == bytes(before.uuid) and reader.header.seqid == before.seqid
@@ -244,7 +250,9 @@ class DattoDriver(Driver):
 
     def _end_epoch(self, device: Tracked, changed: list[tuple[int, int]] | None) -> None:
         """Raise the number, and enter what changed; begin a new generation where that is not known, or at the end."""
-        notes, changes = device.notes, self._changes(device)
+        notes = device.notes
+        # At number 0 everything counts as changed for whoever asks; nothing has changed since.
+        changes = self._changes(device) if notes["number"] else bytes(_blocks(device))
         number = int(notes["number"]) + 1
         if changed is None or changes is None or number > LAST_NUMBER:
             notes.update(generation=str(uuid.uuid4()), number=0)
