@@ -133,17 +133,13 @@ def test_a_slow_copier_is_told(disk: Disk) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_watchdogs_own_end_thaws(disk: Disk, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stasis.live.freezer.GRACE_SECONDS", 0.2)
-    monkeypatch.setattr("stasis.live.freezer.START_SECONDS", 0.2)
-    with frozen_at_end(disk), Stack([os.stat(disk.node).st_rdev]) as stack:
-        monkeypatch.setattr("stasis.live.freezer.START_SECONDS", LONG)
-        freezer = Freezer(stack.file_systems)
+    with frozen_at_end(disk), Stack([os.stat(disk.node).st_rdev]) as stack, Freezer(stack.file_systems) as freezer:
+        freezer.freeze(LONG)
         monkeypatch.setattr("stasis.live.freezer.START_SECONDS", 0.2)
-        with freezer:
-            freezer.freeze(LONG)
-            os.kill(freezer.pid, number)
-            with pytest.raises(StasisError, match="watchdog"):
-                freezer.thaw()
-            write(disk)
+        os.kill(freezer.pid, number)
+        with pytest.raises(StasisError, match="watchdog"):
+            freezer.thaw()
+        write(disk)
 
 
 def test_a_freeze_of_somebody_else_is_left_alone(disk: Disk) -> None:

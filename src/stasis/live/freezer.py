@@ -48,26 +48,30 @@ class Freezer:
     """One watchdog and the file systems it answers for, in the order of freezing; a context manager."""
 
     def __init__(self, file_systems: Sequence[FileSystem]) -> None:
-        """Start the watchdog. Raises StasisError if it does not come up."""
+        """Start the watchdog; it comes up while other things are done. Raises OSError."""
         self.file_systems = tuple(file_systems)
         self._attempt = 0
         self._limit = 0.0
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = ours
         descriptors = [file_system.fd for file_system in file_systems]
-        with theirs:
+        with theirs, contextlib.ExitStack() as on_failure:
+            on_failure.callback(ours.close)
             self._process = subprocess.Popen(
                 [sys.executable, "-B", "-m", "stasis.live.watchdog", str(theirs.fileno()),
                  ",".join(map(str, descriptors))],
                 pass_fds=[theirs.fileno(), *descriptors], start_new_session=True, cwd="/",
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            if self._receive(START_SECONDS) is None:
-                raise StasisError("the watchdog of the freeze did not start", hint="look at the limits of locked "
-                                  "memory (ulimit -l) and whether root runs this")
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
+        self._is_up = False
+
+    def await_start(self) -> None:
+        """Return once the watchdog is ready. Raises StasisError if it does not come up."""
+        if not self._is_up:
+            self._is_up = self._receive(START_SECONDS) is not None
+        if not self._is_up:
+            raise StasisError("the watchdog of the freeze did not start", hint="look at the limits of locked memory "
+                              "(ulimit -l) and whether root runs this")
 
     @property
     def pid(self) -> int:
@@ -93,6 +97,7 @@ class Freezer:
 
     def freeze(self, seconds: float) -> Frozen:
         """Freeze all. Thawed in any case `seconds` from now. Raises BusyError, FreezeExpired, StasisError."""
+        self.await_start()
         self._limit, started = seconds, time.monotonic()
         self._attempt += 1
         self._send({"do": "freeze", "seconds": seconds, "attempt": self._attempt})
@@ -125,6 +130,7 @@ class Freezer:
 
     def restore_later(self, descriptor: int, text: str) -> None:
         """Have `text` written to a file when we end, in whatever way, or at `release`."""
+        self.await_start()
         data = json.dumps({"do": "restore", "text": text}).encode()
         try:
             socket.send_fds(self._control, [data], [descriptor])

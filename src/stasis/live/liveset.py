@@ -127,6 +127,7 @@ class LiveSet:
                 break
             before = pending
             self._timed_round()
+        self._freezer.await_start()
         for source in self.sources:
             source.prepare(2 * source.pending_bytes)
 
