@@ -17,7 +17,7 @@ BENCH_PACKAGES := restic borgbackup
 VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod xz-utils dmsetup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-backup bench-process bench-live figures man lint vmtest deps print-packages clean
+.PHONY: help demo test bench bench-backup bench-process bench-live bench-datto figures man lint vmtest deps print-packages clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ bench-process: $(STAMP) ## Measure checkpoints of processes, as root
 
 bench-live: $(STAMP) ## Measure tracking and copying of live devices, as root
 	@$(RUN) bench/run.py --suite live $(BENCH_OPTIONS)
+
+bench-datto: $(STAMP) ## Measure dattobd's tracers and update-img
+	@$(RUN) bench/run.py --suite datto $(BENCH_OPTIONS)
 
 figures: $(STAMP) ## Write results of the bench into README.md and docs/figures.md (RESULTS=FILE...)
 	@$(RUN) tools/figures.py $(or $(RESULTS),$(lastword $(sort $(wildcard bench/results/*.json))))

@@ -51,6 +51,14 @@ class Stasis:
         """Run a command with --json."""
         return json.loads(self.call(*words, "--json"))
 
+    def variables(self) -> list[str]:
+        """NAME=VALUE of the environment that leads other commands to this daemon."""
+        return [f"STASIS_RUN_DIR={self._run_dir}", f"STASIS_STATE_DIR={self._state_dir}"]
+
+    def client(self) -> stasis.Client:
+        """A connection to this daemon, which runs."""
+        return stasis.connect(self._run_dir, self._state_dir, start_daemon=False)
+
     def attach(self, path: Path, name: str, *options: str) -> str:
         """Serve an origin; the NBD URI."""
         return self.call("device", "attach", path, "--name", name, *options)

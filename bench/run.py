@@ -19,6 +19,7 @@ from pathlib import Path
 import report
 import rows_backup
 import rows_checkpoint
+import rows_datto
 import rows_disk
 import rows_image
 import rows_live_copy
@@ -36,7 +37,7 @@ from stasis.errors import StasisError
 HERE = Path(__file__).resolve().parent
 # Importing these registers their groups; this is the order of the table.
 ROOMS = (rows_plain, rows_snapshot, rows_disk, rows_tracking, rows_image, rows_process, rows_backup, rows_checkpoint,
-         rows_live_tracking, rows_live_copy)
+         rows_live_tracking, rows_live_copy, rows_datto)
 
 
 def main() -> int:
@@ -78,7 +79,7 @@ def _replace(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    suites = ["block", "backup", "process", "live"]
+    suites = ["block", "backup", "process", "live", "datto"]
     parser.add_argument("--suite", choices=suites, default="block", help="what to measure (block)")
     parser.add_argument("--only", action="append", metavar="NAME", help="groups or rows with NAME in their name")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 2 s on a small image: does it run at all?")

@@ -138,6 +138,29 @@ def test_a_snapshot_is_not_taken_up_after_a_power_cut(rig: Rig) -> None:
     rig.close()
 
 
+def test_a_long_discard_is_only_cut_up_where_contents_are_kept(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(rig.host.origin, "discard", lambda offset, length: steps.append(length))
+    rig.discard(0, 2 << 20)
+    assert steps == [256 << 10] * 8
+    steps.clear()
+    rig.to_incremental()
+    rig.discard(0, 2 << 20)
+    assert steps == [2 << 20]
+    rig.close()
+
+
+def test_only_one_file_of_a_device_can_be_taken_up_again(rig: Rig) -> None:
+    """What it saw, no other one did: the logs of all others go when it begins."""
+    other = rig.directory / "datto-another-1"
+    other.write_bytes(b"a log")
+    rig.restart()
+    assert rig.hosted.tracer is not None
+    assert not other.exists()
+    assert len(list(rig.directory.glob("datto-*"))) == 1
+    rig.close()
+
+
 def test_the_next_file_needs_a_name_of_its_own(rig: Rig) -> None:
     rig.to_incremental()
     with pytest.raises(Refused) as caught:

@@ -73,6 +73,11 @@ def dirty_status(changes: ChangeMap, since: int, held: bool, offset: int, length
 class Observer(Protocol):
     """Who is told of every write before it happens."""
 
+    @property
+    def step(self) -> int:
+        """Bytes of a long discard that it takes at a time."""
+        ...
+
     def before(self, requests: Sequence[Request]) -> None:
         """These ranges (offset, length, …) are about to be overwritten. Never raises, whatever happens."""
         ...
@@ -136,7 +141,7 @@ class OriginExport(Export):
             step, data = min(end - offset, DISCARD_STEP), False
             if self.cow is not None or self.observer is not None:
                 _, step, data = next(self.origin.data_extents(offset, step))
-                step = min(step, WINDOW) if data else step
+                step = min(step, self._longest_step()) if data else step
             requests = [(offset, step, 0)]
             if self.tracker is not None:
                 self.tracker.mark(requests)
@@ -146,6 +151,11 @@ class OriginExport(Export):
                 self.observer.before(requests)
             yield offset, step
             offset += step
+
+    def _longest_step(self) -> int:
+        if self.cow is not None or self.observer is None:
+            return WINDOW
+        return self.observer.step
 
     def cache(self, offset: int, length: int) -> None:
         self.origin.prefetch(offset, length)

@@ -92,8 +92,15 @@ class TracerKeeper:
     def _keep_current(self) -> None:
         while not self._ended.wait(REFRESH_SECONDS):
             with self.lock:
-                if any(record.state.is_active for record in self.registry.tracers.values()):
-                    self.refresh()
+                if not self._ended.is_set() and any(
+                        record.state.is_active for record in self.registry.tracers.values()):
+                    self._refresh_quietly()
+
+    def _refresh_quietly(self) -> None:
+        try:
+            self.refresh()
+        except (StasisError, OSError) as error:
+            log.warning("the status file is not up to date: %s", error)
 
     def close(self) -> None:
         """The daemon ends."""

@@ -81,23 +81,27 @@ class Hosted(Plugin):
         try:
             files = series.take_up(self._site(settings.directory), str(state["cow"]),
                                    index_only=state["mode"] != "snapshot", cache=settings.cache or CACHE_DEFAULT)
+            self._begin(settings, files)
         except StasisError as error:
             self._refused = error
         except OSError as error:
             self._refused = StasisError(f"{state['cow']}: {error.strerror}", errno=error.errno or EIO)
-        else:
-            self._begin(settings, files)
-            assert self.tracer is not None
-            if state.get("auto_expand") and not self.tracer.cow.is_index_only:
-                self.tracer.auto_expand = (int(state["auto_expand"][0]), int(state["auto_expand"][1]))
+        if self.tracer is not None and state.get("auto_expand") and not self.tracer.cow.is_index_only:
+            self.tracer.auto_expand = (int(state["auto_expand"][0]), int(state["auto_expand"][1]))
         if self._refused is not None:
             series.forget_logs(settings.directory)  # from here on the device is written behind its file's back
             print(f"WARNING the tracer {settings.minor} of {self._host.name} cannot go on: {self._refused}",
                   file=sys.stderr, flush=True)
 
     def _begin(self, settings: _Settings, files: Files) -> None:
-        """From here on every write is seen. Between batches."""
+        """From here on every write is seen, by this file and no other. Between batches. OSError: nothing has begun."""
         self._settings, self._refused = settings, None
+        try:
+            series.forget_logs(settings.directory, self._log_path(files[0]))
+        except OSError:
+            for file in files:
+                file.close()
+            raise
         self.tracer = Tracer(self._host.origin, *files, failed=self._failed, low=self._low)
         self._host.export.observer = self.tracer
         self._serve_image()

@@ -8,6 +8,7 @@ leaves memory without being written, and the death of the process that writes lo
 from __future__ import annotations
 
 import os
+import sys
 from array import array
 from collections.abc import Iterator
 from errno import EIO
@@ -108,14 +109,32 @@ class Index:
                 start = -1
         return [*runs, (start, end)] if start >= 0 else runs
 
+    def enter(self, block: int, value: int) -> int:
+        """Give one block its entry; the one it had. Hot: half the cost of a first write beside its I/O."""
+        number = block >> SECTION_SHIFT
+        view = self.sections.get(number)
+        if view is None:
+            view = self.section(number)
+        before: int = view[block & (SECTION_BLOCKS - 1)]
+        view[block & (SECTION_BLOCKS - 1)] = value
+        self._has_entries[number] = 1
+        if os.pwrite(self._fd, value.to_bytes(8, sys.byteorder), HEADER_AREA + block * 8) != 8:
+            raise OSError(EIO, "an entry of the COW file was written in part")
+        return before
+
     def point(self, first: int, count: int, slot: int) -> None:
         """The old contents of `count` blocks lie in the file from `slot` on; readers see it on return."""
+        if count == 1:
+            self.enter(first, slot)
+            return
         for number, low, high in self.pieces(first, first + count):
             self._set(number, low, array("Q", range(slot, slot + high - low)))
             slot += high - low
 
     def mark(self, first: int, end: int) -> int:
         """Give blocks the entry that says no more than changed. Returns how many had none."""
+        if end - first == 1:
+            return int(not self.enter(first, CHANGED))
         fresh = 0
         for number, low, high in self.pieces(first, end):
             fresh += self.section(number)[low:high].tolist().count(0)

@@ -97,6 +97,8 @@ class TracerRecord:
         for name in ("cow", "cow_size", "seqid", "uuid", "version", "changed", "filled"):
             if name in described:
                 setattr(self, name, described[name])
+        if "mode" in described and self.state.is_active:
+            self.state = State.ACTIVE_SNAPSHOT if described["mode"] == "snapshot" else State.ACTIVE_INCREMENTAL
         if described.get("error") and not self.error:
             self.error, self.reason = int(described["error"]), str(described.get("reason") or "")
 
@@ -266,8 +268,9 @@ class Registry:
         """Keep no more contents, only what changes."""
         record = self._find_closed(minor)
         device = self._active(record, State.ACTIVE_SNAPSHOT, "transition-to-incremental")
-        record.take(self._backend.ask(device, "incremental"))
+        described = self._backend.ask(device, "incremental")
         record.state, record.auto_expand = move(record.state, Move.TO_INCREMENTAL), None
+        record.take(described)
         self._backend.changed()
         return record
 
@@ -343,12 +346,9 @@ class Registry:
 
     def woke(self, record: TracerRecord, described: Mapping[str, Any]) -> None:
         """The device is served; its worker says how the tracer goes on, or why it does not."""
+        if not described.get("error") and not record.error and not record.state.is_active:
+            record.state = move(record.state, Move.WAKE)
         record.take(described)
-        if not record.error:
-            if not record.state.is_active:
-                record.state = move(record.state, Move.WAKE)
-            if "mode" in described:
-                record.state = State.ACTIVE_SNAPSHOT if described["mode"] == "snapshot" else State.ACTIVE_INCREMENTAL
         self._backend.changed()
 
     def slept(self, name: str) -> None:
