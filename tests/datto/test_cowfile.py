@@ -111,7 +111,7 @@ RANGES = st.tuples(st.integers(0, 10240), st.integers(1, 300))
 STEPS = st.lists(st.one_of(RANGES, st.sampled_from(["incremental", "reopen", "die"])), max_size=25)
 
 
-@settings(max_examples=60)
+@settings(max_examples=200 if os.environ.get("STASIS_LONG") else 25)
 @given(steps=STEPS, version=st.sampled_from([0, 1]), cache=st.sampled_from([0, CACHE]))
 def test_file_and_model_are_equal_after_any_history(steps: list[object], version: int, cache: int) -> None:
     with tempfile.TemporaryDirectory() as directory:

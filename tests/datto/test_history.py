@@ -14,7 +14,7 @@ from stasis.datto.cowreader import CowReader
 from stasis.datto.layout import Geometry
 from tests.datto.rig import BLOCK, SIZE, Refused, Rig
 
-HISTORIES = 60 if os.environ.get("STASIS_LONG") else 4
+HISTORIES = 60 if os.environ.get("STASIS_LONG") else 3
 TRANSITIONS = 12
 
 
