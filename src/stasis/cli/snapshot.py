@@ -131,6 +131,7 @@ def _print_device(device: SnapshotDevice) -> None:
         ("device", device.name),
         ("image", device.uri),
         ("image over TCP", device.tcp_uri),
+        ("image's node", device.node),
         ("image node", device.node),
         ("size", output.size_text(device.size) if device.size else None),
         ("error code", device.error_code or None),

@@ -69,7 +69,7 @@ class Tool:
         return subprocess.Popen([str(self.directory / "blksnap"), *map(str, arguments)], env=self.environment,
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
-    def script(self, text: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def script(self, text: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
         """Run a shell script that finds `blksnap` on its path."""
         return subprocess.run(["bash", "-euo", "pipefail", "-c", text], env=self.environment, cwd=self.directory,
                               text=True, capture_output=True, timeout=timeout)  # fmt: skip

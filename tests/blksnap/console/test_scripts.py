@@ -15,6 +15,7 @@ from tests.system.helpers import LONG
 pytestmark = [
     pytest.mark.root,
     pytest.mark.tool("mkfs.ext4", "e2fsck"),
+    pytest.mark.timeout(1600 if LONG else 300),
     pytest.mark.skipif(os.geteuid() == 0 and not frontend.probe(), reason="this host has no way to make a node"),
 ]
 
@@ -58,7 +59,7 @@ load() {  # directory: write, remove and rename until stopped
 
 
 def _run(blksnap: Tool, script: str) -> str:
-    result = blksnap.script(PROLOGUE + script)
+    result = blksnap.script(PROLOGUE + script, timeout=1500 if LONG else 200)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result.stdout
 
