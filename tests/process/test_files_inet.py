@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from pathlib import Path
 
 import pytest
 
 from stasis.errors import BusyError
+from stasis.process.files.rawsock import peer_words
 from tests.process.cycles import cycle, findings_of
 
 pytestmark = pytest.mark.root
@@ -65,6 +67,35 @@ def test_datagrams_come_and_go(tmp_path: Path, family: socket.AddressFamily) -> 
         assert (data, sender[1]) == (b"hello", port)
         assert client.getpeername() == server.getsockname()
         assert client.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
+
+    cycle(tmp_path / "images", set_up, verify)
+
+
+def test_raw_sockets(tmp_path: Path) -> None:
+    icmp_filter, ipv6_filter = struct.pack("=I", 0b101), struct.pack("=8I", *range(1, 9))
+
+    def set_up() -> list[int]:
+        ping = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+        ping.setsockopt(255, 1, icmp_filter)
+        ping.connect(("127.0.0.1", 0))
+        own = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+        assert own.getsockopt(socket.IPPROTO_IP, 3)
+        six = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+        six.bind(("::1", 0))
+        six.setsockopt(socket.IPPROTO_ICMPV6, 1, ipv6_filter)
+        tcp = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+        tcp.setsockopt(socket.IPPROTO_IP, 3, 1)
+        return [sock.detach() for sock in (ping, own, six, tcp)]
+
+    def verify(fds: list[int]) -> None:
+        ping, own, six, tcp = map(_at, fds)
+        assert peer_words(socket.AF_INET, os.fstat(ping.fileno()).st_ino) == [0x0100007F]
+        assert ping.getsockopt(255, 1, 4) == icmp_filter
+        assert own.getsockopt(socket.IPPROTO_IP, 3)
+        assert six.getsockname()[0] == "::1"
+        assert six.getsockopt(socket.IPPROTO_ICMPV6, 1, 32) == ipv6_filter
+        assert (tcp.type, tcp.proto) == (socket.SOCK_RAW, socket.IPPROTO_TCP)
+        assert tcp.getsockopt(socket.IPPROTO_IP, 3)
 
     cycle(tmp_path / "images", set_up, verify)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets of IPv4 and IPv6: UDP, and TCP that listens, is connected (`tcp.py`) or not. Datagrams that nobody read are
-lost, as the network may lose them."""
+"""Sockets of IPv4 and IPv6: UDP, raw ones, and TCP that listens, is connected (`tcp.py`) or not. Datagrams that nobody
+read are lost, as the network may lose them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,14 @@ TCP_INFO = struct.Struct("<8B 4I 2I")
 """The beginning of struct tcp_info; unacked and sacked are a listener's waiting connections and their limit."""
 IP_FREEBIND = 15
 TCP_ULP = 31
-KNOWN = ((socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP))
+IPPROTO_UDPLITE, HIGHEST_PROTOCOL = 136, 255
+TCP = (socket.SOCK_STREAM, socket.IPPROTO_TCP)
+KNOWN = {
+    TCP, (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
+    (socket.SOCK_DGRAM, IPPROTO_UDPLITE), (socket.SOCK_DGRAM, socket.IPPROTO_ICMP),
+    (socket.SOCK_DGRAM, socket.IPPROTO_ICMPV6), *((socket.SOCK_RAW, number) for number in range(HIGHEST_PROTOCOL + 1)),
+}  # fmt: skip
+"""Types and protocols."""
 WORDS: dict[int, str] = {socket.AF_INET: "<I", socket.AF_INET6: "<4I"}
 
 
@@ -74,7 +81,7 @@ class InetSockets(FileKind):
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
         with _opened(descriptor) as sock:
             entry = _describe(sock, descriptor, number, fd)
-            if entry.proto == socket.IPPROTO_TCP:
+            if (entry.type, entry.proto) == TCP:
                 entry.tcp_opts = _tcp_options(sock)
                 if entry.state in tcp.CONNECTED and self.options.tcp == "established":
                     _dump_connection(sock, descriptor, entry, saving)
@@ -113,7 +120,7 @@ class InetSockets(FileKind):
 
 def is_connection(found: InetSkEntry) -> bool:
     """Whether it is a TCP connection, of which there is a stream in the images."""
-    return found.proto == socket.IPPROTO_TCP and found.state in tcp.CONNECTED
+    return (found.type, found.proto) == TCP and found.state in tcp.CONNECTED
 
 
 def let_live(sock: socket.socket, found: InetSkEntry, images: ImageSet) -> None:
@@ -185,7 +192,7 @@ def _opened(descriptor: Descriptor) -> socket.socket:
 
 def _is_connected(descriptor: Descriptor) -> bool:
     with _opened(descriptor) as sock:
-        return sock.proto == socket.IPPROTO_TCP and tcp.state_of(sock) in tcp.CONNECTED
+        return (sock.type, sock.proto) == TCP and tcp.state_of(sock) in tcp.CONNECTED
 
 
 def _links(pid: int) -> list[str]:
@@ -202,7 +209,7 @@ def _reason_against(sock: socket.socket, options: FileOptions) -> tuple[str, str
     """Why it cannot be kept, and the option that gets around it."""
     if (sock.type, sock.proto) not in KNOWN:
         return f"internet sockets of the protocol {sock.proto} are not supported yet", ""
-    if sock.proto == socket.IPPROTO_UDP:
+    if sock.type != socket.SOCK_STREAM:
         return "", ""
     state, waiting, _ = _state(sock)
     if state == TCP_LISTEN:
@@ -233,6 +240,11 @@ def _describe(sock: socket.socket, descriptor: Descriptor, number: int, fd: int)
     if family == socket.AF_INET6:
         entry.v6only = bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
         entry.ifname = socket.if_indextoname(own[3]) if own[3] else None  # of a link-local address
+    if sock.type == socket.SOCK_RAW and entry.ip_opts is not None:
+        from stasis.process.files.rawsock import options_of_raw, peer_words
+
+        entry.ip_opts.raw = options_of_raw(sock)
+        entry.dst_addr = peer_words(family, descriptor.status.st_ino) or entry.dst_addr
     if is_connection(entry) and tcp.is_read_shut(sock):
         entry.shutdown = SkShutdown.READ
     return entry
@@ -240,7 +252,7 @@ def _describe(sock: socket.socket, descriptor: Descriptor, number: int, fd: int)
 
 def _state(sock: socket.socket) -> tuple[int, int, int]:
     """(state, waiting connections, backlog)"""
-    if sock.proto == socket.IPPROTO_TCP:
+    if (sock.type, sock.proto) == TCP:
         raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
         fields = TCP_INFO.unpack(raw)
         return fields[0], *(fields[12:14] if fields[0] == TCP_LISTEN else (0, 0))
@@ -287,16 +299,20 @@ def _tcp_options(sock: socket.socket) -> TcpOptsEntry:
 def _make(sock: socket.socket, found: InetSkEntry, *, bound: bool) -> None:
     """Bound, listening or connected as it was. A TCP connection that is not to be kept is in no state."""
     set_options(sock, found.opts)
-    if found.v6only is not None:
+    if found.v6only is not None and found.type != socket.SOCK_RAW:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(found.v6only))
     _set_protocol_options(sock, found)
-    if found.proto == socket.IPPROTO_TCP and found.state not in (TCP_LISTEN, TCP_CLOSE):
+    if found.ip_opts is not None and found.ip_opts.raw is not None and found.type == socket.SOCK_RAW:
+        from stasis.process.files.rawsock import set_raw_options
+
+        set_raw_options(sock, found.ip_opts.raw)
+    if (found.type, found.proto) == TCP and found.state not in (TCP_LISTEN, TCP_CLOSE):
         return
     if found.src_port and bound:
         _bind(sock, _address(found.family, found.src_addr), found)
     if found.state == TCP_LISTEN:
         sock.listen(found.backlog)
-    elif found.dst_port and found.type == socket.SOCK_DGRAM:
+    elif found.type != socket.SOCK_STREAM and (found.dst_port or any(found.dst_addr)):
         sock.connect(_target(found, _address(found.family, found.dst_addr), found.dst_port))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(found.opts.reuseaddr or False))
 
