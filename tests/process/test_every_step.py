@@ -24,6 +24,8 @@ LONG = bool(os.environ.get("STASIS_LONG"))
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.timeout(7200 if LONG else 300)]
 
 SAMPLE = 6
+LAST = 120
+"""Steps in which a dump puts its set in its place and ends the tree."""
 
 
 def _steps(total: int, seed: int) -> Iterator[int]:
@@ -85,6 +87,29 @@ def test_a_dumper_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> None:
         program.finish()
 
 
+def test_a_dumper_that_is_killed_while_it_ends_the_tree(tmp_path: Path, seed: int) -> None:
+    """Its last steps: all of the tree go on, or all have ended and the set is whole."""
+    with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
+        program.pids = program.descendants()
+        images = tmp_path / "counted"
+        total = count_steps(lambda: dump(program.pid, images))
+        program.process.wait()
+        last = range(total - LAST, total)
+        for step in last if LONG else random.Random(seed).sample(last, SAMPLE):
+            wait_for(lambda: not any(map(_is_there, program.pids)), "nobody waits for the dead")
+            program.restore(images)
+            images = tmp_path / f"step-{step}"
+            kill_at(step, lambda images=images: dump(program.pid, images))
+            wait_for(lambda: not any(map(_is_dead, program.pids)), "nobody waits for the dead")
+            there = list(filter(_is_there, program.pids))
+            assert there == program.pids or (not there and images.exists()), f"killed at step {step} of {total}"
+            if there:
+                _goes_on(program)
+                images = program.dump()
+        program.restore(images)
+        program.finish()
+
+
 def test_a_pre_dump_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> None:
     with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
         _killed_again_and_again(program, seed, lambda images: pre_dump(program.pid, images))
@@ -106,6 +131,10 @@ def test_a_restorer_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> Non
         program.restore(_end(program, images))
         _goes_on(program)
         program.finish()
+
+
+def _is_there(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")
 
 
 def _is_dead(pid: int) -> bool:
