@@ -20,10 +20,12 @@ from stasis.process.images.summary import summarize
 from stasis.process.restore.job import restore
 from stasis.process.restore.plan import read_tree
 
-pytestmark = pytest.mark.root
+LONG = bool(os.environ.get("STASIS_LONG"))
 
-MUTATIONS = 20_000 if os.environ.get("STASIS_LONG") else 300
-RESTORES = 500 if os.environ.get("STASIS_LONG") else 8
+pytestmark = [pytest.mark.root, pytest.mark.timeout(7200 if LONG else 300)]
+
+MUTATIONS = 20_000 if LONG else 300
+RESTORES = 500 if LONG else 8
 
 
 def _dumped(directory: Path) -> tuple[int, Path]:
