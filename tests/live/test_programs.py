@@ -184,7 +184,7 @@ def test_a_live_and_a_served_disk_show_one_instant(tracked_state: Stasis, tmp_pa
         with Client.connect(uri) as client:
             def write(number: int) -> None:
                 put_number(disk.directory / "number", number)
-                client.pwrite(0, f"{number:09}".encode().ljust(512))
+                client.pwrite(0, f"{number:09}".encode().ljust(4096))
 
             stasis("repo", "init", folder / "repo", "--no-encryption")
             write(0)
