@@ -82,6 +82,23 @@ def test_a_block_device_and_its_node_are_one_device(blksnap: Tool, disk: Path) -
         subprocess.run(["losetup", "-d", loop], check=True)
 
 
+@pytest.mark.expects_errors("is not served")
+def test_a_device_that_could_not_be_served_is_tried_again(blksnap: Tool, disk: Path) -> None:
+    """And is not called attached while it is not."""
+    blksnap.ok("attach", "-d", disk)
+    blksnap.stasis("daemon", "stop", "--force")
+    away = disk.rename(disk.with_suffix(".away"))
+    assert [one["state"] for one in blksnap.stasis.json("device", "list")] == ["failed"]
+    away.rename(disk)
+    os.truncate(disk, 0)
+    said = blksnap("attach", "-d", disk)
+    assert (said.code, said.out) == (1, ""), said
+    assert said.err.startswith("Failed to attach filter to the block device: ")
+    os.truncate(disk, 2 * MIB)
+    assert blksnap.ok("attach", "-d", disk) == "Already was attached"
+    assert [one["state"] for one in blksnap.stasis.json("device", "list")] == ["serving"]
+
+
 # -- places of files ----------------------------------------------------------------------------------
 
 

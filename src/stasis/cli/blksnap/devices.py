@@ -35,7 +35,8 @@ def attach_path(session: Session, path: str, status: os.stat_result) -> tuple[De
     """The device at a path, and whether it was attached before. Raises what the daemon raises."""
     found = session.find(status)
     if found is not None:
-        return found, True
+        # One that could not be served when the daemon started is tried again: nobody tracks it otherwise.
+        return (session.client.refresh(found.name) if found.state == "failed" else found), True
     try:
         return _attach_new(session, os.path.realpath(path)), False
     except StasisError as error:
