@@ -52,6 +52,11 @@ class Index:
         self._make_room(0)
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether not all sections fit in memory, so that it matters which ones are used."""
+        return self._allowed < self._geometry.sections
+
+    @property
     def loaded(self) -> int:
         """Sections in memory now."""
         return len(self.sections)

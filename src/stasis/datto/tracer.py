@@ -23,6 +23,11 @@ from stasis.linux.iobuffer import IoBuffer
 
 __all__ = ["WARN_AT", "Tracer"]
 
+SECTION_SPAN = SECTION_SHIFT + BLOCK_SHIFT
+"""Shift of the bytes of the device that a section of the index is for."""
+SECTION_MASK = SECTION_BLOCKS - 1
+BLOCK_MASK = BLOCK_SIZE - 1
+
 WINDOW_BLOCKS = 64
 """Blocks copied at a time, as in the snapshot engine (block/cow.py)."""
 
@@ -80,20 +85,34 @@ class Tracer:
             self.fail(error.errno or EIO)
 
     def _missing(self, requests: Sequence[Request]) -> list[Run]:
-        # Hot: for blocks that are in the index already this is all that tracing costs a write, 0.4 microseconds.
-        index, size, marked = self.cow.index, self.cow.geometry.size, self.cow.is_index_only
-        sections, used = index.sections, index.used
+        # Hot: for blocks that are in the index already this is all that tracing costs a write. The comprehension is
+        # twice as fast as a loop that does the same.
+        index, marked = self.cow.index, self.cow.is_index_only
+        get = index.sections.get
+        fresh = [
+            request
+            for request in requests
+            if (section := get(request[0] >> SECTION_SPAN)) is None
+            or (request[0] & BLOCK_MASK) + request[1] > BLOCK_SIZE
+            or not (entry := section[(request[0] >> BLOCK_SHIFT) & SECTION_MASK])
+            or (marked and entry != CHANGED)
+        ]
+        if index.is_bounded:
+            index.used.update(request[0] >> SECTION_SPAN for request in requests)
+        return self._runs(fresh) if fresh else []
+
+    def _runs(self, requests: Sequence[Request]) -> list[Run]:
+        """Runs of blocks of these requests that have no entry, or in incremental mode not the right one."""
+        index, marked, blocks = self.cow.index, self.cow.is_index_only, self.cow.geometry.blocks
         runs: list[Run] = []
         for offset, length, _ in requests:
             block, end = offset >> BLOCK_SHIFT, -(-(offset + length) >> BLOCK_SHIFT)
-            section = sections.get(block >> SECTION_SHIFT)
-            if end - block == 1 and section is not None and offset < size:
-                used.add(block >> SECTION_SHIFT)
-                entry = section[block & (SECTION_BLOCKS - 1)]
-                if entry != CHANGED and (marked or not entry):
-                    runs.append((block, end))
-            elif offset < size:
-                runs += index.runs_without(block, min(end, self.cow.geometry.blocks), marked=marked)
+            if block >= blocks:
+                continue  # the device has grown, which ends the series soon
+            if end - block == 1 and offset >> SECTION_SPAN in index.sections:
+                runs.append((block, end))  # or it would not be here
+            else:
+                runs += index.runs_without(block, min(end, blocks), marked=marked)
         return merge_runs(runs) if len(runs) > 1 else runs
 
     def _enter(self, runs: Sequence[Run]) -> None:
