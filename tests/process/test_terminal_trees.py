@@ -73,6 +73,35 @@ def test_a_pipeline_of_a_shell_in_a_terminal(tmp_path: Path) -> None:
         program.finish()
 
 
+WRITER = """
+import os, pty, time
+from pathlib import Path
+pid, master = pty.fork()
+if pid == 0:
+    while not os.path.exists("go"):
+        print("some output, now and then", flush=True)
+        time.sleep(0.02)
+    os._exit(0)
+Path("ready").touch()
+said = b""
+try:
+    while portion := os.read(master, 4096):
+        said += portion
+        time.sleep(0.001)
+except OSError:
+    pass  # the other end is closed
+assert set(said.split(b"\\r\\n")) == {b"some output, now and then", b""}, said
+os.wait()
+Path("content").touch()
+"""
+
+
+def test_output_that_is_read_in_a_moment_is_waited_for(tmp_path: Path) -> None:
+    with running(tmp_path, sys.executable, "-c", WRITER) as program:
+        program.restore(program.dump())
+        program.finish()
+
+
 @pytest.mark.tool("tmux")
 def test_tmux(tmp_path: Path) -> None:
     """The server with a shell in a window, without a client: afterwards one can look at it and type."""

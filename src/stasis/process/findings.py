@@ -13,12 +13,14 @@ __all__ = ["Finding", "Findings"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that stands in the way of a dump. `option` gets around it, where there is one."""
+    """One thing that stands in the way of a dump. `option` gets around it, where there is one. `passes`: it may be gone
+    in a moment, when the tree has run on."""
 
     pid: int
     resource: str
     reason: str
     option: str = ""
+    passes: bool = False
 
     def __str__(self) -> str:
         way = f" ({self.option})" if self.option else ""
@@ -31,9 +33,14 @@ class Findings:
     def __init__(self) -> None:
         self._found: list[Finding] = []
 
-    def add(self, pid: int, resource: str, reason: str, option: str = "") -> None:
+    @property
+    def pass_by(self) -> bool:
+        """Whether there are some, and all may be gone in a moment."""
+        return bool(self._found) and all(finding.passes for finding in self._found)
+
+    def add(self, pid: int, resource: str, reason: str, option: str = "", *, passes: bool = False) -> None:
         """Note something; the same thing twice counts once."""
-        finding = Finding(pid, resource, reason, option)
+        finding = Finding(pid, resource, reason, option, passes)
         if finding not in self._found:
             self._found.append(finding)
 

@@ -93,6 +93,7 @@ class Tree:
     def freeze(self) -> None:
         """Stop everything. Raises StasisError that names what could not be stopped; nothing is stopped then."""
         self._deadline = time.monotonic() + self._timeout
+        self._tasks.clear()
         try:
             self._add(self.root_pid, None)
             if self.root.is_zombie and len(procfs.threads(self.root_pid)) > 1:

@@ -52,8 +52,8 @@ def check_inside(pid: int, **options: Any) -> list[Finding]:
     return [Finding(*fields) for fields in found or ()]
 
 
-def _fields(finding: Finding) -> tuple[int, str, str, str]:
-    return finding.pid, finding.resource, finding.reason, finding.option
+def _fields(finding: Finding) -> tuple[int, str, str, str, bool]:
+    return finding.pid, finding.resource, finding.reason, finding.option, finding.passes
 
 
 def dump_inside(pid: int, images: str | os.PathLike[str], options: DumpOptions) -> DumpResult:

@@ -50,6 +50,8 @@ from stasis.process.tree import Task, Tree
 __all__ = ["DumpOptions", "DumpResult", "check", "dump"]
 
 IMAGE_VERSION = 2
+MOMENTS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Seconds to wait for what passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,7 @@ class DumpResult:
 def check(pid: int, *, timeout: float = 10.0, files: FileOptions | None = None) -> list[Finding]:
     """What of a process tree a dump could not keep; it is stopped for a moment. Raises what `Tree.freeze` raises."""
     with Tree(pid, timeout=timeout) as tree:
-        tree.freeze()
-        return list(_look(tree, {}, files))
+        return list(_stand_still(tree, {}, files)[0])
 
 
 def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None = None) -> DumpResult:
@@ -125,10 +126,9 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
         connections,
     ):
         started = time.monotonic()
-        tree.freeze()
-        frozen = time.monotonic()
         layouts: dict[int, list[Mapping]] = {}
-        _look(tree, layouts, chosen.files).refuse()
+        findings, frozen = _stand_still(tree, layouts, chosen.files)
+        findings.refuse()
         writing = _Dump(out, journal, layouts, tracking, chosen, connections)
         for task in tree.tasks:
             writing.add(task)
@@ -183,8 +183,7 @@ def _without_pauses() -> Iterator[None]:
 def _refuse_early(pid: int, options: DumpOptions) -> None:
     """Before memory is copied for a dump that will be refused."""
     with Tree(pid, timeout=options.timeout) as tree:
-        tree.freeze()
-        _look(tree, {}, options.files).refuse()
+        _stand_still(tree, {}, options.files)[0].refuse()
 
 
 def _let_go(tree: Tree, options: DumpOptions) -> None:
@@ -202,6 +201,23 @@ def _let_go(tree: Tree, options: DumpOptions) -> None:
         for thread in reversed(task.threads):  # the first one's end is told when all others' were asked for
             ptrace.wait_for_end(thread.tid)
         task.threads.clear()
+
+
+def _stand_still(
+    tree: Tree, layouts: dict[int, list[Mapping]], files: FileOptions | None = None
+) -> tuple[Findings, float]:
+    """Stop the tree and look at it; where all that is in the way may be gone in a moment, at a later moment again.
+    Returns what is in the way, and since when the tree stands still."""
+    for pause in (*MOMENTS, 0.0):
+        tree.freeze()
+        frozen = time.monotonic()
+        layouts.clear()
+        findings = _look(tree, layouts, files)
+        if not pause or not findings.pass_by:
+            break
+        tree.thaw()
+        time.sleep(pause)
+    return findings, frozen
 
 
 def _look(tree: Tree, layouts: dict[int, list[Mapping]], files: FileOptions | None = None) -> Findings:

@@ -45,6 +45,7 @@ KNOWN = {
     (socket.SOCK_DGRAM, socket.IPPROTO_ICMPV6), *((socket.SOCK_RAW, number) for number in range(HIGHEST_PROTOCOL + 1)),
 }  # fmt: skip
 """Types and protocols."""
+PASSING = ("connections wait in it that were not accepted", "the connection is being made")
 WORDS: dict[int, str] = {socket.AF_INET: "<I", socket.AF_INET6: "<4I"}
 
 
@@ -62,7 +63,7 @@ class InetSockets(FileKind):
         with _opened(descriptor) as sock:
             reason, option = _reason_against(sock, self.options)
             if reason:
-                looking.findings.add(descriptor.pid, descriptor.where, reason, option)
+                looking.findings.add(descriptor.pid, descriptor.where, reason, option, passes=reason in PASSING)
 
     def check_all(self, looking: Looking) -> None:
         """A connection that others have open, too, would be dead for them once the tree has ended."""
@@ -213,7 +214,7 @@ def _reason_against(sock: socket.socket, options: FileOptions) -> tuple[str, str
         return "", ""
     state, waiting, _ = _state(sock)
     if state == TCP_LISTEN:
-        return ("connections wait in it that were not accepted", "--skip-in-flight") if (
+        return (PASSING[0], "--skip-in-flight") if (
             waiting and not options.skip_in_flight) else ("", "")  # fmt: skip
     return ("", "") if state == TCP_CLOSE or options.tcp == "close" else _against_connection(sock, state, options)
 
@@ -222,7 +223,7 @@ def _against_connection(sock: socket.socket, state: int, options: FileOptions) -
     if not options.tcp:
         return "it is a TCP connection", "--tcp established or --tcp close"
     if state not in tcp.CONNECTED:
-        return "the connection is being made", "--tcp close"
+        return PASSING[1], "--tcp close"
     if sock.getsockopt(socket.IPPROTO_TCP, TCP_ULP, 16).rstrip(b"\0"):
         return "the kernel encrypts this connection (kTLS)", "--tcp close"
     return why_no_lock(options.network_lock)

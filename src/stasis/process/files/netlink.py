@@ -52,7 +52,7 @@ class NetlinkSockets(FileKind):
                 reason = f"it holds the error {error.strerror!r}, which nobody has heard of yet"
                 looking.findings.add(descriptor.pid, descriptor.where, reason)
                 return
-            looking.findings.add(descriptor.pid, descriptor.where, "messages of the kernel wait in it")
+            looking.findings.add(descriptor.pid, descriptor.where, "messages of the kernel wait in it", passes=True)
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
         with _opened(descriptor) as sock:
