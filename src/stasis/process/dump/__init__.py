@@ -1,4 +1,5 @@
-
+# SPDX-License-Identifier: Apache-2.0
+"""Dumping: a process tree written to an image set. The package can be called, as `stasis.process.dump(...)`."""
 
 from __future__ import annotations
 

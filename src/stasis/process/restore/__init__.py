@@ -1,4 +1,6 @@
-
+# SPDX-License-Identifier: Apache-2.0
+"""Restoring: a process tree made from an image set, from outside. The package can be called, as
+`stasis.process.restore(...)`."""
 
 from __future__ import annotations
 
