@@ -6,11 +6,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from stasis.blksnap.console.commands import COMMANDS
+from stasis.blksnap.console.commands import COMMANDS, REPLACED
+from stasis.cli.blksnap.main import main
 from tests.blksnap.console.conftest import Tool
 
 MIB = 1 << 20
@@ -367,3 +374,28 @@ $ snapshot_add -d $TWO -i $ID
 """,
         names,
     )
+
+
+NAMES = [*COMMANDS, *REPLACED, "tracker_remove", "help", "bogus"]
+WORDS = ("-d -dX --dev=/dev/null /dev/null -i x --id=1 -f /nowhere --f -l 1G --limit= -j -t 5 -r 0:1 --ranges -- -h -z "
+         "--bogus -jd --help").split()  # fmt: skip
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(NAMES), st.lists(st.sampled_from(WORDS), max_size=6))
+def test_whatever_is_given_a_failure_is_one_line(name: str, words: list[str]) -> None:
+    """Or one object with --json; and the exit code is 0 or 1. There is no daemon here, and none can be started."""
+    out, err = io.StringIO(), io.StringIO()
+    before = os.environ.get("STASIS_RUN_DIR")
+    os.environ["STASIS_RUN_DIR"] = "/proc/none"
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([name, *words])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        os.environ.pop("STASIS_RUN_DIR")
+        if before is not None:
+            os.environ["STASIS_RUN_DIR"] = before
+    assert (code, err.getvalue().count("\n")) in ((0, 0), (1, 1)), (name, words, err.getvalue())
+    assert code or out.getvalue().startswith(("Usage:", name, "detach"))

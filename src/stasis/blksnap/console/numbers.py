@@ -16,7 +16,8 @@ __all__ = ["SECTOR", "limit_sectors", "sector_ranges", "timeout_ms"]
 SECTOR = 512
 """Bytes of a sector, whatever the device's own sectors are."""
 
-_NUMBER = re.compile(r"[ \t\n\v\f\r]*([+-]?[0-9]+)")
+_NUMBER = re.compile(r"[ \t\n\v\f\r]*([+-]?)0*([0-9]+)")
+_LONGEST = 20  # digits of 64 bits; Python refuses numbers of thousands
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _UNSIGNED = 1 << 64
 
@@ -53,6 +54,6 @@ def _unsigned(text: str) -> int:
 
 def _integer(text: str, function: str, low: int, end: int) -> int:
     match = _NUMBER.match(text)
-    if match is None or not low <= int(match[1]) < end:
-        raise UsageError(function, hint=f"{text[:80]!r} is no number that fits")
-    return int(match[1])
+    if match is not None and len(match[2]) <= _LONGEST and low <= (number := int(match[1] + match[2])) < end:
+        return number
+    raise UsageError(function, hint=f"{text[:80]!r} is no number that fits")
