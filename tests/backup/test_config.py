@@ -37,6 +37,9 @@ pre-snapshot = "pg_ctl freeze"
 post-snapshot = "pg_ctl thaw"
 self-check = "0.5%"
 on-read-error = "skip"
+max-freeze = "150ms"
+on-busy = "fail"
+freeze-memory = "1G"
 limit-rate = "100M"
 wait = 60
 prune = true
@@ -72,7 +75,7 @@ def test_everything_that_can_be_said_is_understood(tmp_path: Path) -> None:
         name="databases", sources=("data", "logs"), repository=one.repository, kind="incremental",
         tags=("db", "prod"), schedule="hourly", host="db1", storage="memory", limit=2 << 30,
         pre_snapshot="pg_ctl freeze", post_snapshot="pg_ctl thaw", self_check=0.005, skip_unreadable=True,
-        rate=100 << 20, wait=60, prune=True,
+        rate=100 << 20, wait=60, max_freeze=0.15, on_busy="fail", freeze_memory=1 << 30, prune=True,
         keep=KeepPolicy(last=3, hourly=24, daily=14, weekly=8, monthly=12, yearly=ALL, within=Duration(hours=48),
                         tags=(frozenset({"keep"}), frozenset({"year", "end"}))))
     assert two == BackupSet(name="home", sources=("/dev/vdb",), repository=two.repository, device="home")
@@ -104,6 +107,8 @@ WRONG = {
     SMALL + 'limit = "much"': ("limit: 'much' is not a size", "Write a number"),
     SMALL + 'self-check = "some"': ("self-check: 'some' is no percentage", "from 0 to 100"),
     SMALL + "self-check = 101": ("self-check: '101' is no percentage", "from 0 to 100"),
+    SMALL + 'max-freeze = "2m"': ("has a max-freeze of 120 s", "at most a minute"),
+    SMALL + 'on-busy = "wait"': ("has on-busy = 'wait'", "freeze, throttle, fail"),
     SMALL + 'limit-rate = "0"': ("has limit-rate 0", "leave it out"),
     SMALL + "wait = -1": ("has a wrong value for wait", "a number of seconds"),
     SMALL + 'prune = "yes"': ("has a wrong value for prune", "true or false"),

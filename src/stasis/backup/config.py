@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from stasis.backup.keep.policy import ALL, Duration, KeepPolicy
 from stasis.errors import NotFoundError, PermissionDeniedError, StasisError, UsageError
-from stasis.units import parse_size
+from stasis.units import parse_seconds, parse_size
 
 __all__ = ["DEFAULT_PATH", "BackupSet", "Configuration", "RepositoryEntry", "load"]
 
@@ -27,6 +27,7 @@ DEFAULT_PATH = Path("/etc/stasis/backup.toml")
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 KINDS = ("auto", "full", "incremental", "differential")
+LONGEST_FREEZE = 60.0
 COUNTS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 
 
@@ -45,6 +46,7 @@ class RepositoryEntry:
 class BackupSet:
     """Devices that are backed up together. Sizes are bytes, `rate` bytes per second, `wait` seconds.
 
+    max_freeze, busy_freeze, on_busy, freeze_memory: how live devices may be treated; seconds and bytes; None: as usual.
     schedule: the name of the timer that runs it. self_check: share of the unchanged chunks that is compared, 0 to 1.
     keep: None forgets nothing. prune: delete afterwards what no backup needs.
     """
@@ -62,6 +64,10 @@ class BackupSet:
     pre_snapshot: str | None = None
     post_snapshot: str | None = None
     self_check: float | None = None
+    max_freeze: float | None = None
+    busy_freeze: float | None = None
+    on_busy: str = "freeze"
+    freeze_memory: int | None = None
     skip_unreadable: bool = False
     rate: int | None = None
     wait: float = 0
@@ -159,13 +165,19 @@ def _set(name: str, table: _Table, repositories: Mapping[str, RepositoryEntry]) 
         name=name, sources=sources, repository=repositories[wanted], kind=table.choice("kind", KINDS),
         tags=_tags(table), schedule=table.text("schedule"), device=table.text("name"), host=table.text("host"),
         storage=table.text("storage"), limit=table.size("limit"), pre_snapshot=table.text("pre-snapshot"),
-        post_snapshot=table.text("post-snapshot"), self_check=table.share("self-check"),
+        post_snapshot=table.text("post-snapshot"), max_freeze=table.converted("max-freeze", parse_seconds),
+        busy_freeze=table.converted("busy-freeze", parse_seconds),
+        on_busy=table.choice("on-busy", ("freeze", "throttle", "fail")), freeze_memory=table.size("freeze-memory"),
+        self_check=table.share("self-check"),
         skip_unreadable=table.choice("on-read-error", ("fail", "skip")) == "skip", rate=table.size("limit-rate"),
         wait=table.number("wait"), keep=_keep(keep) if keep else None, prune=table.flag("prune"))
     table.end({"source": "the key is sources, a list", "hooks": "the keys are pre-snapshot and post-snapshot",
                "retention": "the table is keep"})
     if made.device is not None and len(sources) > 1:
         table.wrong("has a name for its only source, and several sources", "leave the name out")
+    for key, seconds in (("max-freeze", made.max_freeze), ("busy-freeze", made.busy_freeze)):
+        if seconds is not None and not 0 < seconds <= LONGEST_FREEZE:
+            table.wrong(f"has a {key} of {seconds:g} s", "a freeze takes more than nothing, and at most a minute")
     if made.rate == 0:
         table.wrong("has limit-rate 0, which would never end", "leave it out to read as fast as possible")
     return made

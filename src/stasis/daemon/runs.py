@@ -25,6 +25,7 @@ from stasis.daemon import paths
 from stasis.daemon.backups import BackupJob, back_up, plan_backup
 from stasis.daemon.sources import SnapshotStorage
 from stasis.errors import ExitCode, LockedError, StasisError
+from stasis.live.options import LiveOptions
 
 __all__ = ["SetResult", "run_sets", "worst"]
 
@@ -138,8 +139,15 @@ def _job(wanted: BackupSet, run_dir: str | Path | None, state_dir: str | Path | 
     return BackupJob(
         sources=wanted.sources, name=wanted.device, host=wanted.host, kind=wanted.kind,
         tags=(*wanted.tags, wanted.tag), storage=storage, before=wanted.pre_snapshot, after=wanted.post_snapshot,
-        sample=sample, skip_unreadable=wanted.skip_unreadable, rate=wanted.rate, wait=wanted.wait, run_dir=run_dir,
-        state_dir=state_dir)
+        sample=sample, skip_unreadable=wanted.skip_unreadable, rate=wanted.rate, wait=wanted.wait, live=_live(wanted),
+        run_dir=run_dir, state_dir=state_dir)
+
+
+def _live(wanted: BackupSet) -> LiveOptions:
+    """How live devices are treated: what the file does not say is as usual."""
+    usual = LiveOptions()
+    return LiveOptions(max_freeze=wanted.max_freeze or usual.max_freeze, on_busy=wanted.on_busy,
+                       busy_freeze=wanted.busy_freeze or usual.busy_freeze, memory=wanted.freeze_memory or usual.memory)
 
 
 def _secrets(entry: RepositoryEntry) -> Secrets:
