@@ -378,8 +378,8 @@ $ snapshot_add -d $TWO -i $ID
 
 NAMES = [*COMMANDS, *REPLACED, "tracker_remove", "help", "bogus"]
 WORDS = [
-    *("-d", "-dX", "--dev=/dev/null", "/dev/null", "-i", "x", "--id=1", "-f", "/nowhere", "--f", "-l", "1G", "--limit="),
-    *("-j", "-t", "5", "-r", "0:1", "--ranges", "--", "-h", "-z", "--bogus", "-jd", "--help"),
+    *("-d", "-dX", "--dev=/dev/null", "/dev/null", "-i", "x", "--id=1", "-f", "/nowhere", "--f", "-l", "1G"),
+    *("--limit=", "-j", "-t", "5", "-r", "0:1", "--ranges", "--", "-h", "-z", "--bogus", "-jd", "--help"),
 ]
 
 
