@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -123,6 +124,30 @@ def test_a_node_of_an_image_outlives_the_daemon_and_goes_with_the_snapshot(
         assert Path(node).read_bytes() == before
         other.destroy(snapshot.id)
     assert not any((stasis.run_dir / "nodes").iterdir())
+
+
+@pytest.mark.expects_errors("image server of .* ended", "does not go on")
+def test_an_image_whose_server_died_has_a_node_again(
+    client: api.Client, make_image: MakeImage, storage: Path
+) -> None:
+    image = make_image()
+    before = image.read_bytes()
+    device = client.attach(image)
+    snapshot = client.create_snapshot(storage, [device.name], limit=64 * MIB, take=True)
+    client.image_node(snapshot.id, device.name)
+    record = json.loads((client.directories.snapshot(snapshot.id) / "snapshot.json").read_text())
+    server = int(record["members"][0]["image_pid"])
+    kill(server)
+
+    def reads() -> bool:
+        try:
+            return Path(client.image_node(snapshot.id, device.name)).read_bytes() == before
+        except (OSError, api.StasisError):
+            return False
+
+    await_true(reads)
+    client.destroy(snapshot.id)
+    assert not any((client.directories.run / "nodes").iterdir())
 
 
 def test_a_storage_above_the_node_is_refused(

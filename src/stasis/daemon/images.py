@@ -54,8 +54,15 @@ class ImageKeeper:
             if snapshot.state is not SnapshotState.DESTROYING:
                 snapshot.save()
             node = member.node
-        if node is not None:
-            nodes.reconnect(node)
+        if node is not None and not nodes.reconnect(node):
+            self._give_up(snapshot, member, node)
+
+    def _give_up(self, snapshot: Snapshot, member: Member, node: dict[str, Any]) -> None:
+        """A node without a server reads nothing any more; the next who asks for one gets another."""
+        with self._lock:
+            if member.node is node and snapshot.state is not SnapshotState.DESTROYING:
+                self.remove_node(member)
+                snapshot.save()
 
     def start(self, snapshot: Snapshot, member: Member) -> None:
         """Start the server of one member. Raises DaemonError."""

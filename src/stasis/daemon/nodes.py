@@ -66,11 +66,13 @@ def remove_if_unused(state: dict[str, Any]) -> bool:
     return True
 
 
-def reconnect(state: dict[str, Any]) -> None:
-    """Connect the node to the successor of a worker that died, under whoever uses it. Only logs if that fails."""
+def reconnect(state: dict[str, Any]) -> bool:
+    """Connect the node to the successor of a worker that died, under whoever uses it. Logs and tells if that fails."""
     from stasis.block import frontend
 
     try:
         frontend.reconnect(state)
     except (StasisError, OSError) as error:
         log.error("%s does not go on: %s", path_of(state), error)
+        return False
+    return True
