@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -102,3 +104,28 @@ def test_a_lock_on_a_file_that_is_mapped_too(tmp_path: Path) -> None:
         assert _is_locked(tmp_path / "locked", "8")
         assert not _is_locked(tmp_path / "locked", "10")
         program.finish()
+
+
+def test_leases_are_held_again(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+
+    def set_up() -> list[int]:
+        reading, writing = os.open(file, os.O_RDONLY), os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+        fcntl.fcntl(reading, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(writing, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        return [reading, writing]
+
+    def verify(fds: list[int]) -> None:
+        assert [fcntl.fcntl(fd, fcntl.F_GETLEASE) for fd in fds] == [fcntl.F_RDLCK, fcntl.F_WRLCK]
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+        if not (child := os.fork()):
+            with contextlib.suppress(BlockingIOError):
+                os.open(file, os.O_WRONLY | os.O_NONBLOCK)
+            os._exit(0)
+        assert signal.sigwait([signal.SIGIO]) == signal.SIGIO
+        os.waitpid(child, 0)
+
+    (finding, _) = findings_of(set_up, tmp_path / "refused")
+    assert finding.option == "--file-locks"
+    cycle(tmp_path / "images", set_up, verify, options=FileOptions(file_locks=True))

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from stasis.errors import BusyError
+from stasis.process.files.descriptor import owner, set_owner
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FileLockEntry
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["LockWriter", "check_locks", "packed_lock", "posix_locks", "take_locks"]
 
 # include/linux/filelock.h, as CRIU has them
-FL_POSIX, FL_FLOCK, FL_OFD = 1, 2, 1024
-KINDS = {"POSIX": FL_POSIX, "FLOCK": FL_FLOCK, "OFDLCK": FL_OFD}
+FL_POSIX, FL_FLOCK, FL_LEASE, FL_OFD = 1, 2, 32, 1024
+KINDS = {"POSIX": FL_POSIX, "FLOCK": FL_FLOCK, "LEASE": FL_LEASE, "OFDLCK": FL_OFD}
+BREAKING = ("BREAKING", "BREAKER")
 TYPES = {"READ": fcntl.F_RDLCK, "WRITE": fcntl.F_WRLCK}
 F_OFD_SETLK = 37  # include/uapi/linux/fcntl.h
 FLOCK = struct.Struct("<hh4xqqi4x")
@@ -37,8 +39,10 @@ LOCK = re.compile(r"^lock:\t\d+: (\w+) +(\w+) +(\w+) +(-?\d+) \S+ (\d+) (\d+|EOF
 
 def check_locks(descriptor: Descriptor, *, keep: bool, findings: Findings) -> None:
     """Note locks that are not to be kept, or that cannot be."""
-    for kind, _, _, _, _, _ in LOCK.findall(descriptor.info):
-        if kind not in KINDS:
+    for kind, mode, _, _, _, _ in LOCK.findall(descriptor.info):
+        if mode in BREAKING:
+            findings.add(descriptor.pid, descriptor.where, "somebody waits for its lease to be given up", passes=True)
+        elif kind not in KINDS:
             findings.add(descriptor.pid, descriptor.where, f"it has a lock of the kind {kind}, which is not supported")
         elif not keep:
             findings.add(descriptor.pid, descriptor.where, "the file is locked", "--file-locks")
@@ -59,6 +63,8 @@ class LockWriter:
             if key in self._written:
                 continue
             self._written.add(key)
+            if kind == "LEASE":
+                start = "0"  # it is of the whole file
             length = 0 if end == "EOF" else int(end) + 1 - int(start)
             self._out.write("filelocks", FileLockEntry(
                 flag=KINDS[kind], type=TYPES[type_], pid=descriptor.pid, fd=descriptor.fd, start=int(start), len=length,
@@ -79,6 +85,8 @@ def _take(entry: FileLockEntry, path: str) -> None:
         if entry.flag == FL_FLOCK:
             how = fcntl.LOCK_SH if entry.type == fcntl.F_RDLCK else fcntl.LOCK_EX
             fcntl.flock(entry.fd, how | fcntl.LOCK_NB)
+        elif entry.flag == FL_LEASE:
+            _take_lease(entry)
         else:
             fcntl.fcntl(entry.fd, F_OFD_SETLK if entry.flag == FL_OFD else fcntl.F_SETLK, packed_lock(entry))
     except OSError as error:
@@ -87,6 +95,13 @@ def _take(entry: FileLockEntry, path: str) -> None:
         name = os.readlink(f"/proc/self/fd/{entry.fd}")
         raise BusyError(f"{name}, which a process had locked, is locked by another one", errno=error.errno,
                         hint="end that one first") from error  # fmt: skip
+
+
+def _take_lease(entry: FileLockEntry) -> None:
+    """The signals of a lease come to whom the descriptor has as owner; the kernel makes that the process itself."""
+    before = owner(entry.fd)
+    fcntl.fcntl(entry.fd, fcntl.F_SETLEASE, entry.type)
+    set_owner(entry.fd, before)
 
 
 def packed_lock(entry: FileLockEntry) -> bytes:
