@@ -31,6 +31,7 @@ from tests.live.disks import (
     formatted,
     image_file,
     loop,
+    mounted,
     put_number,
     tool,
     writing,
@@ -149,6 +150,33 @@ def test_a_change_between_the_last_round_and_the_freeze_is_laid_over_its_chunk(d
             backup = back_up(large, tmp_path / "state", [device])
         assert backup.stored == backup.contents
         assert b"late" in backup.stored[0]
+
+
+def test_what_is_mounted_during_the_rounds_is_frozen_too(disk: Disk, repository: Repository, tmp_path: Path) -> None:
+    """A file system in a file of the disk, on a loop device that was not there when the backup began."""
+    inner = disk.directory / "inner.img"
+    with inner.open("wb") as file:
+        file.truncate(4 * MIB)
+    tool("mkfs.ext4", "-q", "-F", inner)
+    with ExitStack() as later, pytest.MonkeyPatch.context() as patch:
+        original = LiveSet.fits
+
+        def mount_and_ask(group: LiveSet) -> bool:
+            node = later.enter_context(loop(inner))
+            later.enter_context(mounted(node, tmp_path / "inner"))
+            return original(group)
+
+        patch.setattr(LiveSet, "fits", mount_and_ask)
+        backup = back_up(repository, tmp_path / "state", [of(disk)])
+    assert backup.report.frozen == [str(tmp_path / "inner"), str(disk.directory)]
+    assert backup.stored == backup.contents
+
+
+def test_a_read_only_mount_is_as_good(disk: Disk, repository: Repository, tmp_path: Path) -> None:
+    tool("mount", "-o", "remount,ro", disk.directory)
+    backup = back_up(repository, tmp_path / "state", [of(disk)])
+    assert backup.stored == backup.contents
+    assert backup.result.backups[0].consistency == "frozen"
 
 
 def test_a_failed_attempt_loses_nothing(disk: Disk, writer: Callable[[int], None], repository: Repository,

@@ -64,15 +64,19 @@ class LiveSet:
         self._rate = FIRST_GUESS
         self._sync_seconds = 0.0
         self._closing = contextlib.ExitStack()
-        try:
-            self.stack = self._closing.enter_context(Stack([source.rdev for source in self.sources]))
-            self._freezer = self._closing.enter_context(Freezer(self.stack.file_systems))
-            self._throttle = Throttle(self._freezer, [source.rdev for source in self.sources])
-            self._own = {source.rdev: _systems_of(source.rdev) for source in self.sources}
+        self._look()
+
+    def _look(self) -> None:
+        """Find the file systems as they are mounted now, and start a watchdog for them."""
+        self._closing.close()
+        devices = [source.rdev for source in self.sources]
+        with contextlib.ExitStack() as opening:
+            self.stack = opening.enter_context(Stack(devices))
+            self._freezer = opening.enter_context(Freezer(self.stack.file_systems))
+            self._throttle = Throttle(self._freezer, devices)
+            self._own = {device: _systems_of(device) for device in devices}
             self._raw = self.stack.bare
-        except BaseException:
-            self._closing.close()
-            raise
+            self._closing = opening.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -159,6 +163,8 @@ class LiveSet:
         inside: takes its own devices' snapshots at the same instant; writes to nothing that is frozen.
         Raises BusyError, FreezeExpired, StasisError; all is thawed then, and no change is lost.
         """
+        if not self.stack.is_current():  # the rounds may have taken hours
+            self._look()
         limits = [self.options.max_freeze] * ATTEMPTS
         if self.options.on_busy == "freeze":
             limits.append(max(self.options.busy_freeze, self.options.max_freeze))
