@@ -48,6 +48,23 @@ int main(void) {
 }
 """
 
+PROGRAM = r"""
+// A program that has itself in a memory file, and nowhere else.
+int main(int argc, char **argv) {
+    char data[1 << 16], link[64] = "";
+    if (argc == 1) {
+        int from = open("/proc/self/exe", O_RDONLY), file = memfd_create("program", MFD_CLOEXEC);
+        for (ssize_t length; (length = read(from, data, sizeof data)) > 0;) CHECK(write(file, data, length) == length);
+        char *words[] = {"in memory", "again", 0}, *none[] = {0};
+        fexecve(file, words, none);
+        CHECK(!"fexecve");
+    }
+    set_up();
+    CHECK(readlink("/proc/self/exe", link, 63) > 0 && !strncmp(link, "/memfd:program", 14));
+    return content();
+}
+"""
+
 KEY = 0x57A515
 SYSV = r"""
 #include <sys/shm.h>
@@ -193,8 +210,9 @@ def _no_segments() -> Iterator[None]:
             sysvshm.remove(segment.id)
 
 
-def test_memory_files(tmp_path: Path) -> None:
-    cycle(tmp_path, MEMFD)
+@pytest.mark.parametrize("code", [MEMFD, PROGRAM], ids=["mapped", "program"])
+def test_memory_files(tmp_path: Path, code: str) -> None:
+    cycle(tmp_path, code)
 
 
 @pytest.mark.usefixtures("_no_segments")
