@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import struct
@@ -67,6 +68,28 @@ def test_datagrams_come_and_go(tmp_path: Path, family: socket.AddressFamily) -> 
         assert (data, sender[1]) == (b"hello", port)
         assert client.getpeername() == server.getsockname()
         assert client.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
+
+    cycle(tmp_path / "images", set_up, verify)
+
+
+def test_a_filter_and_an_interface(tmp_path: Path) -> None:
+    code = struct.pack("=HBBI", 0x06, 0, 0, 3)  # at most three bytes of each datagram
+
+    def set_up() -> list[int]:
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        server.bind(("127.0.0.1", 0))
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+        buffer = ctypes.create_string_buffer(code, len(code))
+        server.setsockopt(socket.SOL_SOCKET, 26, struct.pack("=H6xQ", 1, ctypes.addressof(buffer)))
+        return [server.detach()]
+
+    def verify(state: list[int]) -> None:
+        server = _at(state[0])
+        assert server.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"lo"
+        server.settimeout(30)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.sendto(b"abcdefghijklm", server.getsockname())
+        assert server.recv(100) == b""  # of which the header takes all
 
     cycle(tmp_path / "images", set_up, verify)
 

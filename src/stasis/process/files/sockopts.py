@@ -3,14 +3,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 import socket
 import struct
+from typing import TYPE_CHECKING
 
+from stasis.errors import UnsupportedError
+from stasis.linux import libc
+from stasis.process.files.descriptor import duplicate
 from stasis.process.images.schema.sockets import SkOptsEntry
 
-__all__ = ["options_of", "set_options"]
+if TYPE_CHECKING:
+    from stasis.process.files.descriptor import Descriptor
+    from stasis.process.findings import Findings
+
+__all__ = ["check_filter", "options_of", "set_options"]
 
 # include/uapi/asm-generic/socket.h
+SO_ATTACH_FILTER = SO_GET_FILTER = 26
+FILTER_PROGRAM = struct.Struct("=H6xQ")  # struct sock_fprog
+LONGEST_FILTER = 4096  # BPF_MAXINSNS
+INTERFACE_NAME_BYTES = 16
 SO_NO_CHECK, SO_PASSSEC, SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_BUF_LOCK = 11, 34, 32, 33, 72
 SWITCHES = {
     "reuseaddr": socket.SO_REUSEADDR, "so_priority": socket.SO_PRIORITY, "so_rcvlowat": socket.SO_RCVLOWAT,
@@ -21,6 +36,9 @@ SWITCHES = {
 BOOLEAN = {name for name in SWITCHES if name not in ("so_priority", "so_rcvlowat", "so_mark", "so_oobinline")}
 TIMEVAL = struct.Struct("qq")
 LINGER = struct.Struct("ii")
+
+_getsockopt = libc.libc.getsockopt
+_getsockopt.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 def options_of(sock: socket.socket) -> SkOptsEntry:
@@ -39,7 +57,51 @@ def options_of(sock: socket.socket) -> SkOptsEntry:
     on, seconds = LINGER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER.size))
     entry.so_linger = seconds if on else None
     entry.so_buf_lock = _get(sock, SO_BUF_LOCK)
+    entry.so_bound_dev = _bound_device(sock)
+    entry.so_filter = _filter_of(sock)
     return entry
+
+
+def check_filter(descriptor: Descriptor, findings: Findings) -> None:
+    """Note a filter that cannot be read."""
+    with socket.socket(fileno=duplicate(descriptor)) as sock:
+        try:
+            _filter_of(sock)
+        except UnsupportedError:
+            findings.add(descriptor.pid, descriptor.where, "it has an eBPF filter, which cannot be read")
+
+
+def _bound_device(sock: socket.socket) -> str | None:
+    try:
+        name = sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, INTERFACE_NAME_BYTES)
+    except OSError:
+        return None  # unix sockets of older kernels
+    return os.fsdecode(name.rstrip(b"\0")) or None
+
+
+def _filter_of(sock: socket.socket) -> list[int]:
+    """The instructions of a classic BPF program; lengths count these, and not bytes. UnsupportedError for another."""
+    length = ctypes.c_uint32(0)
+    _call_filter(sock, None, length)
+    if not length.value:
+        return []
+    found = (ctypes.c_uint64 * length.value)()
+    _call_filter(sock, found, length)
+    return list(found[: length.value])
+
+
+def _call_filter(sock: socket.socket, into: ctypes.Array[ctypes.c_uint64] | None, length: ctypes.c_uint32) -> None:
+    done = _getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_GET_FILTER, into, ctypes.byref(length))
+    if done < 0 and ctypes.get_errno() == errno.EACCES:
+        raise UnsupportedError(f"a socket (inode {os.fstat(sock.fileno()).st_ino}) has an eBPF filter, which cannot be "
+                               "read", errno=errno.EACCES)  # fmt: skip
+    libc.check(done, "getsockopt(SO_GET_FILTER)")
+
+
+def _set_filter(sock: socket.socket, instructions: list[int]) -> None:
+    program = (ctypes.c_uint64 * len(instructions))(*instructions)
+    raw = FILTER_PROGRAM.pack(len(instructions), ctypes.addressof(program))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, raw)
 
 
 def _get(sock: socket.socket, number: int) -> int | None:
@@ -67,5 +129,9 @@ def set_options(sock: socket.socket, entry: SkOptsEntry) -> None:
         value = getattr(entry, field)
         if value is not None and value != _get(sock, number):
             sock.setsockopt(socket.SOL_SOCKET, number, int(value))
+    if entry.so_bound_dev:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, os.fsencode(entry.so_bound_dev) + b"\0")
+    if 0 < len(entry.so_filter) <= LONGEST_FILTER:
+        _set_filter(sock, entry.so_filter)
     if entry.so_linger is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER.pack(1, entry.so_linger))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,10 @@ class _Check:
             self.findings.add(descriptor.pid, descriptor.where, _why_unknown(descriptor))
         else:
             kind.check(descriptor, self)
+            if descriptor.kind == stat.S_IFSOCK:
+                from stasis.process.files.sockopts import check_filter  # a restore needs this module, too
+
+                check_filter(descriptor, self.findings)
 
 
 def _why_unknown(descriptor: Descriptor) -> str:
