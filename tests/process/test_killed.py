@@ -17,7 +17,7 @@ from tests.process.programs import Program, compiled, running, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
 
-KILLS = 4
+KILLS = 2
 LONGEST = 0.8
 
 FAMILY = r"""
