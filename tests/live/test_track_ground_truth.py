@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from stasis.live import tracking
+from stasis.linux.iobuffer import IoBuffer
+from stasis.live import pins, tracking
 from tests.live.writers import (
     MIB,
     Mirror,
@@ -83,6 +85,33 @@ def test_a_disk_whose_driver_takes_bios_is_tracked(state: Path, seed: int) -> No
             tracker.check()
         tracker.close()
         tracking.stop(node, state)
+
+
+def test_nothing_is_missed_while_others_come_and_go_at_the_tracepoint(node: str, state: Path, tmp_path: Path) -> None:
+    """Linux 6.18 at times forgets a program there while another is attached; a write is seen twice for that."""
+    with tracking.start(node, state) as tracker, state_directory(tmp_path / "other") as other:
+        fd = os.open(node, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        stopped = threading.Event()
+        others = threading.Thread(target=_come_and_go, args=(other, stopped))
+        others.start()
+        try:
+            with IoBuffer(4096) as buffer:
+                for _ in range(4 * ROUNDS):
+                    tracker.turn()
+                    for offset in range(0, SIZE, tracker.block_size):
+                        os.pwritev(fd, [buffer.view], offset)
+                    assert tracker.turn() == [(0, SIZE)]
+        finally:
+            stopped.set()
+            others.join()
+            os.close(fd)
+    tracking.stop(node, state)
+
+
+def _come_and_go(directory: Path, stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        with pins.locked():
+            pins.Hooks.load(pins.directory_of(directory)).unload()
 
 
 def test_an_incremental_from_a_mark_has_every_difference(node: str, state: Path, seed: int) -> None:

@@ -61,7 +61,6 @@ class Lost(IntFlag):
     IN_FLIGHT = 2  # no room to note a write in flight
     RANGE = 4  # a range that does not fit into the bitmap
     DISTRUST = 8  # user space said so
-    DETACHED = 16  # programs that it needs were detached for a time
 
 
 def slot_offset(index: int) -> int:

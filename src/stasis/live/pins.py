@@ -14,14 +14,14 @@ import resource
 import secrets
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from stasis.errors import PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import bpf, btf, libc, mounts
 from stasis.live import kerneltypes, layout, programs
 from stasis.live.functions import FUNCTIONS, Maps
-from stasis.live.layout import SLOTS, Lost, Slot, slot_offset
+from stasis.live.layout import SLOTS, Slot, slot_offset
 
 __all__ = ["Hooks", "directory_of", "locked", "remove", "try_loading"]
 
@@ -134,21 +134,12 @@ class Hooks:
 
     # -- what is there ----------------------------------------------------------------------------
 
-    def missing(self, bio_based: bool) -> str:
-        """The first program that is not attached any more, for a disk that takes bios or not; empty if all are."""
-        for name in programs.PROGRAMS if bio_based else programs.COMPLETIONS:
+    def missing(self) -> str:
+        """The first program that is not attached any more; empty if all are."""
+        for name in programs.PROGRAMS:
             if not (self.directory / f"link_{name}").exists() or not (self.directory / f"program_{name}").exists():
                 return name
         return ""
-
-    def attach(self, names: Sequence[str]) -> None:
-        """Run the programs for disks that take bios from now on, if they do not; under the lock."""
-        gone = [name for name in names if not (self.directory / f"link_{name}").exists()]
-        for name in gone:
-            _attach(self.directory, name)
-        for index in self.used_slots() if gone else []:
-            if self.field(index, Slot.BIO_BASED):  # they were detached while this one was tracked
-                self.set_field(index, Slot.LOST, self.field(index, Slot.LOST) | Lost.DETACHED)
 
     def program(self, name: str) -> bpf.ProgramInfo:
         """What the kernel counts of a program. FileNotFoundError if it is gone."""
@@ -181,9 +172,6 @@ class Hooks:
         if not free:
             raise UnsupportedError(f"{name} cannot be tracked, {SLOTS} devices are",
                                    hint="stop one with stasis track stop")
-        if bio_based:
-            # Their ends first: a write that is noted at its beginning is then seen at its end.
-            self.attach(programs.NOTING)
         index = free[0]
         elements = layout.bitmap_elements((end - start + (1 << shift) - 1) >> shift)
         fd = bpf.create_map(bpf.MAP_TYPE_ARRAY, 4, layout.ELEMENT_SIZE, 2 * elements,
@@ -278,7 +266,8 @@ def _load(directory: Path) -> None:
             program = bpf.load_program(source.code, f"stasis_{name}", target, described, source.functions)
             files.callback(os.close, program)
             bpf.pin(program, str(directory / f"program_{name}"))
-    for name in programs.COMPLETIONS:
+    # Completions come first: a write that is seen at its beginning is then seen at its end.
+    for name in programs.PROGRAMS:
         _attach(directory, name)
 
 

@@ -14,7 +14,7 @@ from stasis.live.functions import FUNCTIONS, MAP_LOOKUP, Functions, Maps
 from stasis.live.kerneltypes import OPAQUE, RANGES, READS, KernelTypes
 from stasis.live.layout import EPOCH, Done, Lost
 
-__all__ = ["COMPLETIONS", "FUNCTIONS", "NOTING", "PROGRAMS", "Maps", "Source", "assemble"]
+__all__ = ["COMPLETIONS", "FUNCTIONS", "PROGRAMS", "Maps", "Source", "assemble"]
 
 # enum bpf_func_id
 MAP_UPDATE, MAP_DELETE = 2, 3
@@ -25,8 +25,6 @@ MERGED_DISCARDS = 257
 
 COMPLETIONS = ("request_1", "request_2", "request_3")
 """One program alone would miss a completion that interrupts it on the same processor; see the design note."""
-NOTING = ("bio", "queue", "remap")
-"""Programs for disks that take bios, attached when the first is tracked: requests cost nothing of them."""
 PROGRAMS = {
     **dict.fromkeys(COMPLETIONS, "block_rq_complete"),
     "bio": "block_bio_complete",

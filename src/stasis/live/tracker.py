@@ -146,7 +146,7 @@ class Tracker:
             return "the machine was restarted, and tracking was not taken up"
         if self._hooks is None:
             return "its programs were removed from the kernel"
-        missing = self._hooks.missing(self._record.bio_based)
+        missing = self._hooks.missing()
         if missing:
             return f"the program {missing} was detached"
         flags = Lost(self._hooks.field(self._record.slot, Slot.LOST))
@@ -382,7 +382,6 @@ def _why(flags: Lost) -> str:
         Lost.IN_FLIGHT: "more writes were in flight than can be noted",
         Lost.RANGE: "a write did not fit into its bitmap",
         Lost.DISTRUST: "its map was declared wrong",
-        Lost.DETACHED: "programs were detached for a time",
     }
     return next(text for flag, text in reasons.items() if flag in flags)
 

@@ -108,7 +108,7 @@ def _loaded(directory: Path) -> Hooks:
         hooks = Hooks(directory)
     except OSError:
         return Hooks.load(directory)
-    if hooks.missing(bio_based=False):
+    if hooks.missing():
         hooks.unload()
         return Hooks.load(directory)
     return hooks
