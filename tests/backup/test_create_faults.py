@@ -153,6 +153,30 @@ def test_what_cannot_be_read_is_skipped_if_asked_for_and_not_built_upon(
     assert restored(repository, backup) == healed.data
 
 
+def test_an_interrupted_run_does_not_hand_on_what_it_could_not_read(
+    disk: FakeDisk, repository: Repository, options: CreateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stasis.backup.job.pipeline.WINDOW", CHUNK)
+    monkeypatch.setattr("stasis.backup.repo.repository.Repository.parallelism", 1)
+    options = dataclasses.replace(options, skip_unreadable=True)
+    first = disk.snapshot()
+    bad = bad_sector(3 * CHUNK)
+
+    def stop_later(extent: tuple[int, int]) -> None:
+        if extent[0] >= 5 * CHUNK:
+            raise KeyboardInterrupt
+        bad(extent)
+
+    first.before_read = stop_later
+    with pytest.raises(KeyboardInterrupt):
+        create([first], repository, options)
+    second = disk.snapshot()
+    result = create([second], repository, options)
+    assert result.exit_code is ExitCode.OK
+    assert result.backups[0].statistics["chunks_resumed"] == 4
+    assert restored(repository, result.backups[0]) == second.data
+
+
 # -- files and streams ------------------------------------------------------------------------------------------------
 
 

@@ -169,17 +169,15 @@ class _Lane:
     def handle(self, batch: Batch) -> None:
         """Read and store a batch, and enter the names."""
         runs: list[Run] = []
-        reads = self._take_over(batch.reads, runs)
+        reads = [self._take_over(batch.reads, runs)]
         if batch.parts and self._deltas is not None:
-            for number in self._read_and_store_parts(batch.parts, self._deltas):
-                self._read_and_store([(number, 1)], runs)
-        if reads:
-            self._read_and_store(reads, runs)
+            reads += [[(number, 1)] for number in self._read_and_store_parts(batch.parts, self._deltas)]
+        readable = False not in [self._read_and_store(some, runs) for some in reads if some]
         enter = self._task.builder.set
         for first, names in runs:
             for number, name in enumerate(names, first):
                 enter(number, name)
-            if self._task.resume is not None:
+            if self._task.resume is not None and readable:
                 self._task.resume.note(first, names)
 
     def abort(self) -> None:
@@ -211,7 +209,8 @@ class _Lane:
         self._pipeline.progress.skip(len(runs) * self._task.chunk_size)
         return left
 
-    def _read_and_store(self, reads: Sequence[ChunkRange], runs: list[Run]) -> None:
+    def _read_and_store(self, reads: Sequence[ChunkRange], runs: list[Run]) -> bool:
+        """Read chunks and store them; whether all of them could be read: the next run shall try others again."""
         task = self._task
         extents, unreadable = self._read(reads)
         done = Counters(unreadable=unreadable)
@@ -227,6 +226,7 @@ class _Lane:
             position += size
         done.bytes_read = position
         self._pipeline.count(done)
+        return not unreadable
 
     def _read_and_store_parts(self, parts: Sequence[Part], deltas: DeltaMaker) -> list[int]:
         """Store parts and enter them into the index; returns the chunks that are to be stored whole after all."""
