@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stasis track` and `stasis map` of tracked devices, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stasis.cli.main import main
+from stasis.errors import ExitCode
+from tests.live.writers import MIB, bpf_works, loop_device, state_directory
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices")]
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Iterator[list[str]]:
+    with state_directory(tmp_path / "state") as state:
+        yield ["--state-dir", str(state)]
+
+
+def test_from_start_to_stop(where: list[str], tmp_path: Path, capsys: Capture) -> None:
+    with loop_device(tmp_path / "image", 16 * MIB) as node:
+        def run(*words: str) -> str:
+            assert main([*words, *where]) == ExitCode.OK
+            return capsys.readouterr().out
+
+        assert "is tracked, in blocks of 64 KiB" in run("track", "start", node)
+        fd = os.open(node, os.O_RDWR | os.O_CLOEXEC)
+        os.pwrite(fd, b"x" * 4096, 3 * 65536)
+        os.fsync(fd)
+        os.close(fd)
+        [device] = json.loads(run("track", "list", "--json"))
+        assert (device["path"], device["changed_blocks"], device["lost"]) == (node, 1, "")
+        run("map", "mark", node, "1M:64K")
+        changed = json.loads(run("map", "changed", node, "--since", "0", "--json"))
+        assert changed == [{"offset": 196608, "length": 65536}, {"offset": MIB, "length": 65536}]
+        run("map", "read", node, "--output", str(tmp_path / "map"))
+        assert (tmp_path / "map").read_bytes() == bytes(1 if block in (3, 16) else 0 for block in range(256))
+        assert json.loads(run("map", "info", node, "--json"))["block_count"] == 256
+        assert main(["track", "start", node, *where]) == ExitCode.BUSY
+        assert main(["map", "changed", node, "--since", "0", "--held", *where]) == ExitCode.USAGE
+        run("track", "stop", node)
+        assert main(["track", "show", node, *where]) == ExitCode.NOT_FOUND
+
+
+def test_capabilities_are_found_by_trying(where: list[str], capsys: Capture) -> None:
+    assert main(["track", "show", "--capabilities", "--json", *where]) == ExitCode.OK
+    found = {one["name"]: one["available"] for one in json.loads(capsys.readouterr().out)}
+    assert found["tracking programs"]
+    assert found["tracepoint block_rq_complete"]
