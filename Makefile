@@ -26,6 +26,7 @@ demo: $(STAMP) ## Snapshot and copy two disks under load, in about a minute, wit
 	@$(RUN) tools/demo.py $(DEMO_OPTIONS)
 
 test: $(STAMP) $(S3_STAMP) ## Run the test suite (TESTS=... and PYTEST_OPTIONS=... narrow it)
+	@$(RUN) -m compileall -q src # what is started thousands of times need not be compiled each time
 	@$(RUN) -m pytest $(PYTEST_OPTIONS) $(TESTS)
 
 bench: $(STAMP) ## Measure against nbdkit and qemu-storage-daemon; writes bench/results/
