@@ -51,6 +51,7 @@ def test_the_python_example_works_as_written(
         monkeypatch.setenv(name, stasis.environment[name])
     monkeypatch.chdir(short_dir)
     (short_dir / "disk.img").write_bytes(b"x" * (1 << 20))
+    # Examples that need a COW file or a certain process are marked `py`, and are shown by other tests.
     example = re.findall(r"^```python\n(.*?)^```", (PAGE.parent / "python.md").read_text(), re.MULTILINE | re.DOTALL)
     exec(compile("".join(example), "python.md", "exec"), {})
     assert "nbd+unix:///disk.img?socket=" in capsys.readouterr().out

@@ -185,7 +185,6 @@ def test_a_snapshot_of_nothing(stasis: Stasis, storage: Path) -> None:
         (("--storage", "none/file", "--limit", "32M"), ExitCode.NOT_FOUND),
         (("--storage", "disk.img", "--limit", "32M"), ExitCode.BUSY),
         (("--storage", "/dev/null", "--limit", "32M"), ExitCode.STORAGE),
-        (("--storage", "storage", "--limit", "1M"), ExitCode.STORAGE),
         (("--storage", "large", "--limit", "32M"), ExitCode.STORAGE),
         (("--storage", "memory", "--limit", "1023"), ExitCode.STORAGE),
         (("--storage", "storage", "--limit", "32M", "--chunk", "5000"), ExitCode.USAGE),

@@ -88,7 +88,7 @@ def test_a_chain_of_backups_of_a_disk_that_is_written_to(
         assert planned["bytes_to_read"] == backup["statistics"]["bytes_read"]
         change(disk, 5)
     (backup,) = create(stasis, disk.path, "--kind", "differential")["backups"]  # its path means the served device
-    assert (backup["kind"], backup["device"], backup["source_kind"]) == ("differential", disk.name, "served")
+    assert (backup["kind"], backup["device"], backup["source"]) == ("differential", disk.name, "served")
     assert contents(opened, backup) == disk.expected
     no_snapshot_is_left(stasis)
 
