@@ -22,7 +22,21 @@ from stasis.backup.keep.check import check
 from stasis.backup.keep.copy import copy
 from stasis.backup.keep.prune import prune
 from stasis.backup.repo import Manifest, Repository, Secret, keys
-from stasis.backup.repo.delta import apply_extents, decode, encode, is_delta, make_delta, with_bit, without_bit
+from stasis.backup.repo.delta import (
+    apply_extents,
+    decode,
+    decode_pack,
+    encode,
+    encode_pack,
+    in_pack,
+    is_delta,
+    make_delta,
+    objects_of,
+    pack_name,
+    place_of,
+    with_bit,
+    without_bit,
+)
 from stasis.backup.repo.index import ZERO
 from stasis.backup.restore import RestoreOptions, apply, restore, verify
 from stasis.block.copy.plan import clip, merge, total
@@ -93,7 +107,7 @@ def restored(repository: Repository, backup: Manifest, path: Path) -> bytes:
 
 
 def object_path(repository: Repository, name: bytes) -> Path:
-    return Path(repository.store.url) / "chunks" / name.hex()[:2] / name.hex()
+    return Path(repository.store.url) / "chunks" / name.hex()[:2] / objects_of(name).hex()
 
 
 # -- the object -------------------------------------------------------------------------------------------------------
@@ -130,6 +144,32 @@ def test_no_other_bytes_are_a_delta(content: bytes) -> None:
         return
     assert encode(delta) == content
     assert not is_delta(delta.base)
+
+
+@given(st.lists(extents(), min_size=1, max_size=5), st.randoms())
+def test_a_pack_gives_back_its_deltas(places: list[list[tuple[int, int]]], draw: random.Random) -> None:
+    deltas = [make_delta(BASE, one, memoryview(draw.randbytes(total(one)))) for one in places]
+    packed = decode_pack(encode_pack(deltas))
+    assert [(found.base, found.extents, bytes(found.data)) for found in map(decode, packed)] == [
+        (delta.base, delta.extents, bytes(delta.data)) for delta in deltas]
+
+
+@given(st.binary(max_size=80) | st.binary(max_size=40).map(lambda rest: b"\2\0\0\0\5\0\0\0" + rest))
+def test_no_other_bytes_are_a_pack(content: bytes) -> None:
+    try:
+        packed = decode_pack(content)
+    except ValueError:
+        return
+    heads = b"".join(len(one).to_bytes(4, "little") for one in packed)
+    assert len(packed).to_bytes(4, "little") + heads + b"".join(packed) == content
+
+
+@given(st.lists(st.tuples(st.binary(min_size=32, max_size=32), st.booleans(), st.integers(0, 4095)), max_size=5))
+def test_names_tell_pack_and_place(drawn: list[tuple[bytes, bool, int]]) -> None:
+    names = [in_pack(pack_name(digest), place) if delta else without_bit(digest) for digest, delta, place in drawn]
+    wanted = [pack_name(digest) if delta else without_bit(digest) for digest, delta, _ in drawn]
+    assert objects_of(b"".join(names)) == b"".join(wanted)
+    assert [place_of(name) for name in names if is_delta(name)] == [place for _, delta, place in drawn if delta]
 
 
 @pytest.mark.parametrize(("base", "places", "data"), [
@@ -227,6 +267,7 @@ def test_damage_to_a_delta_or_its_base_is_named_and_never_restored(history: Hist
     if how != "delete":
         path.write_bytes(content if how == "flip" else content[:-7])
     found = {problem.object: problem.backups for problem in check(repository, read_share=1).problems}
+    name = objects_of(name)
     harmed = [backup.id] if kind == "delta" else [history.made[0][0].id, backup.id]
     assert {where: sorted(ids) for where, ids in found.items()} == {
         f"chunks/{name.hex()[:2]}/{name.hex()}": sorted(harmed)}
@@ -242,8 +283,35 @@ def test_a_delta_under_the_name_of_another_is_refused(history: History) -> None:
     repository, first = history.repository, history.names(history.made[1][0])[0]
     second = history.names(history.back_up((BLOCK, 9)))[0]
     object_path(repository, second).write_bytes(object_path(repository, first).read_bytes())
-    with pytest.raises(DamagedError, match=second.hex()):
+    with pytest.raises(DamagedError, match=objects_of(second).hex()):
         repository.chunk_reader().fetch(second, memoryview(bytearray(CHUNK)))
+
+
+def test_a_place_that_the_pack_has_not_is_refused(history: History) -> None:
+    name = history.names(history.made[1][0])[0]
+    with pytest.raises(DamagedError, match="it has no delta 1"):
+        history.repository.chunk_reader().fetch(in_pack(name, 1), memoryview(bytearray(CHUNK)))
+
+
+def test_deltas_share_objects(history: History, tmp_path: Path) -> None:
+    backup = history.back_up(*((number * CHUNK + 5 * BLOCK, 3 * BLOCK) for number in (0, 1, 3, 5)))
+    deltas = [name for name in history.names(backup) if is_delta(name)]
+    assert [place_of(name) for name in deltas] == [0, 1, 2, 3]
+    assert len({objects_of(name) for name in deltas}) == backup.statistics["chunks_new"] == 1
+    history.repository.remove_backups([made.id for made, _ in history.made[:-1]])
+    again = history.back_up((CHUNK, CHUNK), (3 * CHUNK, CHUNK))  # the pack is needed for two of its deltas yet
+    history.repository.remove_backup(backup.id)
+    prune(history.repository)
+    assert check(history.repository, read_share=1).problems == []
+    assert restored(history.repository, again, tmp_path / "image") == history.made[-1][1]
+
+
+def test_a_pack_is_no_larger_than_a_chunk(history: History, tmp_path: Path) -> None:
+    backup = history.back_up(*((number * CHUNK + 2 * BLOCK, 7 * BLOCK) for number in (1, 3, 4, 5)))
+    assert backup.statistics["deltas"] == 4
+    assert backup.statistics["chunks_new"] == 2
+    assert check(history.repository, read_share=1).problems == []
+    assert restored(history.repository, backup, tmp_path / "image") == history.made[-1][1]
 
 
 def test_a_parent_whose_delta_is_damaged_makes_a_full_backup(history: History) -> None:

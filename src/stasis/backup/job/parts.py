@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stasis.backup.job.plan import ChunkRange
-from stasis.backup.repo.delta import apply_extents, is_delta, make_delta
+from stasis.backup.repo.delta import Delta, apply_extents, is_delta, make_delta, packed_length
 from stasis.backup.source import Extent
 from stasis.block.copy.plan import merge, total
 
@@ -25,6 +25,9 @@ __all__ = ["DeltaMaker", "Part", "split_changes"]
 
 LARGEST_SHARE = 2  # a delta holds at most the 2nd part of its chunk
 ZERO = bytes(32)
+PACK_HEAD = 4
+Placed = tuple[int, bytes, bytes]
+"""Number of a chunk, and the names of its delta and of that one's base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +88,39 @@ class DeltaMaker:
         self._reader: ChunkReader = repository.chunk_reader()
         self._room = memoryview(bytearray(repository.chunk_size))
 
-    def store(self, part: Part, data: memoryview) -> tuple[StoredChunk, bytes | None] | None:
-        """Store what was read of a part; where it went, and its base. None where the chunk is to be read whole.
+    def make(self, part: Part, data: memoryview) -> Delta | StoredChunk | None:
+        """A delta of what was read of a part, or where the chunk went. None where it is to be read whole.
 
         Raises DamagedError when the parent's delta is.
         """
         held, chunk = self._parent.name(part.number), part.number * self._parent.chunk_size
         extents = [(offset - chunk, length) for offset, length in part.extents]
         if held == ZERO:
-            return self._over_zeroes(extents, data, self._parent.chunk_length(part.number)), None
+            return self._over_zeroes(extents, data, self._parent.chunk_length(part.number))
         if is_delta(held):
             delta = self._reader.delta(held).overlaid(extents, data, self._room)
         else:
             delta = make_delta(held, extents, data)
         if len(delta.data) > _largest(self._parent, part.number):
             return None
-        return self._writer.store_delta(delta), delta.base
+        return delta
+
+    def store(self, made: Sequence[tuple[int, Delta]]) -> Iterator[tuple[StoredChunk, list[Placed]]]:
+        """Store deltas, as many in an object as are not more than a chunk; each object, and what it holds."""
+        pack: list[tuple[int, Delta]] = []
+        length = 0
+        for number, delta in made:
+            if pack and length + packed_length(delta) > self._parent.chunk_size - PACK_HEAD:
+                yield self._store_pack(pack)
+                pack, length = [], 0
+            pack.append((number, delta))
+            length += packed_length(delta)
+        if pack:
+            yield self._store_pack(pack)
+
+    def _store_pack(self, pack: Sequence[tuple[int, Delta]]) -> tuple[StoredChunk, list[Placed]]:
+        stored, names = self._writer.store_deltas([delta for _, delta in pack])
+        return stored, [(number, name, delta.base) for (number, delta), name in zip(pack, names, strict=True)]
 
     def _over_zeroes(self, extents: Sequence[Extent], data: memoryview, length: int) -> StoredChunk:
         chunk = self._room[:length]

@@ -19,6 +19,7 @@ from stasis.backup.job.plan import ChunkRange, chunk_extents
 from stasis.backup.job.reading import ReadErrors, read_chunks
 from stasis.backup.job.resume import ResumeFile
 from stasis.backup.job.work import Batch, open_ended, pack
+from stasis.backup.repo.delta import Delta
 from stasis.backup.source import Extent, PointInTimeSource
 from stasis.backup.sources.stream import StreamSource
 from stasis.block.copy.transfer import Crew
@@ -236,17 +237,22 @@ class _Lane:
         if task.limit is not None:
             task.limit.wait(done.bytes_read)
         done.unreadable = read_chunks(self._reader, extents, self._buffer.view, task.chunk_size, task.errors)
-        whole = []
+        whole, made = [], []
         for part in parts:
-            stored = deltas.store(part, self._buffer.view[position : position + part.length])
+            one = deltas.make(part, self._buffer.view[position : position + part.length])
             position += part.length
-            if stored is None:
+            if one is None:
                 whole.append(part.number)
-                continue
-            chunk, base = stored
-            task.builder.set(part.number, chunk.name, base)
-            done.count(chunk)
-            done.deltas += base is not None
+            elif isinstance(one, Delta):
+                made.append((part.number, one))
+            else:
+                task.builder.set(part.number, one.name)
+                done.count(one)
+        for stored, placed in deltas.store(made):
+            done.count(stored)
+            done.deltas += len(placed)
+            for number, name, base in placed:
+                task.builder.set(number, name, base)
         self._pipeline.count(done)
         return whole
 

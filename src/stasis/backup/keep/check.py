@@ -20,7 +20,7 @@ from stasis.backup.keep.threads import in_threads
 from stasis.backup.keep.used import manifests, mark_chunks, mark_segments
 from stasis.backup.progress import Progress
 from stasis.backup.repo import Manifest, Repository
-from stasis.backup.repo.delta import is_delta
+from stasis.backup.repo.delta import is_delta, objects_of
 from stasis.backup.repo.index import NAME_BYTES, ZERO
 from stasis.backup.repo.objects import FRAME_BYTES, Header, Kind, object_name
 from stasis.backup.repo.store import ObjectInfo
@@ -91,7 +91,7 @@ class _Verifier:
         A delta is looked at by itself: its base is another one of the objects.
         """
         if is_delta(name):
-            self._reader.delta(name)
+            self._reader.verify_pack(name)
             return
         try:
             self._reader.fetch(name, self._content)
@@ -266,7 +266,7 @@ class _Check:
 
     def _names_of(self, segment: str) -> list[bytes]:
         try:
-            content = self.repository.segment(bytes.fromhex(segment))
+            content = objects_of(self.repository.segment(bytes.fromhex(segment)))
         except DamagedError:
             return []  # reported when the chunks were marked
         return [content[start : start + NAME_BYTES] for start in range(0, len(content), NAME_BYTES)]

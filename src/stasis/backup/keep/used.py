@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from stasis.backup.keep.marks import Marks
 from stasis.backup.keep.threads import in_threads
 from stasis.backup.repo import Repository
+from stasis.backup.repo.delta import objects_of
 from stasis.backup.repo.index import ZERO
 from stasis.backup.repo.manifest import Manifest
 from stasis.errors import DamagedError, NotFoundError
@@ -54,7 +55,7 @@ def mark_chunks(repository: Repository, marks: Marks, ids: Iterable[str], on_dam
 
     def load(place: tuple[Manifest, bytes]) -> bytes:
         try:
-            return repository.segment(place[1])
+            return objects_of(repository.segment(place[1]))
         except DamagedError as error:
             if repository.store.exists(f"backups/{place[0].id}"):  # else it was forgotten and pruned meanwhile
                 on_damage(error, place[0])

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from stasis.backup.repo import delta as delta_
-from stasis.backup.repo.delta import Delta, is_delta, with_bit, without_bit
+from stasis.backup.repo.delta import Delta, in_pack, is_delta, pack_name, place_of, without_bit
 from stasis.backup.repo.index import ZERO
 from stasis.backup.repo.objects import FRAME_BYTES, HEADER_BYTES, TAG_BYTES, Codec, Keys, Kind, object_name
 from stasis.backup.repo.presence import Presence
@@ -14,6 +18,10 @@ from stasis.backup.repo.store import Buffer, Store
 from stasis.errors import DamagedError, NotFoundError
 
 __all__ = ["ChunkReader", "ChunkWriter", "Namer", "StoredChunk", "object_name"]
+
+PACKS_KEPT = 4
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
@@ -49,9 +57,9 @@ class Namer:
         """Digest of a chunk; without a key plain BLAKE3."""
         return self._keys.digest(Kind.CHUNK, data)
 
-    def of_delta(self, content: bytes) -> bytes:
-        """Name of a delta."""
-        return with_bit(self._keys.digest(Kind.DELTA, content))
+    def of_pack(self, content: bytes) -> bytes:
+        """Name of a pack of deltas."""
+        return pack_name(self._keys.digest(Kind.DELTA, content))
 
 
 class ChunkWriter:
@@ -72,10 +80,12 @@ class ChunkWriter:
         # Without a key it is the plain digest of the content, so that it is not computed twice.
         return self._store_object(Kind.CHUNK, name, data, None if self._codec.encrypted else digest)
 
-    def store_delta(self, delta: Delta) -> StoredChunk:
-        """Store what makes a chunk of another one that is stored whole. That it is there already is too rare to ask."""
-        content = delta_.encode(delta)
-        return self._store_object(Kind.DELTA, self._namer.of_delta(content), content, None)
+    def store_deltas(self, deltas: Sequence[Delta]) -> tuple[StoredChunk, list[bytes]]:
+        """Store what makes chunks of others that are stored whole, as one object; the name of each. That they are there
+        already is too rare to ask."""
+        content = delta_.encode_pack(deltas)
+        stored = self._store_object(Kind.DELTA, self._namer.of_pack(content), content, None)
+        return stored, [in_pack(stored.name, place) for place in range(len(deltas))]
 
     def _store_object(self, kind: Kind, name: bytes, data: Buffer, digest: bytes | None) -> StoredChunk:
         where = object_name(kind, name)
@@ -100,6 +110,7 @@ class ChunkReader:
         self._head = memoryview(bytearray(HEADER_BYTES))
         self._tag = memoryview(bytearray(TAG_BYTES))
         self._room = memoryview(bytearray(0))
+        self._packs: OrderedDict[bytes, list[memoryview]] = OrderedDict()
         self._readable = not codec.encrypted and not codec.compresses
 
     def fetch(self, name: bytes, into: memoryview) -> None:
@@ -127,14 +138,37 @@ class ChunkReader:
 
     def delta(self, name: bytes) -> Delta:
         """A delta as it is stored. Raises DamagedError."""
+        packed, place, where = self._pack(in_pack(name, 0)), place_of(name), object_name(Kind.DELTA, name)
+        if place >= len(packed):
+            raise self._codec.damaged(where, f"it has no delta {place}")
+        return self._decoded(where, lambda: delta_.decode(packed[place]))
+
+    def verify_pack(self, name: bytes) -> None:
+        """Look at all deltas of an object. Raises DamagedError."""
+        where = object_name(Kind.DELTA, name)
+        for packed in self._pack(name):
+            self._decoded(where, partial(delta_.decode, packed))
+
+    def _pack(self, name: bytes) -> list[memoryview]:
+        """The deltas of an object; the last few objects are kept, since neighbours lie together."""
+        if name in self._packs:
+            self._packs.move_to_end(name)
+            return self._packs[name]
         where = object_name(Kind.DELTA, name)
         try:
             content = self._codec.unseal(Kind.DELTA, where, self._store.get(where))
-            if self._namer.of_delta(content) != name:
-                raise self._codec.damaged(where, "its content has another digest")
-            return delta_.decode(content)
         except NotFoundError as error:
             raise self._codec.missing(where) from error
+        if self._namer.of_pack(content) != name:
+            raise self._codec.damaged(where, "its content has another digest")
+        self._packs[name] = self._decoded(where, lambda: delta_.decode_pack(content))
+        if len(self._packs) > PACKS_KEPT:
+            self._packs.popitem(last=False)
+        return self._packs[name]
+
+    def _decoded(self, where: str, decode: Callable[[], T]) -> T:
+        try:
+            return decode()
         except ValueError as error:
             raise self._codec.damaged(where, str(error)) from error
 

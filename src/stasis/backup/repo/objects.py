@@ -18,6 +18,7 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from stasis.backup.repo.delta import objects_of
 from stasis.backup.repo.store import LARGEST_OBJECT, Buffer
 from stasis.errors import DamagedError
 
@@ -58,8 +59,8 @@ FOLDERS = {Kind.CHUNK: "chunks", Kind.SEGMENT: "segments", Kind.DELTA: "chunks"}
 
 
 def object_name(kind: Kind, name: bytes) -> str:
-    """Where content lies in the store that is named by its digest."""
-    text = name.hex()
+    """Where content lies in the store that is named by its digest; for a delta its pack."""
+    text = (name if kind is Kind.SEGMENT else objects_of(name)).hex()
     return f"{FOLDERS[kind]}/{text[:2]}/{text}"
 
 
