@@ -28,6 +28,13 @@ README_ROWS = (
     "backup-incremental",
     "backup-restore",
     "backup-verify",
+    "live-tracking-direct",
+    "live-tracking-time",
+    "live-freeze",
+    "live-incremental",
+    "process-pages",
+    "process-frozen-small",
+    "process-start-small",
 )
 
 Row = dict[str, Any]
