@@ -53,7 +53,8 @@ def live_tracking_time(bench: Bench) -> list[Row]:
             values.append(net)
             raw.append(whole)
     note = f"with the measuring itself {sorted(raw)[len(raw) // 2]:.0f} ns"
-    return [value_row("live-tracking-time", "processor time of tracking per write, less that of an empty program", values, TIME_LIMIT, "ns", note)]
+    title = "processor time of tracking per write, less that of an empty program"
+    return [value_row("live-tracking-time", title, values, TIME_LIMIT, "ns", note)]
 
 
 def _state(lab: Lab) -> Path:
