@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stasis.backup.source import Extent, Mark, SourceReader
-from stasis.backup.sources import NbdReader, nbd_zero_extents
+from stasis.backup.sources import ExplainedReader, nbd_zero_extents
 from stasis.backup.sources.numbers import bounded_extents
 from stasis.backup.sources.raw import identity_of
 from stasis.daemon import client as daemon
@@ -65,7 +65,7 @@ class ServedSource:
 
     def open_reader(self) -> SourceReader:
         """A connection to the image."""
-        return _ImageReader(self._uri, self)
+        return ExplainedReader(self._uri, self.check)
 
     def disturbed(self) -> str:
         """A snapshot shows nothing of later writes."""
@@ -81,27 +81,6 @@ class ServedSource:
         with daemon.connect(directories.run, directories.state, start_daemon=False) as client:
             member = client.require_device(client.snapshot(self._snapshot), self._device)
         _refuse_corrupted(member.error_code, self._device)
-
-
-class _ImageReader(NbdReader):
-    """Tells a lost image, of which nothing can be read any more, from a place of the disk that cannot be read."""
-
-    def __init__(self, uri: str, source: ServedSource) -> None:
-        super().__init__(uri)
-        self._source = source
-        self._aborted = False
-
-    def read_into(self, extents: Sequence[Extent], buffer: memoryview) -> None:
-        try:
-            super().read_into(extents, buffer)
-        except OSError:
-            if not self._aborted:
-                self._source.check()
-            raise
-
-    def abort(self) -> None:
-        self._aborted = True
-        super().abort()
 
 
 class PlannedSource:

@@ -8,11 +8,10 @@ union of what the finished COW files between the two list: so a backup that fail
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stasis.backup.source import Extent, Mark, SourceReader
-from stasis.backup.sources import NbdReader
+from stasis.backup.sources import ExplainedReader
 from stasis.backup.sources.numbers import bounded_extents
 from stasis.backup.sources.raw import identity_of
 from stasis.daemon import client as daemon
@@ -96,7 +95,7 @@ class TracerSource:
 
     def open_reader(self) -> SourceReader:
         """A connection to the image."""
-        return _Reader(self._uri, self)
+        return ExplainedReader(self._uri, self.check)
 
     def disturbed(self) -> str:
         """A snapshot shows nothing of later writes."""
@@ -111,26 +110,6 @@ class TracerSource:
         directories = self._client.directories
         with daemon.connect(directories.run, directories.state, start_daemon=False) as client:
             _refuse_failed(client.datto_info(self._tracer.minor))
-
-
-class _Reader(NbdReader):
-    """Tells a failed tracer from a place of the disk that cannot be read."""
-
-    def __init__(self, uri: str, source: TracerSource) -> None:
-        super().__init__(uri)
-        self._source, self._aborted = source, False
-
-    def read_into(self, extents: Sequence[Extent], buffer: memoryview) -> None:
-        try:
-            super().read_into(extents, buffer)
-        except OSError:
-            if not self._aborted:
-                self._source.check()
-            raise
-
-    def abort(self) -> None:
-        self._aborted = True
-        super().abort()
 
 
 def _refuse_failed(tracer: Tracer) -> None:

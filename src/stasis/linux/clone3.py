@@ -8,7 +8,7 @@ import struct
 
 from stasis.linux import libc
 
-__all__ = ["CLONE_ARGS", "fork_as"]
+__all__ = ["CLONE_ARGS", "fork_as", "fork_with"]
 
 SYS_CLONE3 = 435
 CLONE_ARGS = struct.Struct("<11Q")
@@ -21,7 +21,15 @@ def fork_as(pid: int) -> int:
     EEXIST where the pid is taken, a zombie included; EPERM without CAP_CHECKPOINT_RESTORE (Linux 5.9, 124ea650d307).
     """
     wanted = ctypes.c_int(pid)
-    arguments = CLONE_ARGS.pack(0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, ctypes.addressof(wanted), 1, 0)
+    return fork_with(f"clone3 with pid {pid}", set_tid=(ctypes.addressof(wanted), 1))
+
+
+def fork_with(what: str, *, flags: int = 0, set_tid: tuple[int, int] = (0, 0)) -> int:
+    """As os.fork, by clone3. Call it in a process with one thread. set_tid: address and number of wanted pids.
+
+    Raises OSError, which says `what` failed.
+    """
+    arguments = CLONE_ARGS.pack(flags, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, *set_tid, 0)
     buffer = ctypes.create_string_buffer(arguments, len(arguments))
     ctypes.pythonapi.PyOS_BeforeFork()
     result = libc.syscall(SYS_CLONE3, ctypes.addressof(buffer), len(arguments), 0, 0, 0, 0)
@@ -31,5 +39,5 @@ def fork_as(pid: int) -> int:
     code = ctypes.get_errno()
     ctypes.pythonapi.PyOS_AfterFork_Parent()
     if result < 0:
-        raise OSError(code, f"clone3 with pid {pid}: {os.strerror(code)}")
+        raise OSError(code, f"{what}: {os.strerror(code)}")
     return int(result)

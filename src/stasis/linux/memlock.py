@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that stays in RAM (include/uapi/asm-generic/mman.h): what runs while a disk rests must not wait for it."""
+"""Memory without pauses: what runs while a disk or a process stands still must not wait for it.
+
+Memory that stays in RAM (include/uapi/asm-generic/mman.h), and no search for garbage.
+"""
 
 import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stasis.linux import libc
 
-__all__ = ["available", "lock", "lock_all"]
+__all__ = ["available", "lock", "lock_all", "no_collection"]
 
 MCL_CURRENT = 1
 MCL_FUTURE = 2
@@ -31,3 +37,15 @@ def available() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
     return 0
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection inside: it would take a part of the time for which others stand still."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 
 from stasis.linux import libc
-from stasis.linux.clone3 import CLONE_ARGS, SYS_CLONE3
+from stasis.linux.clone3 import fork_with
 from stasis.linux.process import pidfd_open
 
 __all__ = ["CLONE_NEWNS", "CLONE_NEWPID", "enter", "fork_into_new", "mount_proc"]
@@ -26,18 +25,7 @@ _mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_u
 def fork_into_new(flags: int) -> int:
     """As os.fork, with the child in new namespaces. Call it in a process with one thread. EPERM without
     CAP_SYS_ADMIN."""
-    arguments = CLONE_ARGS.pack(flags, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, 0)
-    buffer = ctypes.create_string_buffer(arguments, len(arguments))
-    ctypes.pythonapi.PyOS_BeforeFork()
-    result = libc.syscall(SYS_CLONE3, ctypes.addressof(buffer), len(arguments), 0, 0, 0, 0)
-    if result == 0:
-        ctypes.pythonapi.PyOS_AfterFork_Child()
-        return 0
-    code = ctypes.get_errno()
-    ctypes.pythonapi.PyOS_AfterFork_Parent()
-    if result < 0:
-        raise OSError(code, f"clone3 into new namespaces: {os.strerror(code)}")
-    return int(result)
+    return fork_with("clone3 into new namespaces", flags=flags)
 
 
 def enter(pid: int, flags: int) -> None:

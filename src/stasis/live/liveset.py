@@ -8,16 +8,15 @@ map is one in memory, and what is to be told is told afterwards.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, TypeVar
 
 from stasis.errors import BusyError
-from stasis.linux import freeze, mounts
+from stasis.linux import freeze, memlock, mounts
 from stasis.live.freezer import FreezeExpired, Freezer, Frozen
 from stasis.live.options import LiveOptions
 from stasis.live.source import LiveSource
@@ -193,7 +192,7 @@ class LiveSet:
                          hint=error.hint or "choose a time when less is written; no change is lost")
 
     def _attempt(self, limit: float, inside: Callable[[], T]) -> T:
-        with _no_collection():
+        with memlock.no_collection():
             started = time.monotonic()
             try:
                 frozen = self._freezer.freeze(limit)
@@ -267,15 +266,3 @@ def _systems_of(device: int) -> frozenset[int]:
     """The file systems, by the number of their superblock, that lie on one device alone."""
     with Stack([device]) as own:
         return frozenset(file_system.device for file_system in own.file_systems)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection inside: it would take a part of a freeze."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

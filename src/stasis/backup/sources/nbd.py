@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from stasis.backup.source import Extent
@@ -11,7 +11,7 @@ from stasis.backup.source import Extent
 if TYPE_CHECKING:
     from stasis.nbd.tls import TlsConfig
 
-__all__ = ["NbdReader", "nbd_zero_extents"]
+__all__ = ["ExplainedReader", "NbdReader", "nbd_zero_extents"]
 
 # No answer for this long is a failure, in seconds: a disk that is slower than that is not coming back.
 ANSWER_TIMEOUT = 120.0
@@ -48,6 +48,30 @@ class NbdReader:
     def close(self) -> None:
         """Say goodbye and close the connection."""
         self._client.close()
+
+
+class ExplainedReader(NbdReader):
+    """Tells what is lost as a whole from a place that cannot be read.
+
+    explain: called when a read fails; raises StasisError if nothing more can be read, and why. From any thread.
+    """
+
+    def __init__(self, uri: str, explain: Callable[[], None]) -> None:
+        super().__init__(uri)
+        self._explain = explain
+        self._aborted = False
+
+    def read_into(self, extents: Sequence[Extent], buffer: memoryview) -> None:
+        try:
+            super().read_into(extents, buffer)
+        except OSError:
+            if not self._aborted:
+                self._explain()
+            raise
+
+    def abort(self) -> None:
+        self._aborted = True
+        super().abort()
 
 
 def nbd_zero_extents(uri: str, tls: TlsConfig | None = None) -> list[Extent]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 from stasis.errors import UsageError
 from stasis.linux import procfs, ptrace
+from stasis.linux.memlock import no_collection
 from stasis.linux.procfs import Mapping
 from stasis.process import keeper
 from stasis.process.cgroups import GroupTable
@@ -116,7 +116,7 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     all_kinds(chosen.files)
     staging = staging_for(images)
     with (
-        _without_pauses(),
+        no_collection(),
         Guardian(journal, partial(shutil.rmtree, staging, ignore_errors=True), roll.end, first=connections.release),
         ImageSetWriter(images, staging=staging) as out,
         continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout, chosen.track) as (
@@ -166,18 +166,6 @@ def _statistics(result: DumpResult) -> StatsEntry:
         pages_scanned=result.pages + result.pages_in_parent, pages_skipped_parent=result.pages_in_parent,
         pages_written=result.pages, pages_lazy=0,
     ))  # fmt: skip
-
-
-@contextmanager
-def _without_pauses() -> Iterator[None]:
-    """Nobody looks for garbage while the tree stands still."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _refuse_early(pid: int, options: DumpOptions) -> None:
