@@ -18,7 +18,7 @@ from pathlib import Path
 
 from stasis.linux import procfs
 
-__all__ = ["PRELUDE", "Program", "compiled", "cycle", "running", "stasis", "wait_for"]
+__all__ = ["PRELUDE", "Program", "compiled", "counts", "cycle", "goes_on", "running", "stasis", "wait_for"]
 
 PATIENCE = 60.0
 
@@ -164,6 +164,19 @@ def running(directory: Path, *command: str | Path, **options: object) -> Iterato
             yield program
         finally:
             program.end()
+
+
+def counts(directory: Path) -> list[int]:
+    """How far each thread and child of a counting program is."""
+    data = (directory / "counts").read_bytes()
+    return [int.from_bytes(data[8 * number : 8 * number + 8], "little") for number in range(6)]
+
+
+def goes_on(program: Program) -> None:
+    """Wait until all of them have counted on."""
+    before = counts(program.directory)
+    wait_for(lambda: all(now > then for now, then in zip(counts(program.directory), before, strict=True)),
+             "a thread does not go on")  # fmt: skip
 
 
 def cycle(directory: Path, code: str, *options: str, times: int = 1) -> None:

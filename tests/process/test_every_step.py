@@ -16,7 +16,7 @@ from stasis.process.dump.job import DumpOptions, dump
 from stasis.process.dump.predump import pre_dump
 from stasis.process.restore.job import restore
 from tests.process.injector import count_steps, kill_at
-from tests.process.programs import Program, compiled, running, wait_for
+from tests.process.programs import Program, compiled, goes_on, running, wait_for
 from tests.process.test_killed import FAMILY
 
 LONG = bool(os.environ.get("STASIS_LONG"))
@@ -51,20 +51,9 @@ def _state(pids: list[int]) -> list[object]:
     return found
 
 
-def _counts(directory: Path) -> list[int]:
-    data = (directory / "counts").read_bytes()
-    return [int.from_bytes(data[8 * number : 8 * number + 8], "little") for number in range(6)]
-
-
-def _goes_on(program: Program) -> None:
-    before = _counts(program.directory)
-    wait_for(lambda: all(now > then for now, then in zip(_counts(program.directory), before, strict=True)),
-             "a thread does not go on")  # fmt: skip
-
-
 def _killed_again_and_again(program: Program, seed: int, work: Callable[[Path], object]) -> None:
     """Kill the work at each step, in a directory of its own each time."""
-    _goes_on(program)  # all threads are there
+    goes_on(program)  # all threads are there
     pids = program.descendants()
     before = _state(pids)
     total = count_steps(lambda: work(program.directory / "counted"))
@@ -76,7 +65,7 @@ def _killed_again_and_again(program: Program, seed: int, work: Callable[[Path], 
         left = os.listdir(place)
         assert left in ([], ["images"]), f"killed at step {step} of {total}: {left}"
         shutil.rmtree(place)
-        _goes_on(program)
+        goes_on(program)
 
 
 def test_a_dumper_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> None:
@@ -104,7 +93,7 @@ def test_a_dumper_that_is_killed_while_it_ends_the_tree(tmp_path: Path, seed: in
             there = list(filter(_is_there, program.pids))
             assert there == program.pids or (not there and images.exists()), f"killed at step {step} of {total}"
             if there:
-                _goes_on(program)
+                goes_on(program)
                 images = program.dump()
         program.restore(images)
         program.finish()
@@ -127,9 +116,9 @@ def test_a_restorer_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> Non
             there = [pid for pid in program.pids if os.path.exists(f"/proc/{pid}")]
             assert there in ([], program.pids), f"killed at step {step} of {total}: half of the tree is left"
             if there:
-                _goes_on(program)
+                goes_on(program)
         program.restore(_end(program, images))
-        _goes_on(program)
+        goes_on(program)
         program.finish()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from stasis.linux import procfs
-from tests.process.programs import Program, compiled, running, wait_for
+from tests.process.programs import Program, compiled, counts, goes_on, running, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
 
@@ -58,17 +58,6 @@ def _kill_it(draw: random.Random, *words: object) -> None:
             process.kill()
 
 
-def _counts(directory: Path) -> list[int]:
-    data = (directory / "counts").read_bytes()
-    return [int.from_bytes(data[8 * number : 8 * number + 8], "little") for number in range(6)]
-
-
-def _goes_on(program: Program) -> None:
-    before = _counts(program.directory)
-    wait_for(lambda: all(now > then for now, then in zip(_counts(program.directory), before, strict=True)),
-             "a thread does not go on")  # fmt: skip
-
-
 def _nobody_traces(pids: list[int]) -> bool:
     return all(procfs.status(pid, tid)["TracerPid"] == "0" for pid in pids for tid in procfs.threads(pid))
 
@@ -81,7 +70,7 @@ def test_a_dumper_that_is_killed_leaves_everything_as_it_was(tmp_path: Path, see
         for _ in range(KILLS):
             _kill_it(draw, "dump", program.pid, "--images", tmp_path / "images", "--leave-running")
             wait_for(lambda: _nobody_traces(pids), "a thread is traced still")
-            _goes_on(program)
+            goes_on(program)
             assert [sorted(os.listdir(f"/proc/{pid}/fd")) for pid in pids] == descriptors
             if (tmp_path / "images").exists():  # it was through
                 os.rename(tmp_path / "images", tmp_path / f"images-{draw.random()}")
@@ -95,15 +84,15 @@ def test_a_restorer_that_is_killed_leaves_all_processes_or_none(tmp_path: Path, 
     with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
         images = program.dump()
         for _ in range(KILLS):
-            before = _counts(tmp_path)
+            before = counts(tmp_path)
             _kill_it(draw, "restore", "--images", images)
             wait_for(partial(_settled, program, before), "half of the tree is left")
             if os.path.exists(f"/proc/{program.pid}"):  # it was through
                 assert program.descendants() == program.pids
-                _goes_on(program)
+                goes_on(program)
                 images = program.dump()
         program.restore(images)
-        _goes_on(program)
+        goes_on(program)
         program.finish()
 
 
@@ -113,7 +102,7 @@ def _settled(program: Program, before: list[int]) -> bool:
     if not there:
         return True
     try:
-        runs = all(now > then for now, then in zip(_counts(program.directory), before, strict=True))
+        runs = all(now > then for now, then in zip(counts(program.directory), before, strict=True))
         return runs and there == program.pids and _nobody_traces(there)
     except (ProcessLookupError, FileNotFoundError):
         return False
