@@ -55,3 +55,16 @@ def test_capabilities_are_found_by_trying(where: list[str], capsys: Capture) -> 
     found = {one["name"]: one["available"] for one in json.loads(capsys.readouterr().out)}
     assert found["tracking programs"]
     assert found["tracepoint block_rq_complete"]
+
+
+@pytest.mark.parametrize("words", [["info"], ["read", "--output", "map"], ["changed", "--since", "0"], ["mark", "0:1M"]])
+def test_the_map_of_what_is_not_tracked_is_refused_in_one_sentence(where: list[str], words: list[str], tmp_path: Path,
+                                                                  capsys: Capture) -> None:
+    verb, *rest = words
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"x")
+    with loop_device(tmp_path / "image", MIB) as node:
+        for path, said in ((node, f"stasis track start {node}"), (str(plain), "no block device"),
+                           (str(tmp_path / "none"), f"there is no {tmp_path}/none")):
+            assert main(["map", verb, path, *rest, *where]) == ExitCode.NOT_FOUND
+            assert said in capsys.readouterr().err

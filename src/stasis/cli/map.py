@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from stasis.cli import output
 from stasis.cli.options import add_command, add_group, byte_range, connect
-from stasis.errors import PermissionDeniedError, StasisError, UsageError
+from stasis.errors import NotFoundError, PermissionDeniedError, StasisError, UsageError
 
 if TYPE_CHECKING:
     from stasis.cli.options import Groups
@@ -53,10 +53,23 @@ def _tracked_in(arguments: argparse.Namespace) -> Path | None:
 
     state = paths.resolve(getattr(arguments, "run_dir", None), getattr(arguments, "state_dir", None)).state
     if not maps.is_tracked(arguments.device, state):
+        if "/" in arguments.device:
+            raise _unknown_path(arguments.device)
         return None
     if getattr(arguments, "held", False):
         raise UsageError(f"{arguments.device} is a live device: no snapshot holds its map", hint="leave out --held")
     return state
+
+
+def _unknown_path(path: str) -> NotFoundError:
+    """A path is that of a live device or of none: served devices are known by their names."""
+    if not os.path.exists(path):
+        return NotFoundError(f"there is no {path}", hint="stasis track list and stasis device list show what there is")
+    if Path(path).is_block_device():
+        return NotFoundError(f"{path} is not tracked, so there is no change map of it",
+                             hint=f"stasis track start {path}")
+    return NotFoundError(f"{path} is no block device that is tracked, so there is no change map of it",
+                         hint="name a served device as stasis device list does")
 
 
 def info(arguments: argparse.Namespace) -> None:

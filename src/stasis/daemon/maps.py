@@ -22,8 +22,10 @@ def open_map(directories: Directories, name: str) -> ChangeMap:
     """The change map of a device, read-only. NotFoundError with ESRCH, as CBTINFO has it; StateError if damaged."""
     path: Path = directories.device(name) / "map"
     try:
+        if "/" in name:  # a path is no name, and must not lead out of the state directory
+            raise FileNotFoundError(errno.ENOENT, "not a name", name)
         return ChangeMap.open_readonly(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"there is no change map of a device {name}", hint="stasis device list shows the devices",
                             errno=errno.ESRCH) from error
 

@@ -66,7 +66,7 @@ def identify(path: str) -> Identity:
     try:
         fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except PermissionError as error:
-        raise PermissionDeniedError(f"{path} cannot be opened", hint="use sudo") from error
+        raise _denied(path) from error
     except FileNotFoundError as error:
         raise NotFoundError(f"there is no device {path}", hint="lsblk shows the devices") from error
     except OSError as error:
@@ -78,6 +78,13 @@ def identify(path: str) -> Identity:
         raise StasisError(f"{path} vanished: {error.strerror}", errno=error.errno or 0) from error
     finally:
         os.close(fd)
+
+
+def _denied(path: str) -> PermissionDeniedError:
+    if os.geteuid():
+        return PermissionDeniedError(f"{path} cannot be opened by this user", hint="use sudo")
+    return PermissionDeniedError(f"{path} cannot be opened, not even by root",
+                                 hint="a container's device rules or a security module forbid it; run this outside")
 
 
 def _identity(path: str, real: str, fd: int) -> Identity:
