@@ -301,6 +301,13 @@ def test_detach_with_forget_removes_the_map(client: api.Client, make_image: Make
     assert list((client.directories.state / "devices").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["/dev/null", "../devices/disk.img"])
+def test_a_path_is_not_the_name_of_a_map(client: api.Client, make_image: MakeImage, name: str) -> None:
+    client.attach(make_image(), name="disk.img")
+    with pytest.raises(api.NotFoundError, match="no change map of a device"):
+        client.map_info(name)
+
+
 def test_detach_by_force_makes_the_image_unreadable(
     client: api.Client, make_image: MakeImage, storage: Path
 ) -> None:
