@@ -218,8 +218,10 @@ def _write_statistics(arguments: argparse.Namespace, result: RestoreResult) -> N
     from stasis.process.images.schema.inventory import RestoreStatsEntry, StatsEntry
     from stasis.process.images.writer import ImageWriter
 
-    figures = RestoreStatsEntry(pages_compared=0, pages_skipped_cow=0, restore_time=int(result.seconds * 1e6),
-                                forking_time=int(result.forking_seconds * 1e6))  # fmt: skip
+    figures = RestoreStatsEntry(
+        pages_compared=result.pages_compared, pages_skipped_cow=result.pages_shared,
+        restore_time=int(result.seconds * 1e6), forking_time=int(result.forking_seconds * 1e6),
+    )  # fmt: skip
     path = _work_path(arguments, KINDS["stats-restore"].file_name())
     with ImageWriter(KINDS["stats-restore"], lambda: open(path, "w+b")) as image:
         image.append(StatsEntry(restore=figures))

@@ -9,7 +9,7 @@ import ctypes
 
 from stasis.linux import libc
 
-__all__ = ["first_difference", "is_zero", "view_at"]
+__all__ = ["are_equal", "first_difference", "is_zero", "view_at"]
 
 _memcmp = libc.libc.memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -22,6 +22,11 @@ def is_zero(address: int, length: int) -> bool:
         return True
     # A range that equals itself moved by one byte consists of copies of its first byte.
     return ctypes.string_at(address, 1) == b"\0" and not _memcmp(address, address + 1, length - 1)
+
+
+def are_equal(left: int, right: int, length: int) -> bool:
+    """Whether length bytes at two addresses are the same."""
+    return not _memcmp(left, right, length)
 
 
 def first_difference(left: int, right: int, length: int) -> int | None:

@@ -18,12 +18,18 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stasis.errors import StasisError
 from stasis.linux import process, procfs
 
-__all__ = ["LARGEST_REPORT", "Gate", "Roll", "adopting", "collect", "live_with"]
+if TYPE_CHECKING:
+    from stasis.process.files.opening import FileSet
+    from stasis.process.images import ImageSet
+    from stasis.process.restore.inheritance import Inheritance
+    from stasis.process.restore.plan import TaskPlan
+
+__all__ = ["LARGEST_REPORT", "Crew", "Gate", "Roll", "adopting", "collect", "live_with"]
 
 LARGEST_REPORT = 1 << 20
 PATIENCE = 120.0
@@ -90,6 +96,31 @@ def live_with(parent: int, until_then: int) -> None:
     process.set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it ended before it was our parent
+
+
+class Crew:
+    """What all processes know of each other. `is_guest`: the tree is in the session of the one who restores it."""
+
+    def __init__(
+        self, root: TaskPlan, files: FileSet, chain: list[ImageSet], sock: socket.socket, gates: dict[str, Gate]
+    ) -> None:
+        self.root = root
+        self.files = files
+        self.chain = chain
+        self.sock = sock
+        self.gates = gates
+        self.pids = frozenset(plan.pid for plan in root.walk())
+        self.is_guest = False
+        self.shared_fd: dict[int, int] = {}
+        self.inheritance: Inheritance | None = None
+
+    def report(self, **fields: Any) -> None:
+        self.sock.send(json.dumps(fields).encode())
+
+    def stage(self, name: str, made: list[int]) -> None:
+        """Tell that this process has come so far and which it has made, and wait for all others."""
+        self.report(stage=name, pid=os.getpid(), made=made)
+        self.gates[name].wait()
 
 
 class Roll:

@@ -26,8 +26,9 @@ from stasis.process.journal import Journal
 from stasis.process.remote import Remote
 from stasis.process.restore.crew import Roll, adopting
 from stasis.process.restore.memory import replace_memory
+from stasis.process.restore.outfit import Ready
 from stasis.process.restore.plan import TaskPlan, read_tree
-from stasis.process.restore.spawn import Ready, spawn
+from stasis.process.restore.spawn import spawn
 from stasis.process.restore.tasks import arm_timers, give_process_state, make_timers, set_dumpable
 from stasis.process.restore.threads import give_state, make_threads
 from stasis.process.seccomp import Filters
@@ -57,7 +58,8 @@ class RestoreOptions(NamedTuple):
 class RestoreResult(NamedTuple):
     """What was restored: the first process, and all. `init`: the first process of their pid namespace where they have
     one of their own; it ends with them and with the status of `pid`. Seconds for all of it, of which `forking_seconds`
-    for making processes and their files."""
+    for making processes and their files. `pages_shared` of `pages_compared` were found to be those of the parent, as
+    after a fork, and are one with them."""
 
     pid: int
     pids: list[int]
@@ -65,6 +67,8 @@ class RestoreResult(NamedTuple):
     warnings: list[str] | None = None
     forking_seconds: float = 0.0
     seconds: float = 0.0
+    pages_compared: int = 0
+    pages_shared: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -91,11 +95,11 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
         chain = opened.chain()
         try:
             with _segments(opened, chain):
-                warnings, forking = _restore(root, files, chain, chosen)
+                made = _restore(root, files, chain, chosen)
         finally:
             for parent in chain[1:]:
                 parent.close()
-    return RestoreResult(root.pid, [plan.pid for plan in root.walk()], 0, warnings, forking, time.monotonic() - began)
+    return made._replace(seconds=time.monotonic() - began)
 
 
 def _restore_inside(images: str | os.PathLike[str], options: RestoreOptions) -> RestoreResult:
@@ -132,10 +136,8 @@ def _mapper(map_paths: Mapping[str, str]) -> Callable[[str], str]:
     return mapped
 
 
-def _restore(
-    root: TaskPlan, files: FileSet, chain: list[ImageSet], options: RestoreOptions
-) -> tuple[list[str], float]:
-    """Make it all; what could not be done of what may be left out, and how long the making of processes took."""
+def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet], options: RestoreOptions) -> RestoreResult:
+    """Make it all."""
     living = [plan for plan in root.walk() if not plan.is_zombie]
     roll, filters = Roll(), Filters(files.images)
     with Guardian(Journal(), roll.end), adopting() as end_all:
@@ -160,7 +162,10 @@ def _restore(
                 raise StasisError(f"the restore failed: {error.strerror or error}", errno=error.errno or 0) from error
             raise
     options.hook("post-resume", root.pid)
-    return warnings, forking
+    return RestoreResult(
+        root.pid, [plan.pid for plan in root.walk()], 0, warnings, forking, 0.0,
+        sum(one.pages_compared for one in ready.values()), sum(one.pages_shared for one in ready.values()),
+    )  # fmt: skip
 
 
 def _members(living: list[TaskPlan]) -> list[tuple[int, int | None]]:

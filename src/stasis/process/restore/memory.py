@@ -18,12 +18,13 @@ from stasis.process.remote import CODE_BYTES, PAGE, SCRATCH_BYTES, Remote
 
 if TYPE_CHECKING:
     from stasis.process.images.schema.memory import MmEntry, VmaEntry
-    from stasis.process.restore.spawn import Ready
+    from stasis.process.restore.outfit import Ready
 
 __all__ = ["replace_memory"]
 
-PROT_WRITE = 2
+PROT_READ, PROT_WRITE = 1, 2
 MAP_FIXED_NOREPLACE = 0x100000
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 USER_END = (1 << 47) - PAGE
 AT_FDCWD = -100
 RSEQ_FLAG_UNREGISTER = 1
@@ -44,18 +45,16 @@ FROM_FILE = VmaStatus.FILE_PRIVATE | VmaStatus.FILE_SHARED
 def replace_memory(remote: Remote, mm: MmEntry, ready: Ready, chain: list[ImageSet]) -> None:
     """Make the memory of the process that of `mm`. What fails leaves a process that can only be ended."""
     _unregister_rseq(remote)
-    remote.call("munmap", 0, remote.code)
-    behind = remote.code + CODE_BYTES + SCRATCH_BYTES
-    remote.call("munmap", behind, USER_END - behind)
+    _unmap_all(remote, ready)
     _map_vdso(remote, mm)
     regular = [vma for vma in mm.vmas if not vma.status & SPECIAL]
     guards = [vma for vma in mm.vmas if vma.status & VmaStatus.GUARD]
     with MemoryReader(chain, remote.pid) as reader:
-        filled = {vma.start for vma in regular if _has_pages(vma, reader)}
+        filled = {vma.start for vma in regular if vma.start in ready.pieces or _has_pages(vma, reader)}
         for vma in regular:
             _map(remote, vma, ready, fills=vma.start in filled)
         _map_others(remote, mm)
-        _fill(remote, [vma for vma in regular if vma.start in filled], reader)
+        _fill(remote, [vma for vma in regular if vma.start in filled], reader, ready)
     for vma in guards:
         remote.call("madvise", vma.start, vma.end - vma.start, MADV_GUARD_INSTALL)
     for vma in regular:
@@ -69,6 +68,16 @@ def _unregister_rseq(remote: Remote) -> None:
     found = ptrace.rseq_configuration(remote.pid)
     if found is not None and found.pointer:
         remote.call("rseq", found.pointer, found.size, RSEQ_FLAG_UNREGISTER, found.signature)
+
+
+def _unmap_all(remote: Remote, ready: Ready) -> None:
+    """But our pages, and what lies ready."""
+    kept = [(place, length) for length, place in ready.pieces.values()]
+    position = 0
+    for start, length in sorted([*kept, (remote.code, CODE_BYTES + SCRATCH_BYTES), (USER_END, 0)]):
+        if start > position:
+            remote.call("munmap", position, start - position)
+        position = start + length
 
 
 def _map_vdso(remote: Remote, mm: MmEntry) -> None:
@@ -105,6 +114,12 @@ def _map_others(remote: Remote, mm: MmEntry) -> None:
 
 def _map(remote: Remote, vma: VmaEntry, ready: Ready, *, fills: bool) -> None:
     """Map it where it was, writable as long as it has to be filled; else a large reserve would count as memory."""
+    if vma.start in ready.pieces:
+        length, place = ready.pieces[vma.start]
+        remote.call("mremap", place, length, vma.end - vma.start, MREMAP_MAYMOVE | MREMAP_FIXED, vma.start)
+        if vma.prot & ~(PROT_READ | PROT_WRITE):
+            remote.call("mprotect", vma.start, vma.end - vma.start, vma.prot | PROT_WRITE)
+        return
     fd = -1
     if vma.status & FROM_FILE:
         fd = ready.file_fd[vma.shmid, vma.fdflags or 0]
@@ -115,12 +130,12 @@ def _map(remote: Remote, vma: VmaEntry, ready: Ready, *, fills: bool) -> None:
     remote.call("mmap", vma.start, vma.end - vma.start, protection, flags, fd, vma.pgoff if fd >= 0 else 0)
 
 
-def _fill(remote: Remote, regular: list[VmaEntry], reader: MemoryReader) -> None:
-    """Have the process read its pages from the image, many runs with one call."""
+def _fill(remote: Remote, regular: list[VmaEntry], reader: MemoryReader, ready: Ready) -> None:
+    """Have the process read its pages from the image, many runs with one call; but those that lay ready."""
     opened: dict[int, int] = {}
     batch: list[PageSource] = []
     for vma in regular:
-        for source in reader.sources(vma.start, vma.end):
+        for source in reader.sources(vma.start + ready.pieces.get(vma.start, (0, 0))[0], vma.end):
             if batch and not _continues(batch, source):
                 _read(remote, opened, batch)
                 batch = []

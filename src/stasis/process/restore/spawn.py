@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import resource
 import signal
@@ -20,14 +19,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from stasis.errors import BusyError, PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import process, procfs
 from stasis.linux.clone3 import fork_as
-from stasis.process.dump.mm import VmaStatus
-from stasis.process.restore.crew import LARGEST_REPORT, Gate, collect, live_with
-from stasis.process.restore.shared import make_shared
+from stasis.process.restore.crew import LARGEST_REPORT, Crew, Gate, collect, live_with
+from stasis.process.restore.outfit import Ready, open_everything, prepare, share_memory, take_terminal
 
 if TYPE_CHECKING:
     from stasis.process.files.opening import FileSet
@@ -42,21 +40,6 @@ STAGES = ("made", "joined")
 """Behind each one is a gate."""
 
 
-class Ready:
-    """What a process told when it was ready: where in it the descriptors are that its memory is made from."""
-
-    def __init__(self, report: dict[str, Any]) -> None:
-        self.pid = int(report["pid"])
-        self.report_fd = int(report["report"])
-        self.file_fd = {(int(number), int(flags)): int(fd) for number, flags, fd in report["files"]}
-        self.shared_fd = {int(number): int(fd) for number, fd in report["shared"]}
-
-    @property
-    def fds(self) -> list[int]:
-        """All of them, to be closed in the end."""
-        return [*self.file_fd.values(), *self.shared_fd.values(), self.report_fd]
-
-
 def spawn(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> dict[int, Ready]:
     """Make all processes, the root as a child of ours; what each told, by pid. Zombies have ended.
 
@@ -66,7 +49,7 @@ def spawn(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> dict[int, Re
     for sock in (ours, theirs):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REPORT)
     gates = {stage: Gate() for stage in STAGES}
-    crew = _Crew(root, files, chain, theirs, gates)
+    crew = Crew(root, files, chain, theirs, gates)
     with ours, ExitStack() as cleanup:
         for gate in gates.values():
             cleanup.callback(gate.close)
@@ -80,7 +63,7 @@ def spawn(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> dict[int, Re
     return {ready.pid: ready for ready in found}
 
 
-def _make_root(crew: _Crew, ours: socket.socket) -> int:
+def _make_root(crew: Crew, ours: socket.socket) -> int:
     """The first process: in its session, whose leader a helper plays where its pid is free; else in ours."""
     root = crew.root
     maker = _Maker(crew, close=lambda: _leave(crew, ours))
@@ -93,41 +76,17 @@ def _make_root(crew: _Crew, ours: socket.socket) -> int:
     return 0
 
 
-def _leave(crew: _Crew, ours: socket.socket) -> None:
+def _leave(crew: Crew, ours: socket.socket) -> None:
     """In a process that the restorer made: keep nothing that is the restorer's."""
     ours.close()
     for gate in crew.gates.values():
         gate.leave()
 
 
-class _Crew:
-    """What all processes know of each other. `is_guest`: the tree is in the session of the one who restores it."""
-
-    def __init__(
-        self, root: TaskPlan, files: FileSet, chain: list[ImageSet], sock: socket.socket, gates: dict[str, Gate]
-    ) -> None:
-        self.root = root
-        self.files = files
-        self.chain = chain
-        self.sock = sock
-        self.gates = gates
-        self.pids = frozenset(plan.pid for plan in root.walk())
-        self.is_guest = False
-        self.shared_fd: dict[int, int] = {}
-
-    def report(self, **fields: Any) -> None:
-        self.sock.send(json.dumps(fields).encode())
-
-    def stage(self, name: str, made: list[int]) -> None:
-        """Tell that this process has come so far and which it has made, and wait for all others."""
-        self.report(stage=name, pid=os.getpid(), made=made)
-        self.gates[name].wait()
-
-
 class _Maker:
     """Makes children of this process, and notes them. `close` is called in each."""
 
-    def __init__(self, crew: _Crew, close: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, crew: Crew, close: Callable[[], None] = lambda: None) -> None:
         self.crew = crew
         self.made: list[int] = []
         self.helpers: list[int] = []
@@ -205,7 +164,7 @@ def _refusal(pid: int, error: OSError) -> StasisError:
     return UnsupportedError(f"the pid {pid} cannot be given: {error.strerror}", errno=error.errno or 0)
 
 
-def _run(plan: TaskPlan, crew: _Crew, life: Callable[[], None]) -> NoReturn:
+def _run(plan: TaskPlan, crew: Crew, life: Callable[[], None]) -> NoReturn:
     """The life of a process that we made. What goes wrong is told to the restorer."""
     try:
         life()
@@ -218,7 +177,7 @@ def _run(plan: TaskPlan, crew: _Crew, life: Callable[[], None]) -> NoReturn:
     os._exit(1)
 
 
-def _lead_session(plans: list[TaskPlan], crew: _Crew, parent: int) -> None:
+def _lead_session(plans: list[TaskPlan], crew: Crew, parent: int) -> None:
     """A helper's life in place of a session's leader."""
     live_with(parent, parent)
     os.setsid()
@@ -234,7 +193,7 @@ def _lead_session(plans: list[TaskPlan], crew: _Crew, parent: int) -> None:
     os._exit(0)
 
 
-def _lead_group(crew: _Crew, parent: int) -> None:
+def _lead_group(crew: Crew, parent: int) -> None:
     """A helper's life in place of a group's leader."""
     live_with(parent, parent)
     os.setpgid(0, 0)
@@ -244,14 +203,15 @@ def _lead_group(crew: _Crew, parent: int) -> None:
     os._exit(0)
 
 
-def _live(plan: TaskPlan, crew: _Crew, parent: int, maker_pid: int) -> None:
+def _live(plan: TaskPlan, crew: Crew, parent: int, maker_pid: int) -> None:
     """A process of the tree, until it is seized; never returns. `maker_pid` is that of a helper where one stands in for
     the leader of its session."""
     if parent == maker_pid:
         live_with(parent, parent)
     if plan is crew.root:
-        _open_everything(crew)
+        open_everything(crew)
     _move_up(crew)
+    share_memory(plan, crew)
     maker = _Maker(crew)
     _make_children(plan, maker)
     crew.stage("made", maker.made)
@@ -265,19 +225,19 @@ def _live(plan: TaskPlan, crew: _Crew, parent: int, maker_pid: int) -> None:
     for child in plan.children:
         if child.is_zombie:  # its signal is to come before we are seized, when it is ignored still
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    crew.report(**_prepare(plan, crew), stage="ready", made=maker.made)
+    crew.report(**prepare(plan, crew), stage="ready", made=maker.made)
     while True:
         signal.pause()
 
 
-def _move_up(crew: _Crew) -> None:
+def _move_up(crew: Crew) -> None:
     """Have our descriptors where they are in nobody's way."""
     crew.sock = socket.socket(fileno=crew.files.move(crew.sock.detach()))
     for gate in crew.gates.values():
         gate.reader = crew.files.move(gate.reader)
 
 
-def _join_group(pgid: int, crew: _Crew) -> None:
+def _join_group(pgid: int, crew: Crew) -> None:
     if os.getpgid(0) == pgid:
         return
     try:
@@ -285,16 +245,6 @@ def _join_group(pgid: int, crew: _Crew) -> None:
     except PermissionError:
         if not crew.is_guest:
             raise
-
-
-def _open_everything(crew: _Crew) -> None:
-    """What processes share is opened by the first one, and inherited by the others."""
-    living = [one for one in crew.root.walk() if one.ids is not None]
-    mapped = {number for one in living for number, _ in _mapped_files(one)}
-    crew.files.open_all(sorted({one.ids.files_id for one in living if one.ids is not None}), sorted(mapped))
-    crew.shared_fd = {
-        number: crew.files.move(fd) for number, fd in make_shared(list(crew.root.walk()), crew.chain).items()
-    }
 
 
 def _make_children(plan: TaskPlan, maker: _Maker) -> None:
@@ -307,7 +257,7 @@ def _make_children(plan: TaskPlan, maker: _Maker) -> None:
             maker.child(child)
     if mine != born_in:
         os.setsid()
-        _take_terminal(plan.pid, maker.crew, first=True)
+        take_terminal(plan.pid, maker.crew, first=True)
     elif plan.entry.pgid == plan.pid:
         os.setpgid(0, 0)
     for child in plan.children:
@@ -321,21 +271,7 @@ def _make_children(plan: TaskPlan, maker: _Maker) -> None:
         maker.helper_for_group(plan)
 
 
-def _take_terminal(sid: int, crew: _Crew, *, first: bool) -> None:
-    """In the leader of a session: take its terminal before others are born who inherit it; when all groups are there,
-    put the right one in front."""
-    if not crew.files.images.has("tty-info"):
-        return
-    from stasis.process.files.terminals import controlled, put_in_front, take_control
-
-    path, pgid = controlled(crew.files.images).get(sid, ("", 0))
-    if path and first:
-        take_control(path)
-    elif path and pgid and os.getsid(0) == os.getpid():
-        put_in_front(path, pgid)
-
-
-def _is_first_of_dead_group(plan: TaskPlan, crew: _Crew) -> bool:
+def _is_first_of_dead_group(plan: TaskPlan, crew: Crew) -> bool:
     pgid = plan.entry.pgid
     if pgid in crew.pids or pgid in (os.getpgid(0), os.getsid(0)):
         return False
@@ -354,39 +290,3 @@ def _end_as(plan: TaskPlan) -> NoReturn:
             signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     os._exit(status >> 8 & 0xFF)
-
-
-def _prepare(plan: TaskPlan, crew: _Crew) -> dict[str, Any]:
-    assert plan.fs is not None
-    assert plan.ids is not None
-    assert plan.mm is not None
-    files, report = crew.files, crew.sock.fileno()
-    _take_terminal(plan.pid, crew, first=False)
-    os.umask(plan.fs.umask or 0)
-    os.chdir(files.map_path(files.file_name(plan.fs.cwd_id)))
-    mapped = _open_mapped(plan, files)
-    shared = _shared_of(plan, crew)
-    files.set_owners(plan.ids.files_id)
-    files.place(plan.ids.files_id, [report, *(fd for _, _, fd in mapped), *shared.values()])
-    return {"pid": os.getpid(), "report": report, "files": mapped, "shared": list(shared.items())}
-
-
-def _shared_of(plan: TaskPlan, crew: _Crew) -> dict[int, int]:
-    assert plan.mm is not None
-    used = {vma.shmid for vma in plan.mm.vmas if vma.status & VmaStatus.ANON_SHARED}
-    return {number: fd for number, fd in crew.shared_fd.items() if number in used}
-
-
-def _mapped_files(plan: TaskPlan) -> set[tuple[int, int]]:
-    """(id, open flags) of every file that the memory is made from, the program included."""
-    assert plan.mm is not None
-    of_file = VmaStatus.FILE_PRIVATE | VmaStatus.FILE_SHARED
-    found = {(vma.shmid, vma.fdflags or 0) for vma in plan.mm.vmas if vma.status & of_file}
-    found.add((plan.mm.exe_file_id, os.O_RDONLY))
-    return found
-
-
-def _open_mapped(plan: TaskPlan, files: FileSet) -> list[tuple[int, int, int]]:
-    """The same with a descriptor of this process."""
-    wanted = sorted(_mapped_files(plan))
-    return [(number, flags, files.move(files.open_path(number, flags))) for number, flags in wanted]
