@@ -41,9 +41,13 @@ def _add_setup(group: Groups) -> None:
     command = add_command(group, "setup", setup, "Begin a series: keep old contents of devices in new COW files.", """
 stasis datto setup disk.img /var/tmp/cow0
 stasis datto setup --group data /var/tmp/data.cow logs /var/tmp/logs.cow
+stasis datto setup --live --image /backup/sdb1.img /dev/sdb1 /backup/sdb1.cow0
 """)
     command.add_argument("pairs", metavar="DEVICE COW", nargs="+", help="a device that is served, and its new COW file")
     command.add_argument("--group", action="store_true", help="several devices, all at one instant or none")
+    command.add_argument("--live", action="store_true",
+                         help="a device as it is in use, not served: incremental mode from the start")
+    command.add_argument("--image", metavar="FILE", help="with --live: a new file for the first copy of the device")
     command.add_argument("--minor", metavar="N", type=int, help="the first one's minor (the lowest free ones)")
     command.add_argument("--allocate", metavar="SIZE", type=size, default=0,
                          help="size of a COW file, whole MiB (a tenth of the device)")
@@ -67,16 +71,27 @@ def setup(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{arguments.pairs[-1]} is a device without a COW file", hint="write DEVICE COW")
     if len(pairs) > 1 and not arguments.group:
         raise UsageError("more than one device is named", hint="--group sets them up at one instant")
+    _check_live(arguments, len(pairs))
     if arguments.allocate % MIB:
         raise UsageError(f"{arguments.allocate} bytes are not whole MiB", hint="a size such as 512M")
     with connect(arguments) as client:
         minors = _minors(client, arguments.minor, len(pairs))
-        tracers = client.datto_setup([(minor, *pair) for minor, pair in zip(minors, pairs, strict=True)],
-                                     fallocated_space=arguments.allocate // MIB, cache_size=arguments.cache)
+        if arguments.live:
+            tracers = [client.datto_setup_live(minors[0], *pairs[0], arguments.image)]
+        else:
+            tracers = client.datto_setup([(minor, *pair) for minor, pair in zip(minors, pairs, strict=True)],
+                                         fallocated_space=arguments.allocate // MIB, cache_size=arguments.cache)
     if arguments.json:
         output.print_json(tracers)
     else:
         print("".join(f"{tracer.minor}\n" for tracer in tracers), end="")
+
+
+def _check_live(arguments: argparse.Namespace, count: int) -> None:
+    if arguments.live != (arguments.image is not None):
+        raise UsageError("--live and --image FILE go together", hint="the image is the copy that update-img updates")
+    if arguments.live and (count > 1 or arguments.allocate or arguments.cache):
+        raise UsageError("--live takes one device, and keeps no old contents", hint="leave the other options out")
 
 
 def _minors(client: Client, first: int | None, count: int) -> list[int]:
@@ -189,6 +204,13 @@ def _size_of(arguments: argparse.Namespace) -> int:
     with connect(arguments) as client:
         for tracer in client.datto_list():
             if tracer.uuid == uuid and tracer.device is not None:
-                return client.device(tracer.device).size
+                return _device_size(tracer.bdev) if tracer.live else client.device(tracer.device).size
     raise NotFoundError(f"no tracer that is served has the series of {arguments.cow}",
                         hint="--size tells how large its device is")
+
+
+def _device_size(path: str) -> int:
+    from stasis.linux import blockdev
+
+    with open(path, "rb") as device:
+        return blockdev.size(device.fileno())

@@ -43,6 +43,14 @@ class TracerCalls(ABC):
                             cache_size=cache_size)
         return [model.from_dict(Tracer, entry) for entry in answer["tracers"]]
 
+    def datto_setup_live(self, minor: int, bdev: StrPath, cow: StrPath, image: StrPath) -> Tracer:
+        """Begin a series in incremental mode on a device that is in use: `image`, a new file, is its first copy.
+
+        Raises as datto_setup, and BusyError if it is written faster than it is copied.
+        """
+        return self._tracer("DattoSetupLive", minor=minor, bdev=os.path.abspath(bdev), cow=os.path.abspath(cow),
+                            image=os.path.abspath(image))
+
     def datto_reload(self, minor: int, bdev: StrPath, cow: StrPath, *, snapshot: bool, cache_size: int = 0) -> Tracer:
         """Take a COW file up when the device is attached next. EINVAL if it is attached now."""
         return self._tracer("DattoReload", minor=minor, bdev=os.path.abspath(bdev), cow=os.path.abspath(cow),

@@ -24,6 +24,7 @@ def tracer(record: TracerRecord) -> model.Tracer:
     step, reserved = record.auto_expand or (0, 0)
     own = {field.name: getattr(record, field.name) for field in fields(model.Tracer) if hasattr(record, field.name)}
     return model.Tracer(**own | {"state": int(record.state), "state_name": str(record.state),
+                                 "live": record.mark is not None,
                                  "auto_expand_step": step, "auto_expand_reserved": reserved})
 
 
@@ -47,6 +48,10 @@ class DattoMethods:
             return {"tracers": [model.as_dict(tracer(record)) for record in found]}
 
     @method
+    def DattoSetupLive(self, minor: int, bdev: str, cow: str, image: str) -> Answer:
+        return _answer(self._devices.tracers.live.setup(minor, bdev, cow, image))
+
+    @method
     def DattoReload(self, minor: int, bdev: str, cow: str, snapshot: bool, cache_size: int | None) -> Answer:
         with self._devices.lock:
             registry = self._devices.tracers.registry
@@ -66,8 +71,11 @@ class DattoMethods:
 
     @method
     def DattoTransitionSnapshot(self, minor: int, cow: str, fallocated_space: int | None) -> Answer:
+        tracers = self._devices.tracers
+        if tracers.live.owns(minor):
+            return _answer(tracers.live.transition_snapshot(minor, cow, fallocated_space or 0))
         with self._devices.lock:
-            return _answer(self._devices.tracers.registry.transition_snapshot(minor, cow, fallocated_space or 0))
+            return _answer(tracers.registry.transition_snapshot(minor, cow, fallocated_space or 0))
 
     @method
     def DattoReconfigure(self, minor: int, cache_size: int | None) -> Answer:

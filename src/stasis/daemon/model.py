@@ -171,6 +171,10 @@ class Tracer:
     """Paths of the finished COW files of the series, by their numbers."""
     trusted_from: int = 0
     """What changed since snapshots with smaller numbers is not relied on."""
+    live: bool = False
+    """Whether it is in incremental mode over a device that is in use and not served."""
+    point: str = ""
+    """Of a live device's snapshot: the file with the blocks that changed before it."""
 
 
 @dataclass(frozen=True)

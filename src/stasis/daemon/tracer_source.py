@@ -38,6 +38,9 @@ class TracerSource:
     def __init__(self, client: Client, tracer: Tracer, name: str) -> None:
         """Raises StateError if the tracer has no image, StorageError if it has failed."""
         _refuse_failed(tracer)
+        if tracer.live:
+            raise StateError(f"{tracer.bdev} is traced as it is in use, and has no image to read",
+                             hint=f"stasis backup create {tracer.bdev} needs none")
         if tracer.state_name != "active snapshot" or tracer.device is None:
             raise StateError(f"tracer {tracer.minor} is {tracer.state_name} and has no image to read",
                              hint="dbdctl transition-to-snapshot makes one")

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 from stasis.daemon import datto_group, statefile
 from stasis.daemon import record as records
 from stasis.daemon.channel import Channel
+from stasis.daemon.datto_live import LiveTracers
 from stasis.daemon.paths import Directories
 from stasis.daemon.record import OriginKey
 from stasis.daemon.served import ServedDevice
 from stasis.datto import series
-from stasis.datto.registry import Registry, Target, TracerRecord
+from stasis.datto.registry import LIVE, Registry, Target, TracerRecord
 from stasis.datto.status import status
 from stasis.errors import DaemonError, NotFoundError, StasisError, StateError, UsageError
 
@@ -52,8 +53,10 @@ class TracerKeeper:
         self._directories, self._devices = directories, devices
         self.lock = devices.lock
         self.registry = Registry(self)
+        self.live = LiveTracers(directories, self.registry, self.lock)
         self._ended = threading.Event()
         self._load()
+        self.live.wake()
         self._thread = threading.Thread(target=self._keep_current, name="datto-info", daemon=True)
         self._thread.start()
 
@@ -93,7 +96,7 @@ class TracerKeeper:
         while not self._ended.wait(REFRESH_SECONDS):
             with self.lock:
                 if not self._ended.is_set() and any(
-                        record.state.is_active for record in self.registry.tracers.values()):
+                        record.state.is_active or record.mark for record in self.registry.tracers.values()):
                     self._refresh_quietly()
 
     def _refresh_quietly(self) -> None:
@@ -105,10 +108,12 @@ class TracerKeeper:
     def close(self) -> None:
         """The daemon ends."""
         self._ended.set()
+        self.live.close()
 
     def refresh(self) -> list[TracerRecord]:
         """All tracers, with what their workers say of them now; the status file says the same."""
         with self.lock:
+            self.live.wake()
             found = [self.registry.find(minor) for minor in sorted(self.registry.tracers)]
             self._write_status()
             return found
@@ -154,6 +159,8 @@ class TracerKeeper:
 
     def ask(self, device: str, request: str, **fields: Any) -> dict[str, Any]:
         """A request to the tracer in the device's worker."""
+        if device.startswith(LIVE):
+            return self.live.ask(device, request, **fields)
         served = self._devices.devices.get(device)
         if served is None:
             raise NotFoundError(f"{device} is not served any more", errno=ENODEV)

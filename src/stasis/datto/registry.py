@@ -18,11 +18,13 @@ from stasis.datto.layout import CACHE_DEFAULT
 from stasis.datto.states import Move, State, move
 from stasis.errors import BusyError, NotFoundError, StasisError, StateError, StorageError, UsageError
 
-__all__ = ["MIB", "PATH_MAX", "Backend", "Registry", "Target", "TracerRecord"]
+__all__ = ["LIVE", "MIB", "PATH_MAX", "Backend", "Registry", "Target", "TracerRecord"]
 
 MIB = 1 << 20
 PATH_MAX = 4096
 FILES_REMEMBERED = 256
+LIVE = "live:"
+"""Before its minor: what stands for the device of a tracer that only looks at the change map of a live device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,10 @@ class TracerRecord:
     """Finished COW files of the series by their numbers."""
     trusted_from: int = 0
     """What changed since snapshots before this one is not relied on any more."""
+    mark: tuple[str, int] | None = None
+    """Generation and number of the snapshot in the change map of a live device; None for a served one."""
+    point: str = ""
+    """File with what a live device's snapshot had in the blocks that changed before it."""
 
     @property
     def cache_size(self) -> int:
@@ -109,9 +115,9 @@ class TracerRecord:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TracerRecord:
         """KeyError, TypeError or ValueError if the fields are not those of a tracer."""
-        expand = fields.get("auto_expand")
+        expand, mark = fields.get("auto_expand"), fields.get("mark")
         return cls(**{**fields, "state": State(fields["state"]), "key": tuple(fields["key"]),
-                      "auto_expand": tuple(expand) if expand else None})
+                      "auto_expand": tuple(expand) if expand else None, "mark": tuple(mark) if mark else None})
 
 
 class Registry:
@@ -229,12 +235,32 @@ class Registry:
             raise BusyError(f"minor {minor} is named twice", errno=EBUSY)
         target = self._backend.find(bdev)
         if target.device is None:
-            raise StateError(f"{bdev} is not served", errno=EINVAL, hint=f"stasis device attach {bdev}")
+            raise StateError(f"{bdev} is not served", errno=EINVAL,
+                             hint=f"stasis device attach {bdev}; or stasis datto setup --live as it is in use")
+        self._refuse_traced(bdev, target, others)
+        return TracerRecord(minor, target.path, cow, State.ACTIVE_SNAPSHOT, target.key, target.device, cache=cache,
+                            fallocated=fallocated)
+
+    def _refuse_traced(self, bdev: str, target: Target, others: list[TracerRecord]) -> None:
         for other in [*self.tracers.values(), *others]:
             if other.key == target.key and not other.state.is_unverified:
                 raise StateError(f"{bdev} is traced already, as minor {other.minor}", errno=EINVAL)
-        return TracerRecord(minor, target.path, cow, State.ACTIVE_SNAPSHOT, target.key, target.device, cache=cache,
-                            fallocated=fallocated)
+
+    def new_live(self, minor: int, bdev: str, cow: str) -> TracerRecord:
+        """A tracer of a live device, which `enter` makes one of the tracers. The checks are those of setup_snapshot."""
+        self._check_path(bdev)
+        self._check_path(cow)
+        self._check_free(minor)
+        target = self._backend.find(bdev)
+        if target.device is not None:
+            raise StateError(f"{bdev} is served", errno=EINVAL, hint="setup-snapshot keeps old contents there")
+        self._refuse_traced(bdev, target, [])
+        return TracerRecord(minor, target.path, cow, State.ACTIVE_INCREMENTAL, target.key, f"{LIVE}{minor}")
+
+    def enter(self, record: TracerRecord) -> None:
+        """The tracer has begun."""
+        self.tracers[record.minor] = record
+        self._backend.changed()
 
     def reload_snapshot(self, minor: int, bdev: str, cow: str, cache: int = 0) -> TracerRecord:
         """Take a snapshot's file up when the device is served next."""
@@ -276,10 +302,7 @@ class Registry:
 
     def transition_snapshot(self, minor: int, cow: str, fallocated: int = 0) -> TracerRecord:
         """The next snapshot of the series, with a new COW file. `fallocated` in MiB, 0 for the figure before."""
-        self._check_path(cow)
-        size = self._check_size(fallocated)
-        record = self._find_closed(minor)
-        device = self._active(record, State.ACTIVE_INCREMENTAL, "transition-to-snapshot")
+        record, device, size = self.check_snapshot(minor, cow, fallocated)
         figure, finished = fallocated or record.fallocated, (str(record.seqid), record.cow)
         described = self._backend.ask(device, "snapshot", cow=cow, size=size or figure * MIB)
         record.state, record.fallocated = move(record.state, Move.TO_SNAPSHOT), figure
@@ -288,6 +311,13 @@ class Registry:
         record.finished = dict([*record.finished.items(), finished][-FILES_REMEMBERED:])
         self._backend.changed()
         return record
+
+    def check_snapshot(self, minor: int, cow: str, fallocated: int) -> tuple[TracerRecord, str, int]:
+        """Whether there can be a next snapshot now: the tracer, its device, the size in bytes."""
+        self._check_path(cow)
+        size = self._check_size(fallocated)
+        record = self._find_closed(minor)
+        return record, self._active(record, State.ACTIVE_INCREMENTAL, "transition-to-snapshot"), size
 
     def distrust(self, minor: int) -> None:
         """What the series says of changes was found to be wrong: nothing goes on from its snapshots so far."""
@@ -338,7 +368,7 @@ class Registry:
 
     def of_device(self, name: str, path: str, key: tuple[str, int, int]) -> TracerRecord | None:
         """The tracer that a device which is served from now on goes on with: its own, or one that was reloaded."""
-        mine = [record for record in self.tracers.values() if record.key == key and not record.error]
+        mine = [record for record in self.tracers.values() if record.key == key and not (record.error or record.mark)]
         for record in sorted(mine, key=lambda record: record.state.is_unverified):
             record.device, record.bdev = name, path
             return record
