@@ -9,25 +9,19 @@ from __future__ import annotations
 import os
 import stat
 import time
-from typing import Protocol
+from collections.abc import Sequence
 
+from stasis.backup.source import Extent
 from stasis.backup.sources import RawSource
-from stasis.linux import reflink
+from stasis.backup.sources.raw import RawReader
+from stasis.errors import StasisError
+from stasis.linux import blockdev, reflink
 from stasis.live.capabilities import Capability
+from stasis.live.subvolume import Subvolume
+from stasis.live.volume import LogicalVolume
+from stasis.live.ways import Point, Provider
 
-__all__ = ["PROVIDERS", "Provider", "Reflink", "open_file", "probe_ways"]
-
-
-class Provider(Protocol):
-    """A way to the contents of a file or device at one instant."""
-
-    name: str
-
-    def why_not(self, path: str) -> str:
-        """Why it cannot be had there; empty if it can."""
-
-    def take(self, path: str) -> int:
-        """A descriptor to read from; nothing of it is left when that is closed. Raises OSError."""
+__all__ = ["FOR_DEVICES", "FOR_FILES", "Reflink", "open_file", "probe_ways"]
 
 
 class Reflink:
@@ -38,36 +32,68 @@ class Reflink:
     def why_not(self, path: str) -> str:
         """Tries it."""
         try:
-            os.close(self.take(path))
+            return self.take(path).close()
         except OSError as error:
             return str(error.strerror or error)
-        return ""
 
-    def take(self, path: str) -> int:
-        """An unnamed clone beside the file."""
-        return reflink.clone_unnamed(path)
-
-
-PROVIDERS: list[Provider] = [Reflink()]
+    def take(self, path: str) -> Point:
+        """An unnamed clone beside the file; nothing is left of it when it is closed."""
+        return Point(reflink.clone_unnamed(path))
 
 
-class ClonedFile(RawSource):
-    """An image file at the instant when it was opened: who writes to it later is not seen."""
+FOR_FILES: list[Provider] = [Reflink(), Subvolume()]
+FOR_DEVICES: list[Provider] = [LogicalVolume()]
 
-    def __init__(self, name: str, path: str, fd: int) -> None:
-        """The descriptor passes to the source. Raises what RawSource raises."""
+
+class PointSource(RawSource):
+    """A file or device at the instant when it was opened: what is written to it later is not seen."""
+
+    def __init__(self, name: str, path: str, point: Point) -> None:
+        """The point passes to the source. Raises what RawSource raises."""
         try:
             super().__init__(name, path)
         except BaseException:
-            os.close(fd)
+            point.close()
             raise
         os.close(self._fd)
-        self._fd, self.taken = fd, time.time()
-        self.size = os.fstat(fd).st_size
+        self._fd, self._point, self.taken = point.fd, point, time.time()
+        self.size = blockdev.size(point.fd)
+
+    def close(self) -> None:
+        """Take the point away. StasisError if something of it is left."""
+        if self._fd < 0:
+            return
+        self._fd = -1
+        if left := self._point.close():
+            raise StasisError(f"what {self.path} was read from cannot be removed: {left}",
+                              hint="lvs shows it; the next backup of the device tries again")
+
+    def open_reader(self) -> PointReader:
+        """A reader that shares the point."""
+        return PointReader(self._point, self.path)
 
     def disturbed(self) -> str:
-        """Nobody else has the clone."""
+        """Nobody else writes to it."""
         return ""
+
+
+class PointReader(RawReader):
+    """Reads a point, and knows a failure of the point from one of the device."""
+
+    def __init__(self, point: Point, path: str) -> None:
+        super().__init__(point.fd, path)
+        self._point = point
+
+    def read_into(self, extents: Sequence[Extent], buffer: memoryview) -> None:
+        """As RawReader's. StasisError when the point as a whole is lost: nothing must stand in for that."""
+        try:
+            super().read_into(extents, buffer)
+        except OSError as error:
+            if why := self._point.failed():
+                raise StasisError(f"the point in time of {self._path} was lost: {why}", errno=error.errno or 0,
+                                  hint="choose a time when less is written, or give the volume group more free "
+                                       "space") from error
+            raise
 
 
 def open_file(name: str, path: str) -> RawSource:
@@ -75,17 +101,23 @@ def open_file(name: str, path: str) -> RawSource:
 
     Raises NotFoundError, PermissionDeniedError, UsageError.
     """
-    try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:
-        regular = False
-    for provider in PROVIDERS if regular else []:
+    for provider in _providers_for(path):
         try:
-            fd = provider.take(path)
-        except OSError:
+            point = provider.take(path)
+        except (OSError, StasisError):
             continue
-        return ClonedFile(name, path, fd)
+        return PointSource(name, path, point)
     return RawSource(name, path)
+
+
+def _providers_for(path: str) -> list[Provider]:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return []
+    if stat.S_ISREG(mode):
+        return FOR_FILES
+    return FOR_DEVICES if stat.S_ISBLK(mode) else []
 
 
 def probe_ways(path: str | None) -> list[Capability]:
@@ -94,8 +126,9 @@ def probe_ways(path: str | None) -> list[Capability]:
         return []
     beneath = _backing_file(path)
     found = []
-    for provider in PROVIDERS:
-        why_not = provider.why_not(beneath)
+    for provider in (*FOR_FILES, *FOR_DEVICES):
+        fitting = provider in _providers_for(beneath)
+        why_not = provider.why_not(beneath) if fitting else f"{beneath} is not of its kind"
         found.append(Capability(f"point in time by {provider.name}", not why_not, why_not or f"of {beneath}"))
     return found
 
