@@ -43,7 +43,7 @@ class Database:
     def work(self, number: int) -> None:
         with contextlib.closing(sqlite3.connect(self._path)) as base:
             base.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, text BLOB)")
-            base.execute("INSERT INTO rows VALUES (?, ?)", (number, os.urandom(2000)))
+            base.execute("INSERT INTO rows VALUES (?, ?)", (number, os.urandom(200)))
             base.commit()
 
     def check(self, finished: int) -> None:
@@ -148,7 +148,8 @@ def test_restored_disks_have_all_that_was_finished(kind: str, tracked_state: Sta
     with fast_folder(tmp_path) as folder, formatted(kind, tmp_path) as disk, track(stasis, disk.node):
         (folder / "notes").mkdir()
         stasis("repo", "init", folder / "repo", "--no-encryption")
-        hook = f"rm -rf {folder}/then && cp -r {folder}/notes {folder}/then"
+        # A file that is replaced while cp reads it ends cp.
+        hook = f"rm -rf {folder}/then; until cp -r {folder}/notes {folder}/then; do rm -rf {folder}/then; done"
         for number in range(BACKUPS[kind]):
             with working(disk, folder / "notes"):
                 made = json.loads(stasis("backup", "create", disk.node, "--repo", folder / "repo", "--json",
