@@ -14,9 +14,10 @@ Everything the command line can do is a call of `stasis.Client`, which `stasis.c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing would take half of what a short command needs to load
 if TYPE_CHECKING:
+    from typing import Any
+
     from stasis.daemon.client import Client, connect
     from stasis.daemon.model import Device, Event, Extent, MapInfo, Snapshot, SnapshotDevice, Status, Storage
     from stasis.errors import (

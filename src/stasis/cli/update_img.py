@@ -8,23 +8,20 @@ be copied.
 from __future__ import annotations
 
 import os
-import re
 import stat
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from errno import EINVAL, EIO
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # half of what this takes with little to copy is the time until it has started
 if TYPE_CHECKING:
-    from stasis.daemon.client import Client
-    from stasis.daemon.model import Tracer
-    from stasis.nbd.client import Client as NbdClient
+    from collections.abc import Callable, Sequence
+
+    from stasis.datto.cowreader import CowReader
+    from stasis.nbd.bulkread import BulkReader
 
 __all__ = ["main"]
 
 USAGE = "usage: update-img <snapshot device> <cow file> <image file>"
-_DEVICE = re.compile(r"(?:/dev/)?datto([0-9]+)")
 
 
 class _Failed(Exception):
@@ -51,76 +48,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _minor(device: str) -> int:
-    match = _DEVICE.fullmatch(device) or _DEVICE.fullmatch(os.path.realpath(device))
-    if match is None:
-        raise _Failed("snapshot does not appear to be a dattobd snapshot device", EINVAL,
-                      f"{device} is not /dev/dattoN")
-    return int(match[1])
+    for path in (device, os.path.realpath(device)):
+        number = path.removeprefix("/dev/").removeprefix("datto")
+        if path in (f"datto{number}", f"/dev/datto{number}") and number.isdecimal():
+            return int(number)
+    raise _Failed("snapshot does not appear to be a dattobd snapshot device", EINVAL, f"{device} is not /dev/dattoN")
 
 
 def _update(device: str, cow: str, image: str) -> int:
     from stasis.datto.cowreader import CowReader
-    from stasis.datto.update import check_follows, update
+    from stasis.datto.update import check_follows
+
+    source, uuid, seqid = _open_snapshot(_minor(device))
+    with source:
+        try:
+            reader = CowReader(cow, source.size)
+        except _failures() as error:
+            raise _cow_failure(error) from error
+        with reader:
+            target = _open_image(image, source.size)
+            try:
+                check_follows(reader, uuid, seqid)
+                return _copy(source, reader, target)
+            except _failures() as error:
+                raise _Failed(str(error), getattr(error, "errno", 0), getattr(error, "hint", "")) from error
+            finally:
+                os.close(target)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What may go wrong. Asked for when something has: success does not load it."""
     from stasis.errors import StasisError
 
-    minor = _minor(device)
-    with ExitStack() as stack:
-        client = stack.enter_context(_connect())
-        tracer = _info(client, minor)
-        source = _open_snapshot(client, minor, stack)
-        try:
-            reader = stack.enter_context(CowReader(cow, source.size))
-        except (StasisError, OSError) as error:
-            raise _cow_failure(error) from error
-        target = _open_image(image, source.size, stack)
-        try:
-            check_follows(reader, tracer.uuid, tracer.seqid)
-        except StasisError as error:
-            raise _Failed(str(error), error.errno, error.hint) from error
-        print(f"snapshot is {reader.geometry.blocks} blocks large\ncopying blocks", flush=True)
-        try:
-            result = update(source, reader, target, _progress())
-        except OSError as error:
-            raise _Failed(f"error writing data block to output image: {error.strerror}", error.errno or EIO) from error
+    return StasisError, OSError
+
+
+def _copy(source: BulkReader, reader: CowReader, target: int) -> int:
+    from stasis.datto.update import update
+
+    print(f"snapshot is {reader.geometry.blocks} blocks large\ncopying blocks", flush=True)
+    try:
+        result = update(source, reader, target, _progress())
+    except OSError as error:
+        raise _Failed(f"error writing data block to output image: {error.strerror}", error.errno or EIO) from error
     print(f"copying complete: {result.changed} blocks changed, {result.errors} errors")
     if result.errors:
         raise _Failed("error copying sector to output image: the image is not up to date", EIO)
     return 0
 
 
-def _connect() -> Client:
+def _open_snapshot(minor: int) -> tuple[BulkReader, str, int]:
+    """The snapshot's export, and its place in its series."""
+    from stasis.daemon import rundir
+    from stasis.datto.update import place_in_series
+    from stasis.nbd.bulkread import BulkReader
+
+    name = f"datto{minor}"
+    try:
+        source = BulkReader(rundir.nbd_socket(rundir.resolve(), name), name, timeout=600.0)
+    except OSError as error:
+        _explain(minor)
+        raise _Failed(f"error opening snapshot: {error.strerror or error}", error.errno or EIO) from error
+    place = place_in_series(source.description)
+    return source, *(_explain(minor) if place is None else place)
+
+
+def _explain(minor: int) -> tuple[str, int]:
+    """What the daemon says: why there is no snapshot, or which one it is."""
     from stasis.daemon.client import connect
     from stasis.errors import StasisError
 
     try:
-        return connect(start_daemon=False)
-    except StasisError as error:
-        raise _Failed(f"error reading dattobd info from driver: {error}", error.errno, error.hint) from error
-
-
-def _info(client: Client, minor: int) -> Tracer:
-    from stasis.errors import StasisError
-
-    try:
-        tracer = client.datto_info(minor)
+        with connect(start_daemon=False) as client:
+            tracer = client.datto_info(minor)
     except StasisError as error:
         raise _Failed(f"error reading dattobd info from driver: {error}", error.errno, error.hint) from error
     if tracer.error or tracer.state_name != "active snapshot":
         raise _Failed(f"error opening snapshot: tracer {minor} is {tracer.state_name}, error {tracer.error}",
                       -tracer.error or EINVAL, tracer.reason)
-    return tracer
-
-
-def _open_snapshot(client: Client, minor: int, stack: ExitStack) -> NbdClient:
-    from stasis.nbd.client import Client as Nbd
-    from stasis.nbd.uri import NbdUri
-
-    name = f"datto{minor}"
-    try:
-        address = NbdUri(export=name, socket=str(client.directories.nbd_socket(name)))
-        return stack.enter_context(Nbd.connect(address, timeout=600.0))
-    except OSError as error:
-        raise _Failed(f"error opening snapshot: {error.strerror or error}", error.errno or EIO) from error
+    return tracer.uuid, tracer.seqid
 
 
 def _cow_failure(error: Exception) -> _Failed:
@@ -136,15 +142,15 @@ def _cow_failure(error: Exception) -> _Failed:
     return _Failed(f"error opening cow file: {text}", number, hint)
 
 
-def _open_image(path: str, size: int, stack: ExitStack) -> int:
+def _open_image(path: str, size: int) -> int:
     """The image must be there and hold the snapshot: it is neither made nor made longer."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise _Failed(f"error opening image: {path}: {error.strerror}", error.errno or EIO) from error
-    stack.callback(os.close, fd)
-    length = os.lseek(fd, 0, os.SEEK_END)
-    if length < size or not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISBLK(os.fstat(fd).st_mode)):
+    length, mode = os.lseek(fd, 0, os.SEEK_END), os.fstat(fd).st_mode
+    if length < size or not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        os.close(fd)
         raise _Failed(f"error opening image: {path} has {length} bytes, the snapshot {size}", EINVAL,
                       "it must be a copy of the snapshot before")
     return fd

@@ -12,6 +12,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from stasis.daemon import rundir
 from stasis.errors import DaemonError, PermissionDeniedError
 
 __all__ = ["Directories", "check_socket_path", "default_run_dir", "default_state_dir", "resolve"]
@@ -54,7 +55,7 @@ class Directories:
         return self.run / "datto-info"
 
     def nbd_socket(self, export: str) -> Path:
-        return self.run / "nbd" / f"{export}.sock"
+        return Path(rundir.nbd_socket(str(self.run), export))
 
     def worker_control(self, name: str) -> Path:
         return self.run / "workers" / f"{name}.ctl"
@@ -129,10 +130,7 @@ def _make_private(directory: Path) -> None:
 
 def default_run_dir() -> Path:
     """/run/stasis for root; else below XDG_RUNTIME_DIR, or in /tmp where a login session gave none."""
-    if os.geteuid() == 0:
-        return Path("/run/stasis")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "stasis" if runtime else Path(f"/tmp/stasis-{os.geteuid()}")
+    return Path(rundir.default())
 
 
 def default_state_dir() -> Path:
@@ -146,6 +144,5 @@ def default_state_dir() -> Path:
 def resolve(run_dir: str | os.PathLike[str] | None = None,
             state_dir: str | os.PathLike[str] | None = None) -> Directories:
     """The directories to use: the arguments, then STASIS_RUN_DIR and STASIS_STATE_DIR, then the defaults."""
-    run = run_dir or os.environ.get("STASIS_RUN_DIR") or default_run_dir()
     state = state_dir or os.environ.get("STASIS_STATE_DIR") or default_state_dir()
-    return Directories(Path(os.path.abspath(run)), Path(os.path.abspath(state)))
+    return Directories(Path(rundir.resolve(run_dir)), Path(os.path.abspath(state)))

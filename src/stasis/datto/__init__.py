@@ -12,8 +12,9 @@ The calls are those of `stasis.daemon.libdattobd`, which this room does not depe
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+TYPE_CHECKING = False  # `update-img` would wait longer for typing than for anything else it loads
+if TYPE_CHECKING:
+    from typing import Any
 
 _CALLS = (
     "DattobdInfo",
@@ -33,6 +34,8 @@ _CALLS = (
 
 def __getattr__(name: str) -> Any:
     if name in _CALLS:
+        import importlib
+
         return getattr(importlib.import_module("stasis.daemon.libdattobd"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

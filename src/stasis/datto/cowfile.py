@@ -11,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from errno import EFBIG, EIO
 
-from stasis.datto.index import Index, Run, sections_with_entries
+from stasis.datto.index import Index
 from stasis.datto.layout import (
     BLOCK_SHIFT,
     FLAG_CLEAN,
@@ -23,35 +22,13 @@ from stasis.datto.layout import (
     Geometry,
     Header,
 )
+from stasis.datto.scan import Run
 from stasis.linux import files
 
-__all__ = ["Census", "CowFile", "census"]
+__all__ = ["CowFile"]
 
 STRETCH = 64 << 10
 """Bytes in one write of data; longer ones have the file system take longer folios, which costs more (see block/cow)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Census:
-    """What the index holds: entries of any kind, entries that point at data, the lowest and highest of these."""
-
-    changed: int = 0
-    pointing: int = 0
-    lowest: int = 0
-    highest: int = 0
-
-
-def census(fd: int, geometry: Geometry) -> Census:
-    """Count the entries of the file's index. OSError if it cannot be read."""
-    changed = pointing = lowest = highest = 0
-    for _, section in sections_with_entries(fd, geometry.sections):
-        entries = [entry for entry in section.tolist() if entry]
-        slots = [entry for entry in entries if entry > 1]
-        changed += len(entries)
-        pointing += len(slots)
-        if slots:
-            lowest, highest = min(lowest or slots[0], *slots), max(highest, *slots)
-    return Census(changed, pointing, lowest, highest)
 
 
 class CowFile:

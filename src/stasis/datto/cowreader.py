@@ -8,11 +8,7 @@ device was; the reader is told, and checks what it can.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from types import TracebackType
 
-from stasis.datto.cowfile import Census, census
-from stasis.datto.index import Run, sections_with_entries
 from stasis.datto.layout import (
     BLOCK_SHIFT,
     BLOCK_SIZE,
@@ -21,12 +17,22 @@ from stasis.datto.layout import (
     SECTION_SHIFT,
     SECTION_SIZE,
     Geometry,
+    Header,
 )
-from stasis.datto.opening import read_header
-from stasis.errors import DamagedError, NotFoundError, PermissionDeniedError, StateError, UsageError
-from stasis.linux import files
+from stasis.datto.scan import Census, Run, census, runs_of_index
+
+# `update-img` does little beside this: what only failures need is loaded when they happen.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from stasis.errors import StasisError
 
 __all__ = ["CowReader"]
+
+KEPT_RUNS = 1 << 16
+"""As many runs are remembered from the first look at the index; of a file with more it is read a second time."""
 
 
 class CowReader:
@@ -37,7 +43,7 @@ class CowReader:
         self.path, self.geometry = path, Geometry(size)
         self._fd = _open(path)
         try:
-            self.header = read_header(self._fd, path)
+            self.header = Header.unpack(os.pread(self._fd, 64, 0), path)
             self._length = os.fstat(self._fd).st_size
             self._indexed = self._written_with()
             self._check()
@@ -57,13 +63,23 @@ class CowReader:
 
     def _check(self) -> None:
         if self._length < self._indexed.data_offset:
-            raise DamagedError(f"{self.path} ends inside its index", hint="it was cut off, or the device was smaller")
-        counted = census(self._fd, self._indexed)
+            raise _damaged(f"{self.path} ends inside its index", hint="it was cut off, or the device was smaller")
+        counted = self._count()
         if self._is_of_another_size(counted):
-            raise StateError(f"{self.path} is damaged, or of a device of another size: entries point outside its data")
+            raise _mismatch(f"{self.path} is damaged, or of a device of another size: entries point outside its data")
         if self.header.version and counted.changed < self.header.changed_blocks:
-            raise StateError(f"{self.path} is damaged, or of a larger device: it has {counted.changed} entries,"
-                             f" its header says {self.header.changed_blocks}")
+            raise _mismatch(f"{self.path} is damaged, or of a larger device: it has {counted.changed} entries,"
+                            f" its header says {self.header.changed_blocks}")
+
+    def _count(self) -> Census:
+        """Count the entries, and remember the runs if they are few."""
+        counted = Census()
+        kept: list[Run] = []
+        for runs in runs_of_index(self._fd, self._indexed.sections, counted):
+            if len(kept) <= KEPT_RUNS:
+                kept += runs
+        self._kept = kept if len(kept) <= KEPT_RUNS else None
+        return counted
 
     def _is_of_another_size(self, counted: Census) -> bool:
         first, length = self._indexed.first_slot, self._length
@@ -91,10 +107,13 @@ class CowReader:
 
     def changed(self) -> Iterator[Run]:
         """Runs of changed blocks, ascending; a run may end where the next one begins."""
-        for number, section in sections_with_entries(self._fd, self._indexed.sections):
-            yield from _runs(number << SECTION_SHIFT, section.tolist(), self.geometry.blocks)
+        blocks = self.geometry.blocks
+        for runs in runs_of_index(self._fd, self._indexed.sections) if self._kept is None else [self._kept]:
+            for first, end in runs:
+                if first < blocks:
+                    yield first, min(end, blocks)
         if self._indexed != self.geometry:
-            yield self.geometry.blocks - 1, self.geometry.blocks  # never looked at, so it may have changed
+            yield blocks - 1, blocks  # never looked at, so it may have changed
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """(offset, length) in bytes of what changed, ascending, neighbours joined."""
@@ -114,6 +133,8 @@ class CowReader:
 
     def kept(self, block: int) -> bytes | None:
         """Old contents of a block, 4096 bytes, or None where none were kept. OSError, or StateError for a bad entry."""
+        from stasis.linux import files
+
         number, low = block >> SECTION_SHIFT, block & (SECTION_BLOCKS - 1)
         data = bytearray(8)
         files.transfer_rest(os.preadv, self._fd, [memoryview(data)], HEADER_AREA + number * SECTION_SIZE + low * 8, 0)
@@ -125,25 +146,30 @@ class CowReader:
         return bytes(contents)
 
 
-def _runs(base: int, entries: list[int], blocks: int) -> Iterator[Run]:
-    start = -1
-    for block, entry in enumerate(entries[: blocks - base], base):
-        if entry and start < 0:
-            start = block
-        elif not entry and start >= 0:
-            yield start, block
-            start = -1
-    if start >= 0:
-        yield start, min(base + len(entries), blocks)
+def _damaged(message: str, hint: str) -> StasisError:
+    from stasis.errors import DamagedError
+
+    return DamagedError(message, hint=hint)
+
+
+def _mismatch(message: str) -> StasisError:
+    from stasis.errors import StateError
+
+    return StateError(message)
 
 
 def _open(path: str) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise NotFoundError(f"there is no COW file {path}") from None
-    except PermissionError as error:
-        raise PermissionDeniedError(f"{path} cannot be read", hint="run as its owner",
-                                    errno=error.errno or 0) from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", errno=error.errno or 0) from error
+        raise _not_readable(path, error) from error
+
+
+def _not_readable(path: str, error: OSError) -> StasisError:
+    from stasis.errors import NotFoundError, PermissionDeniedError, UsageError
+
+    if isinstance(error, FileNotFoundError):
+        return NotFoundError(f"there is no COW file {path}")
+    if isinstance(error, PermissionError):
+        return PermissionDeniedError(f"{path} cannot be read", hint="run as its owner", errno=error.errno or 0)
+    return UsageError(f"{path} cannot be read: {error.strerror}", errno=error.errno or 0)

@@ -14,18 +14,15 @@ from collections.abc import Iterator
 from errno import EIO
 
 from stasis.datto.layout import CHANGED, HEADER_AREA, SECTION_BLOCKS, SECTION_SHIFT, SECTION_SIZE, Geometry
+from stasis.datto.scan import Run
 from stasis.linux import files
 
-__all__ = ["Index", "Run", "allowed_sections", "sections_with_entries"]
-
-Run = tuple[int, int]
-"""First block and the block behind the last."""
+__all__ = ["Index", "allowed_sections"]
 
 MINIMUM_SECTIONS = 8
 DESCRIPTOR_SIZE = 24
 """Bytes that dattobd takes per section for its description; they count against the cache there, and so here."""
 
-_ZEROES = bytes(SECTION_SIZE)
 _ONES = array("Q", [CHANGED]) * SECTION_BLOCKS
 
 
@@ -151,22 +148,6 @@ class Index:
         self.section(number)[low : low + len(values)] = view
         self._has_entries[number] = 1
         _write_all(self._fd, view.cast("B"), HEADER_AREA + number * SECTION_SIZE + low * 8)
-
-
-def sections_with_entries(fd: int, sections: int) -> Iterator[tuple[int, memoryview]]:
-    """(number, its entries) of every section in the file that has any; holes are passed over unread."""
-    end = HEADER_AREA + sections * SECTION_SIZE
-    last = -1
-    for offset, length, is_data in files.data_extents(fd, HEADER_AREA, end - HEADER_AREA):
-        if not is_data:
-            continue
-        stop = -(-(offset + length - HEADER_AREA) // SECTION_SIZE)
-        for number in range(max(last + 1, (offset - HEADER_AREA) // SECTION_SIZE), stop):
-            last = number
-            data = bytearray(SECTION_SIZE)
-            _read_all(fd, memoryview(data), HEADER_AREA + number * SECTION_SIZE)
-            if data != _ZEROES:
-                yield number, memoryview(data).cast("Q")
 
 
 def _read_all(fd: int, place: memoryview, offset: int) -> None:

@@ -8,10 +8,11 @@ writes them.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from errno import EINVAL, EIO
 
-from stasis.errors import DamagedError, StateError
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stasis.errors import StasisError
 
 __all__ = [
     "BLOCK_SHIFT",
@@ -54,17 +55,15 @@ PERCENT_DEFAULT = 10
 _HEADER = struct.Struct("=IIQQQ16sQQ")
 
 
-@dataclass(slots=True)
 class Header:
     """The header's fields: `fpos` in blocks from the file's start, `fsize` in bytes, `uuid` raw."""
 
-    flags: int
-    fpos: int
-    fsize: int
-    seqid: int
-    uuid: bytes
-    version: int = VERSION_CHANGED_BLOCKS
-    changed_blocks: int = 0
+    __slots__ = ("changed_blocks", "flags", "fpos", "fsize", "seqid", "uuid", "version")
+
+    def __init__(self, flags: int, fpos: int, fsize: int, seqid: int, uuid: bytes,
+                 version: int = VERSION_CHANGED_BLOCKS, changed_blocks: int = 0) -> None:
+        self.flags, self.fpos, self.fsize, self.seqid, self.uuid = flags, fpos, fsize, seqid, uuid
+        self.version, self.changed_blocks = version, changed_blocks
 
     @property
     def is_clean(self) -> bool:
@@ -83,18 +82,38 @@ class Header:
     def unpack(cls, data: bytes, path: str) -> Header:
         """DamagedError (EIO) if `data` is too short, StateError (EINVAL) if it is no header of a COW file."""
         if len(data) < _HEADER.size:
-            raise DamagedError(f"{path} is too short for a COW file", errno=EIO, hint="it was cut off")
+            raise _damaged(path)
         magic, *fields = _HEADER.unpack_from(data)
         if magic != MAGIC:
-            raise StateError(f"{path} is no COW file of dattobd", errno=EINVAL, hint="its first bytes say so")
+            raise _foreign(path)
         return cls(*fields)
 
 
-@dataclass(frozen=True, slots=True)
+def _damaged(path: str) -> StasisError:
+    from stasis.errors import DamagedError  # here, so that `update-img` starts without
+
+    return DamagedError(f"{path} is too short for a COW file", errno=EIO, hint="it was cut off")
+
+
+def _foreign(path: str) -> StasisError:
+    from stasis.errors import StateError
+
+    return StateError(f"{path} is no COW file of dattobd", errno=EINVAL, hint="its first bytes say so")
+
+
 class Geometry:
     """Where things lie in the COW file of a device of `size` bytes. A short last block counts as a block."""
 
-    size: int
+    __slots__ = ("size",)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Geometry) and self.size == other.size
+
+    def __hash__(self) -> int:
+        return hash(self.size)
 
     @property
     def blocks(self) -> int:

@@ -13,8 +13,9 @@ import os
 import stat
 from collections.abc import Iterable
 
-from stasis.datto.cowfile import Census, CowFile, census
+from stasis.datto.cowfile import CowFile
 from stasis.datto.layout import BLOCK_SHIFT, BLOCK_SIZE, FLAG_VMALLOC_UPPER, Geometry, Header, default_size
+from stasis.datto.scan import Census, census
 from stasis.errors import BusyError, DamagedError, NotFoundError, StateError, StorageError, UsageError
 from stasis.linux import files
 

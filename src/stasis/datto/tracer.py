@@ -17,8 +17,8 @@ from stasis.block.chunktable import merge_runs
 from stasis.block.intentlog import IntentLog
 from stasis.block.origin import DISCARD_STEP, Origin, Request
 from stasis.datto.cowfile import CowFile
-from stasis.datto.index import Run
 from stasis.datto.layout import BLOCK_SHIFT, BLOCK_SIZE, CHANGED, SECTION_BLOCKS, SECTION_SHIFT
+from stasis.datto.scan import Run
 from stasis.linux.iobuffer import IoBuffer
 
 __all__ = ["WARN_AT", "Tracer"]
@@ -171,16 +171,26 @@ class Tracer:
 
     def read_image(self, buffer: IoBuffer, requests: Sequence[Request]) -> None:
         """Fill the buffer with the device as it was. OSError EIO once the tracer has failed."""
-        view = buffer.view
-        for offset, length, position in requests:
-            end = offset + length
-            for low, high, slot in self._pieces(offset, end):
+        view, get = buffer.view, self.cow.index.sections.get
+        unkept: list[Request] = []
+        for request in requests:
+            offset, length, position = request
+            # Hot: most are a block that is not kept, as in `_missing`; the device is asked for all of them at once.
+            section = get(offset >> SECTION_SPAN)
+            if (section is not None and (offset & BLOCK_MASK) + length <= BLOCK_SIZE
+                    and not section[(offset >> BLOCK_SHIFT) & SECTION_MASK]):
+                unkept.append(request)
+                continue
+            for low, high, slot in self._pieces(offset, offset + length):
                 at = position + low - offset
                 if slot:
-                    place = view[at : at + high - low]
-                    self.cow.read_bytes((slot << BLOCK_SHIFT) + (low & (BLOCK_SIZE - 1)), place)
+                    self.cow.read_bytes((slot << BLOCK_SHIFT) + (low & BLOCK_MASK), view[at : at + high - low])
                 else:
-                    self.origin.read(buffer, [(low, high - low, at)])
+                    unkept.append((low, high - low, at))
+        if self.cow.index.is_bounded:
+            self.cow.index.used.update(request[0] >> SECTION_SPAN for request in requests)
+        if unkept:
+            self.origin.read(buffer, unkept)
         with contextlib.suppress(OSError):
             self.check()
         if self.error:

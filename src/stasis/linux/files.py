@@ -5,9 +5,10 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from stasis.linux import ioctl, libc
+from stasis.linux.holes import data_extents
 
 __all__ = [
     "Vectored",
@@ -84,36 +85,6 @@ def allocate(fd: int, offset: int, length: int) -> None:
     Unlike posix_fallocate this never falls back to writing a byte into every block.
     """
     _call_fallocate(fd, 0, offset, length)
-
-
-def data_extents(fd: int, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield (offset, length, is_data) in bytes that together cover the range; neighbours differ.
-
-    What lies behind the end of the file is a hole. A file system that does not tell gives one extent of data.
-    Moves the file position of fd.
-    """
-    end = offset + length
-    while offset < end:
-        data = _seek(fd, offset, os.SEEK_DATA, end)
-        if data > offset:
-            yield offset, data - offset, False
-        if data < end:
-            hole = _seek(fd, data, os.SEEK_HOLE, end)
-            yield data, hole - data, True
-            data = hole
-        offset = data
-
-
-def _seek(fd: int, offset: int, whence: int, end: int) -> int:
-    """Where the next data or hole begins, at most end."""
-    try:
-        return min(os.lseek(fd, offset, whence), end)
-    except OSError as e:
-        if e.errno == errno.ENXIO:  # no data behind offset, or offset behind the end of the file
-            return end
-        if e.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot tell: all is data
-            return offset if whence == os.SEEK_DATA else end
-        raise libc.error(e.errno, "lseek", fd) from e
 
 
 def transfer_rest(call: Vectored, fd: int, places: Sequence[memoryview], offset: int, done: int) -> None:

@@ -4,7 +4,9 @@ without a copy."""
 
 from __future__ import annotations
 
-import socket
+TYPE_CHECKING = False  # so that who reads in bulk need not load typing and socket
+if TYPE_CHECKING:
+    import _socket
 
 __all__ = ["ReceiveStream"]
 
@@ -14,7 +16,7 @@ _CAPACITY = 256 << 10
 class ReceiveStream:
     """Receives exactly what is asked for. Raises ConnectionError when the peer closes in between."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: _socket.socket) -> None:
         self._socket = sock
         self._view = memoryview(bytearray(_CAPACITY))
         self._start = self._end = 0
