@@ -39,14 +39,21 @@ stasis track show --capabilities
     command = add_command(group, "stop", stop, "Track devices no longer, and forget what changed.",
                           "stasis track stop vda1")
     command.add_argument("devices", metavar="DEVICE", nargs="+", help="name or path of a tracked device")
-    command = add_command(group, "save", save, "Keep the maps over a reboot: the last thing at shutdown.",
-                          "stasis track save")
+    command = add_command(group, "save", save, "Keep the maps over a reboot: the last thing at shutdown.", """
+stasis track save
+stasis track save --final
+""")
+    command.add_argument("--final", action="store_true",
+                         help="that of the root disk, when everything is read-only and no program is left")
     command = add_command(group, "resume", resume, "Track again after a boot what was tracked before.", """
 stasis track resume --early
+stasis track resume --early --no-wait
 stasis track resume
 """)
     command.add_argument("--early", action="store_true",
                          help="only start, before file systems are mounted; a later resume takes the maps up")
+    command.add_argument("--no-wait", action="store_true",
+                         help="with --early: leave out what is not there yet, and do not wait for it")
 
 
 def _state(arguments: argparse.Namespace) -> Path:
@@ -144,17 +151,24 @@ def stop(arguments: argparse.Namespace) -> None:
 
 def save(arguments: argparse.Namespace) -> None:
     """stasis track save"""
-    from stasis.live import lasting
+    from stasis.live import lasting, sealing
 
-    _tell(arguments, lasting.save(_state(arguments)))
+    state = _state(arguments)
+    _tell(arguments, sealing.finish(state) if arguments.final else lasting.save(state))
 
 
 def resume(arguments: argparse.Namespace) -> None:
     """stasis track resume"""
+    from stasis.errors import UsageError
     from stasis.live import lasting
 
     state = _state(arguments)
-    _tell(arguments, lasting.resume_early(state) if arguments.early else lasting.resume(state))
+    if arguments.early:
+        _tell(arguments, lasting.resume_early(state, wait=not arguments.no_wait))
+    elif arguments.no_wait:
+        raise UsageError("--no-wait goes with --early", hint="a later resume does not wait")
+    else:
+        _tell(arguments, lasting.resume(state))
 
 
 def _tell(arguments: argparse.Namespace, told: list[tuple[str, str]]) -> None:

@@ -84,7 +84,7 @@ class DeviceFile:
 
     def __init__(self, state: Path, name: str) -> None:
         self.name, self.directory = name, root(state) / name
-        self.map = self.directory / "map"
+        self.map, self.seal = self.directory / "map", self.directory / "seal"
 
     def read(self) -> Record:
         """What is recorded. NotFoundError, or StateError if it is damaged."""
@@ -139,6 +139,7 @@ class DeviceFile:
     def forget_saved(self) -> None:
         """The saved map is in use again."""
         (self.directory / "saved").unlink(missing_ok=True)
+        self.seal.unlink(missing_ok=True)
 
     def lock(self) -> int:
         """Nobody else switches or reads this device's bitmaps as long as the descriptor is open. BusyError."""
@@ -154,7 +155,7 @@ class DeviceFile:
 
     def remove(self) -> None:
         """Forget the device."""
-        for name in ("device.json", "device.new", "map", "map.new", "saved", "lock"):
+        for name in ("device.json", "device.new", "map", "map.new", "saved", "seal", "lock"):
             (self.directory / name).unlink(missing_ok=True)
         self.early.unlink(missing_ok=True)
         self.directory.rmdir()

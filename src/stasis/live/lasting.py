@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stasis.block.changemap import ChangeMap
-from stasis.errors import StasisError, StateError
+from stasis.errors import NotFoundError, StasisError, StateError
 from stasis.linux import mounts
-from stasis.live import devicefile, fsmarks, identity, tracker, tracking
+from stasis.live import devicefile, fsmarks, identity, sealing, tracker, tracking
 from stasis.live.devicefile import DeviceFile, Record
 from stasis.live.tracker import Tracker
 
@@ -49,7 +49,10 @@ class Sight:
 
 
 def save(state: Path) -> Told:
-    """Save the map of every tracked device whose file system is unmounted; says what became of each."""
+    """Save the map of every tracked device whose file system is unmounted; says what became of each.
+
+    That of a mounted one is prepared, if the state directory lies on it, for `sealing.finish`.
+    """
     return [(name, _save(state, name)) for name in devicefile.names(state)]
 
 
@@ -64,7 +67,7 @@ def _save(state: Path, name: str) -> str:
 def _save_map(found: Tracker, files: DeviceFile) -> str:
     found.check()
     if _is_mounted(found.identity.rdev):
-        return "not saved: it is mounted"
+        return sealing.prepare(found, files)
     found.turn()
     mark = _mark(found.identity.path)
     if not mark:
@@ -87,13 +90,19 @@ def _mark(path: str) -> str:
 # -- boot ---------------------------------------------------------------------------------------------
 
 
-def resume_early(state: Path) -> Told:
-    """Start tracking what was tracked before the boot, once the devices are there; writes to /run only."""
+def resume_early(state: Path, *, wait: bool = True) -> Told:
+    """Start tracking what was tracked before the boot; writes to /run only.
+
+    Waits until the devices are there, or else leaves out those that are not.
+    """
     told: Told = []
-    _wait_for_devices(state)
+    if wait:
+        _wait_for_devices(state)
     for name in devicefile.names(state):
         try:
             told.append((name, _start_early(DeviceFile(state, name))))
+        except NotFoundError as error:
+            told.append((name, f"not tracked{'' if wait else ' yet'}: {error.message}"))
         except StasisError as error:
             told.append((name, f"not tracked: {error.message}"))
     return told
@@ -176,8 +185,10 @@ def _take_up(files: DeviceFile, record: Record, sight: Sight) -> tuple[ChangeMap
         return None, "its map is gone"
     except StateError as error:
         return None, error.message
-    reason = _distrust(changes, record, files.read_saved(), sight)
+    saved = files.read_saved() if changes.is_clean else sealing.mark_of(files, changes)
+    reason = _distrust(changes, record, saved, sight)
     if not reason:
+        sealing.take_up(files, changes, record.identity.rdev)
         return changes, ""
     changes.close()
     return None, reason
@@ -187,7 +198,7 @@ def _distrust(changes: ChangeMap, record: Record, saved: str, sight: Sight) -> s
     """Why a map from before the boot must not be gone on with; empty if it may."""
     if changes.is_broken:
         return str(changes.assumed)
-    if not changes.is_clean or not saved:
+    if not saved:
         return "its map was not saved at the last shutdown"
     if changes.capacity != record.identity.size or changes.block_shift != record.block_shift:
         return f"its size changed from {changes.capacity} to {record.identity.size} bytes"

@@ -57,7 +57,7 @@ class Tracker:
         self._hooks: Hooks | None = None
         try:
             self._record = files.read()
-            self._changes = ChangeMap.open(files.map)
+            self._changes = ChangeMap.open(files.map) if lock is not None else ChangeMap.open_readonly(files.map)
             self._closing.callback(lambda: self._changes.close())
             self._attach()
         except FileNotFoundError as error:
@@ -260,6 +260,11 @@ class Tracker:
         # The bitmaps first: bits go from there into the map, never back.
         self._changes.refresh()
         return bitmap.merge([*self._changes.iter_changed(mark.number), *newer, *self._carry])
+
+    def unsaved(self) -> list[Extent]:
+        """What was written, or may be by now, and is not in the map's file; whole blocks. Writes nothing."""
+        newer = [extent for which in (0, 1) for extent in self._extents(self._read(which))]
+        return bitmap.merge([*newer, *self._carry, *self._in_flight()])
 
     # -- epochs -------------------------------------------------------------------------------------
 
