@@ -144,11 +144,9 @@ def _rounds(text: str) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """stasis process check"""
-    from stasis.process.dump.inside import check_inside, is_inside
     from stasis.process.dump.job import check as check_tree
 
-    look = check_inside if is_inside(arguments.pid) else check_tree
-    found = look(arguments.pid, timeout=arguments.timeout, files=_file_options(arguments))
+    found = check_tree(arguments.pid, timeout=arguments.timeout, files=_file_options(arguments))
     if arguments.json:
         output.print_json(found)
     elif found:
@@ -161,7 +159,6 @@ def check(arguments: argparse.Namespace) -> int:
 
 def dump(arguments: argparse.Namespace) -> None:
     """stasis process dump"""
-    from stasis.process.dump.inside import dump_inside, is_inside
     from stasis.process.dump.job import DumpOptions
     from stasis.process.dump.job import dump as dump_tree
 
@@ -169,8 +166,7 @@ def dump(arguments: argparse.Namespace) -> None:
                           timeout=arguments.timeout, parent=arguments.parent,
                           pre_copy=arguments.pre_copy, files=_file_options(arguments),
                           track=arguments.track)  # fmt: skip
-    run = dump_inside if is_inside(arguments.pid) else dump_tree
-    result = run(arguments.pid, arguments.images, options)
+    result = dump_tree(arguments.pid, arguments.images, options)
     if arguments.json:
         output.print_json(result)
     else:

@@ -10,14 +10,19 @@ from stasis.linux import libc
 from stasis.linux.clone3 import fork_with
 from stasis.linux.process import pidfd_open
 
-__all__ = ["CLONE_NEWNS", "CLONE_NEWPID", "enter", "fork_into_new", "mount_proc"]
+__all__ = ["CLONE_NEWNS", "CLONE_NEWPID", "FLAGS", "enter", "fork_into_new", "join", "mount_proc", "unshare"]
 
 # include/uapi/linux/sched.h
 CLONE_NEWNS, CLONE_NEWPID = 0x20000, 0x20000000
+FLAGS = {
+    "time": 0x80, "mnt": CLONE_NEWNS, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000,
+    "pid": CLONE_NEWPID, "net": 0x40000000,
+}  # fmt: skip
+"""CLONE_NEW* by the names in /proc/PID/ns."""
 # include/uapi/linux/mount.h
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_SLAVE = 2, 4, 8, 1 << 14, 1 << 19
 
-SYS_SETNS = 308
+SYS_UNSHARE, SYS_SETNS = 272, 308
 _mount = libc.libc.mount
 _mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
@@ -36,6 +41,21 @@ def enter(pid: int, flags: int) -> None:
         libc.check(libc.syscall(SYS_SETNS, fd, flags, 0, 0, 0, 0), "setns", str(pid))
     finally:
         os.close(fd)
+
+
+def join(path: str, flag: int) -> None:
+    """Enter the namespace that a file of /proc/PID/ns stands for."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        libc.check(libc.syscall(SYS_SETNS, fd, flag, 0, 0, 0, 0), "setns", path)
+    finally:
+        os.close(fd)
+
+
+def unshare(flags: int) -> None:
+    """New namespaces for this process; those of pids and of time are for children made from then on. EPERM without
+    CAP_SYS_ADMIN."""
+    libc.check(libc.syscall(SYS_UNSHARE, flags, 0, 0, 0, 0, 0), "unshare")
 
 
 def mount_proc() -> None:

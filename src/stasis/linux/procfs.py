@@ -7,10 +7,12 @@ A file is read once, whole, with one system call where its size allows. ProcessL
 import os
 from typing import NamedTuple
 
-__all__ = ["Mapping", "Stat", "children", "limits", "mappings", "read", "stat", "status", "threads", "write"]
+__all__ = ["SELF", "Mapping", "Stat", "children", "limits", "mappings", "read", "stat", "status", "threads", "write"]
 
 PORTION = 1 << 18
 INFINITY = (1 << 64) - 1
+SELF = 0
+"""In place of a pid: the caller, whose number in this /proc may be another one than os.getpid() says."""
 
 
 class Stat(NamedTuple):
@@ -78,7 +80,7 @@ class Mapping(NamedTuple):
 def read(pid: int, name: str) -> bytes:
     """A whole file of /proc/PID. ProcessLookupError if the task is gone or has no memory any more."""
     try:
-        fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{pid or 'self'}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise ProcessLookupError(error.errno, "process is gone", str(pid)) from error
     try:
@@ -92,7 +94,7 @@ def read(pid: int, name: str) -> bytes:
 
 def write(pid: int, name: str, text: str) -> None:
     """Write to a file of /proc/PID, whole."""
-    fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+    fd = os.open(f"/proc/{pid or 'self'}/{name}", os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, os.fsencode(text))
     finally:

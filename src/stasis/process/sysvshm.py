@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.schema.memory import VmaEntry
     from stasis.process.images.setwriter import ImageSetWriter
+    from stasis.process.namespaces.identities import Identities
     from stasis.process.remote import Remote
 
-__all__ = ["attach", "check_segments", "segments_of", "write_segments"]
+__all__ = ["attach", "check_segments", "make_segments", "marked", "segments_of", "write_segments"]
 
 PAGE = 4096
 SYS_SHMAT, SYS_SHMDT = 30, 67
@@ -60,8 +61,11 @@ def check_segments(pid: int, mappings: Sequence[Mapping], findings: Findings) ->
             findings.add(pid, f"System V segment {number}", "only a part of it is mapped")
 
 
-def write_segments(mapped: dict[int, tuple[int, Mapping]], namespace: int, out: ImageSetWriter) -> int:
-    """Write the segments of which something is mapped: by id, a process that has it, and where. Returns pages."""
+def write_segments(
+    mapped: dict[int, tuple[int, Mapping]], namespace: int, out: ImageSetWriter, identities: Identities | None = None
+) -> int:
+    """Write the segments of which something is mapped: by id, a process that has it, and where. Returns pages.
+    `identities`: those of the user namespace that owners are to be named in."""
     from stasis.process.dump.pages import write_shared
 
     pages = 0
@@ -69,6 +73,9 @@ def write_segments(mapped: dict[int, tuple[int, Mapping]], namespace: int, out: 
         found = kernel.segments()[number]
         desc = IpcDescEntry(key=found.key & 0xFFFFFFFF, uid=found.uid, gid=found.gid, cuid=found.cuid, cgid=found.cgid,
                             mode=found.mode, id=number)  # fmt: skip
+        if identities is not None:
+            desc.uid, desc.cuid = identities.uid(desc.uid), identities.uid(desc.cuid)
+            desc.gid, desc.cgid = identities.gid(desc.gid), identities.gid(desc.cgid)
         out.write("ipcns-shm", IpcShmEntry(desc=desc, size=found.size, in_pagemaps=True), number=namespace)
         memory = TaskMemory(pid)
         try:
@@ -95,6 +102,17 @@ def segments_of(images: ImageSet, chain: list[ImageSet]) -> Iterator[None]:
     for segment in made:
         if segment.mode & SHM_DEST:
             kernel.remove(segment.id)
+
+
+def make_segments(images: ImageSet, chain: list[ImageSet]) -> None:
+    """Have all segments of a set in an IPC namespace that goes if the restore fails; see `marked`."""
+    for segment in _segments(images):
+        _bring(segment, [], chain)
+
+
+def marked(images: ImageSet) -> list[int]:
+    """Ids of the segments that go when nobody has them mapped any more."""
+    return [segment.id for segment in _segments(images) if segment.mode & SHM_DEST]
 
 
 def _segments(images: ImageSet) -> Iterable[Segment]:

@@ -8,11 +8,11 @@ import os
 from stasis.linux import procfs, ptrace
 from stasis.linux.kcmp import Kcmp, compare
 from stasis.process.cgroups import check_groups
-from stasis.process.dump.ids import NAMESPACES, namespace_ids
 from stasis.process.dump.tasks import ns_pid
 from stasis.process.findings import Findings
 from stasis.process.fpu import lost_components
 from stasis.process.kinship import Kin, unmakeable
+from stasis.process.namespaces.own import check_namespaces
 from stasis.process.seccomp import why_lost
 from stasis.process.tree import Task, Tree
 
@@ -25,13 +25,13 @@ USER_CS = 0x33  # arch/x86/include/asm/segment.h, __USER_CS
 
 def check_tree(tree: Tree, findings: Findings) -> None:
     """Note all of it."""
-    ours = namespace_ids(os.getpid())
     living = [task for task in tree.tasks if not task.is_zombie]
+    check_namespaces(tree.root, living, findings)
     for task in tree.tasks:
         if task.is_zombie:
             _check_dead(task, findings)
     for task in living:
-        _check_task(task, ours, findings)
+        _check_task(task, findings, is_first=tree.root_pid == 1)
         _check_threads(task, findings)
         check_groups(task, findings)
     for number, task in enumerate(living):
@@ -45,15 +45,11 @@ def _check_dead(task: Task, findings: Findings) -> None:
         findings.add(task.pid, "threads", "the first one has ended while others run, which no image can say")
 
 
-def _check_task(task: Task, ours: dict[str, int], findings: Findings) -> None:
-    theirs = namespace_ids(task.pid)
-    for name, field in NAMESPACES.items():
-        if theirs.get(field) != ours.get(field):
-            findings.add(task.pid, f"{name} namespace", "a namespace of its own is not supported yet")
+def _check_task(task: Task, findings: Findings, *, is_first: bool) -> None:
     fields = procfs.status(task.pid)
     if os.readlink(f"/proc/{task.pid}/root") != "/":
         findings.add(task.pid, "root directory", "another root directory than ours is not supported yet")
-    if task.stat.session == 0 or task.stat.pgrp == 0:
+    if 0 in (task.stat.session, task.stat.pgrp) and not is_first:  # the first process may have that of its parent
         findings.add(task.pid, "session", "its session or process group is of another pid namespace")
     if int(fields["Pid"]) != ns_pid(fields):
         findings.add(task.pid, "pid", "it is in a pid namespace below ours")

@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 from stasis.linux.kcmp import Kcmp, compare
 from stasis.process.images.schema.tasks import TaskKobjIdsEntry
 
-__all__ = ["FIRST_ID", "NAMESPACES", "ObjectIds", "namespace_ids"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stasis.process.images.imageset import ImageSet
+
+__all__ = ["FIRST_ID", "NAMESPACES", "Home", "ObjectIds", "namespace_ids", "own_kinds", "own_kinds_of"]
 
 FIRST_ID = 2
 """Ids below belong to the dumper, as CRIU counts."""
@@ -53,3 +59,34 @@ def namespace_ids(pid: int) -> dict[str, int]:
         except FileNotFoundError:
             continue  # a kernel without this kind
     return found
+
+
+def own_kinds(home: Mapping[str, int], theirs: Mapping[str, int]) -> list[str]:
+    """Names of the kinds in which a process lives elsewhere than the dumper; both as `namespace_ids` gives them."""
+    return [name for name, field in NAMESPACES.items() if theirs.get(field) != home.get(field)]
+
+
+def own_kinds_of(images: ImageSet, ids: TaskKobjIdsEntry) -> list[str]:
+    """The same of the first process of an image set. An id that the images lack is the dumper's own."""
+    home = images.inventory.root_ids
+
+    def number(entry: Any, field: str) -> int:
+        return getattr(entry, field, None) or 0
+
+    return [name for name, field in NAMESPACES.items() if number(ids, field) not in (0, number(home, field))]
+
+
+class Home:
+    """The namespaces of the dumper, which are not those of a worker that has entered others for it."""
+
+    _ids: dict[str, int] | None = None
+
+    @classmethod
+    def ids(cls) -> dict[str, int]:
+        """Field and id of each."""
+        return namespace_ids(os.getpid()) if cls._ids is None else cls._ids
+
+    @classmethod
+    def leave(cls) -> None:
+        """In a worker, before it enters others."""
+        cls._ids = namespace_ids(os.getpid())

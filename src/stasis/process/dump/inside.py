@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dumps of trees in a pid namespace below ours, as a restore with --pid-namespace makes them: the dumper enters it.
+"""Dumps of trees in namespaces below ours: a worker enters them for the dumper.
 
-Inside the pids are those that the processes know of themselves, and the images get these. A helper enters the pid and
-the mount namespace and does the work there; it is this program still, so the file system must be ours. When the tree
-was all there is in the namespace, the kernel ends the helper with it: what came of the dump is then read from the set.
+Inside of a pid namespace the pids are those that the processes know of themselves, and the images get these. Network,
+IPC and UTS namespaces are entered because the kernel tells of them only to those who live in them. The worker sees our
+files, with a /proc for its pids. When the tree was all there is in the pid namespace, the kernel ends the worker with
+it: what came of the dump is then read from the set.
+
+There is one other case: a tree that a restore with --pid-namespace made has a first process that is not the first of
+its pid namespace, and a mount namespace that only differs in its /proc. It is dumped from within both, as if it had
+been outside.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -17,38 +23,47 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from stasis.errors import PermissionDeniedError, StasisError
 from stasis.linux import process, procfs
-from stasis.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, enter
-from stasis.process.errors import refusal
+from stasis.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, FLAGS, enter, mount_proc, unshare
+from stasis.process.dump.ids import Home
 from stasis.process.findings import Finding
 from stasis.process.images.imageset import ImageSet
 
 if TYPE_CHECKING:
-    from stasis.process.dump.job import DumpOptions, DumpResult
+    from stasis.process.dump.job import DumpResult
 
-__all__ = ["check_inside", "dump_inside", "is_inside"]
+__all__ = ["check_inside", "dump_inside", "flags_for"]
 
 FAILED = 1
+PATIENCE = 10.0
+ENTERED = ("net", "ipc", "uts")
 
 
-def is_inside(pid: int) -> bool:
-    """Whether a process is in another pid namespace than we are, and sees our files."""
+def flags_for(pid: int) -> int:
+    """CLONE_NEW* of the namespaces that a dump of this process has to enter; 0 where it is done from where we are."""
     try:
-        theirs, ours = (os.stat(f"/proc/{who}/ns/pid") for who in (pid, "self"))
+        found = sum(FLAGS[name] for name in ENTERED if _differs(pid, name))
+        if not _differs(pid, "pid"):
+            return found
+        if _inner_pid(pid) == 1:
+            return found | CLONE_NEWPID
         roots = [os.stat(f"/proc/{who}/root/") for who in (pid, "self")]
-    except FileNotFoundError as error:
-        if os.path.exists(f"/proc/{pid}"):
-            return False  # its first thread has ended, which the dump says better
-        raise refusal(pid, ProcessLookupError(error.errno, error.strerror)) from error
-    except PermissionError:
-        return False  # told by whoever tries to trace it
-    return not os.path.samestat(theirs, ours) and os.path.samestat(*roots)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0  # told by whoever tries to trace it
+    return CLONE_NEWPID | CLONE_NEWNS if os.path.samestat(*roots) else 0
 
 
-def check_inside(pid: int, **options: Any) -> list[Finding]:
-    """As `job.check`, from within."""
-    from stasis.process.dump.job import check
+def _differs(pid: int, name: str) -> bool:
+    theirs, ours = (os.stat(f"/proc/{who}/ns/{name}") for who in (pid, "self"))
+    return not os.path.samestat(theirs, ours)
 
-    found = _run(pid, lambda inner: [list(_fields(finding)) for finding in check(inner, **options)])
+
+def _inner_pid(pid: int) -> int:
+    return int(procfs.status(pid)["NSpid"].split()[-1])
+
+
+def check_inside(pid: int, flags: int, look: Callable[[int], list[Finding]]) -> list[Finding]:
+    """What `look`, called with the inner pid, finds."""
+    found = _run(pid, flags, lambda inner: [list(_fields(finding)) for finding in look(inner)])
     return [Finding(*fields) for fields in found or ()]
 
 
@@ -56,12 +71,21 @@ def _fields(finding: Finding) -> tuple[int, str, str, str, bool]:
     return finding.pid, finding.resource, finding.reason, finding.option, finding.passes
 
 
-def dump_inside(pid: int, images: str | os.PathLike[str], options: DumpOptions) -> DumpResult:
-    """As `job.dump`, from within. The pids of the result are the inner ones."""
-    from stasis.process.dump.job import DumpResult, dump
+def dump_inside(
+    pid: int, flags: int, images: str | os.PathLike[str], work: Callable[[int, str], DumpResult], *, ends: bool
+) -> DumpResult:
+    """What came of `work`, which dumps the inner pid into the directory; the process `ends` with it. The pids of the
+    result are the inner ones."""
+    from stasis.process.dump.job import DumpResult
 
     path = os.path.abspath(images)
-    warnings = _run(pid, lambda inner: dump(inner, path, options).warnings)
+    pidfd = process.pidfd_open(pid)
+    try:
+        warnings = _run(pid, flags, lambda inner: work(inner, path).warnings)
+        if ends:
+            select.select([pidfd], [], [], PATIENCE)
+    finally:
+        os.close(pidfd)
     if warnings is None and not os.path.isdir(path):
         raise StasisError(f"the dump of process {pid} was killed", hint="nothing was changed")
     with ImageSet.open(path) as found:
@@ -74,14 +98,14 @@ def dump_inside(pid: int, images: str | os.PathLike[str], options: DumpOptions) 
         )  # fmt: skip
 
 
-def _run(pid: int, work: Callable[[int], Any]) -> Any:
+def _run(pid: int, flags: int, work: Callable[[int], Any]) -> Any:
     """What `work`, called with the inner pid, returned within the namespaces of a process; None where it was killed."""
-    inner = int(procfs.status(pid)["NSpid"].split()[-1])
+    inner = _inner_pid(pid) if flags & CLONE_NEWPID else pid
     reader, writer = os.pipe()
     helper = os.fork()
     if helper == 0:
         os.close(reader)
-        _enter(pid, inner, work, writer)
+        _enter(pid, flags, lambda: work(inner), writer)
     os.close(writer)
     with open(reader, "rb") as told:
         report = told.readline()
@@ -94,17 +118,24 @@ def _run(pid: int, work: Callable[[int], Any]) -> Any:
     return answer["found"]
 
 
-def _enter(pid: int, inner: int, work: Callable[[int], Any], tell: int) -> NoReturn:
+def _enter(pid: int, flags: int, work: Callable[[], Any], tell: int) -> NoReturn:
     """A namespace of pids is that of processes that are made from then on: so another one does the work."""
     status = FAILED
+    process.set_parent_death_signal(signal.SIGKILL)
     try:
         where = os.getcwd()
-        enter(pid, CLONE_NEWPID | CLONE_NEWNS)
+        is_private = not flags & CLONE_NEWNS
+        if is_private:
+            Home.leave()
+            unshare(CLONE_NEWNS)
+        enter(pid, flags)
         os.chdir(where)
         worker = os.fork()
         if worker == 0:
             process.set_parent_death_signal(signal.SIGKILL)
-            os.write(tell, json.dumps({"found": work(inner)}).encode() + b"\n")
+            if is_private and flags & CLONE_NEWPID:
+                mount_proc()
+            os.write(tell, json.dumps({"found": work()}).encode() + b"\n")
             os._exit(0)
         os.close(tell)
         os.waitpid(worker, 0)
@@ -112,7 +143,8 @@ def _enter(pid: int, inner: int, work: Callable[[int], Any], tell: int) -> NoRet
     except StasisError as error:
         _tell(tell, error)
     except PermissionError:
-        _tell(tell, PermissionDeniedError("entering a pid namespace needs CAP_SYS_ADMIN", hint="run as root"))
+        _tell(tell, PermissionDeniedError(f"entering the namespaces of process {pid} needs CAP_SYS_ADMIN",
+                                          hint="run as root"))  # fmt: skip
     except OSError as error:
         _tell(tell, StasisError(f"process {pid} cannot be dumped from within its namespace: {error}",
                                 errno=error.errno or 0))  # fmt: skip

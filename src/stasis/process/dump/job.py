@@ -22,7 +22,8 @@ from stasis.process import keeper
 from stasis.process.cgroups import GroupTable
 from stasis.process.dump import mm
 from stasis.process.dump.checks import check_tree
-from stasis.process.dump.ids import FIRST_ID, ObjectIds, namespace_ids
+from stasis.process.dump.ids import FIRST_ID, Home, ObjectIds, namespace_ids, own_kinds
+from stasis.process.dump.inside import check_inside, dump_inside, flags_for
 from stasis.process.dump.losses import losses
 from stasis.process.dump.pages import Look, dump_private_pages, dump_shared_pages
 from stasis.process.dump.predump import continued
@@ -42,6 +43,7 @@ from stasis.process.images.schema.memory import MmEntry
 from stasis.process.images.schema.tasks import CoreEntry, FsEntry, March, PstreeEntry, TaskKobjIdsEntry
 from stasis.process.images.setwriter import ImageSetWriter, staging_for
 from stasis.process.journal import Journal
+from stasis.process.namespaces.own import write_namespaces
 from stasis.process.remote import Remote
 from stasis.process.restore.crew import Roll
 from stasis.process.seccomp import FilterTable
@@ -95,6 +97,12 @@ class DumpResult:
 
 def check(pid: int, *, timeout: float = 10.0, files: FileOptions | None = None) -> list[Finding]:
     """What of a process tree a dump could not keep; it is stopped for a moment. Raises what `Tree.freeze` raises."""
+    if flags := flags_for(pid):
+        return check_inside(pid, flags, lambda inner: _check(inner, timeout, files))
+    return _check(pid, timeout, files)
+
+
+def _check(pid: int, timeout: float, files: FileOptions | None) -> list[Finding]:
     with Tree(pid, timeout=timeout) as tree:
         return list(_stand_still(tree, {}, files)[0])
 
@@ -108,6 +116,14 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     chosen = options or DumpOptions()
     if chosen.track and not chosen.leave_running:
         raise UsageError("only a tree that is left running can be watched", hint="leave it running, or do not track it")
+    if flags := flags_for(pid):
+        ends = not chosen.leave_running and not chosen.leave_stopped
+        return dump_inside(pid, flags, images, lambda inner, path: _dump(inner, path, chosen), ends=ends)
+    return _dump(pid, images, chosen)
+
+
+def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> DumpResult:
+    """From where its pids are ours."""
     journal, connections, roll = Journal(), Connections(chosen.files.network_lock), Roll()
     chosen.hook("pre-dump")
     if chosen.pre_copy:
@@ -182,6 +198,9 @@ def _let_go(tree: Tree, options: DumpOptions) -> None:
             if not task.is_zombie:
                 os.kill(task.pid, signal.SIGSTOP)
         return
+    if tree.root_pid == 1:  # the first process of a namespace cannot be killed from within, but ends with its tracer
+        ptrace.set_options(1, ptrace.PTRACE_O_EXITKILL)
+        tree.root.threads.clear()
     for task in reversed(tree.tasks):
         if not task.is_zombie:
             os.kill(task.pid, signal.SIGKILL)
@@ -309,14 +328,16 @@ class _Dump:
                 threads=[thread.tid for thread in task.threads] or [task.pid],
             ))  # fmt: skip
         self._files.finish()
-        if self._segments:
+        if own := own_kinds(Home.ids(), namespace_ids(tree.root_pid)):
+            write_namespaces(tree.root_pid, self._out)
+        if self._segments and "ipc" not in own:
             from stasis.process.sysvshm import write_segments
 
-            self.pages += write_segments(self._segments, namespace_ids(os.getpid())["ipc_ns_id"], self._out)
+            self.pages += write_segments(self._segments, Home.ids()["ipc_ns_id"], self._out)
         self._filters.write(self._out)
         ours = FIRST_ID - 1
         root_ids = TaskKobjIdsEntry(vm_id=ours, files_id=ours, fs_id=ours, sighand_id=ours)
-        for name, number in namespace_ids(os.getpid()).items():
+        for name, number in Home.ids().items():
             setattr(root_ids, name, number)
         uptime = int(float(Path("/proc/uptime").read_text().split()[0]) * 1_000_000)
         self._out.write("inventory", InventoryEntry(

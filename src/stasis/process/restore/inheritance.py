@@ -130,7 +130,7 @@ class Inheritance:
             if not wanted:
                 return
             taken: list[Range] = [vma for one in tree for vma in _vmas(one)]
-            taken += procfs.mappings(os.getpid(), flags=False)
+            taken += procfs.mappings(procfs.SELF, flags=False)
             for piece in _places(wanted, taken):
                 _map(piece, files)
                 for source in reader.sources(piece.start, piece.end):

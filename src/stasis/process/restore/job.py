@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from stasis.errors import StasisError
 from stasis.linux import procfs, ptrace
 from stasis.process.cgroups import join
+from stasis.process.dump.ids import own_kinds_of
 from stasis.process.files.connections import let_all_live
 from stasis.process.files.locks import packed_lock, posix_locks
 from stasis.process.files.opening import FileSet
@@ -28,7 +29,7 @@ from stasis.process.restore.crew import Roll, adopting
 from stasis.process.restore.memory import replace_memory
 from stasis.process.restore.outfit import Ready
 from stasis.process.restore.plan import TaskPlan, read_tree
-from stasis.process.restore.spawn import spawn
+from stasis.process.restore.spawn import Nursery, spawn
 from stasis.process.restore.tasks import arm_timers, give_process_state, make_timers, set_dumpable
 from stasis.process.restore.threads import give_state, make_threads
 from stasis.process.seccomp import Filters
@@ -93,9 +94,11 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
             if plan.ids is not None:
                 files.check(plan.ids.files_id)
         chain = opened.chain()
+        assert root.ids is not None
+        own = own_kinds_of(opened, root.ids)
         try:
-            with _segments(opened, chain):
-                made = _restore(root, files, chain, chosen)
+            with _segments(opened, chain, own), Nursery(root, files, chain) as nursery:
+                made = (_restore_first if "pid" in own else _restore)(nursery, chosen)
         finally:
             for parent in chain[1:]:
                 parent.close()
@@ -117,8 +120,27 @@ def _restore_inside(images: str | os.PathLike[str], options: RestoreOptions) -> 
     return RestoreResult(pids[root], [outer for inner, outer in pids.items() if inner in wanted], init, warnings)
 
 
-def _segments(images: ImageSet, chain: list[ImageSet]) -> contextlib.AbstractContextManager[None]:
-    if not images.numbers("ipcns-shm"):
+def _restore_first(nursery: Nursery, options: RestoreOptions) -> RestoreResult:
+    """Into a pid namespace that the tree had of its own."""
+    from stasis.process.restore.container import restore_first
+
+    def work(first: int) -> dict[str, Any]:
+        def hook(name: str, pid: int) -> None:
+            if name != "post-resume":
+                options.hook(name, first if pid else 0)
+
+        return _restore(nursery, options._replace(hook=hook), has_root=True).as_dict()
+
+    report, pids = restore_first(nursery, work)
+    made = RestoreResult(**report)
+    options.hook("post-resume", pids[made.pid])
+    return made._replace(pid=pids[made.pid], pids=[pids.get(pid, 0) for pid in made.pids])
+
+
+def _segments(
+    images: ImageSet, chain: list[ImageSet], own: list[str]
+) -> contextlib.AbstractContextManager[None]:
+    if "ipc" in own or not images.numbers("ipcns-shm"):
         return contextlib.nullcontext()
     from stasis.process.sysvshm import segments_of
 
@@ -136,14 +158,15 @@ def _mapper(map_paths: Mapping[str, str]) -> Callable[[str], str]:
     return mapped
 
 
-def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet], options: RestoreOptions) -> RestoreResult:
-    """Make it all."""
+def _restore(nursery: Nursery, options: RestoreOptions, *, has_root: bool = False) -> RestoreResult:
+    """Make it all. `has_root`: the first process is there and waits."""
+    root, files, chain = nursery.crew.root, nursery.crew.files, nursery.crew.chain
     living = [plan for plan in root.walk() if not plan.is_zombie]
     roll, filters = Roll(), Filters(files.images)
     with Guardian(Journal(), roll.end), adopting() as end_all:
         try:
             began = time.monotonic()
-            ready = spawn(root, files, chain)
+            ready = spawn(nursery, has_root=has_root)
             forking = time.monotonic() - began
             roll.enter(plan.pid for plan in living)
             warnings = join(files.images, _members(living)) if options.manage_cgroups else []
@@ -151,6 +174,7 @@ def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet], options: Res
                 _seize(plan.pid)
             for plan in living:
                 _become(plan, ready[plan.pid], chain, filters)
+            _remove_marked(files.images, root)
             let_all_live(files, [(plan.pid, plan.ids.files_id) for plan in living if plan.ids is not None])
             for name in "post-restore", "pre-resume":
                 options.hook(name, root.pid)
@@ -166,6 +190,14 @@ def _restore(root: TaskPlan, files: FileSet, chain: list[ImageSet], options: Res
         root.pid, [plan.pid for plan in root.walk()], 0, warnings, forking, 0.0,
         sum(one.pages_compared for one in ready.values()), sum(one.pages_shared for one in ready.values()),
     )  # fmt: skip
+
+
+def _remove_marked(images: ImageSet, root: TaskPlan) -> None:
+    if not images.numbers("ipcns-shm") or root.ids is None or "ipc" not in own_kinds_of(images, root.ids):
+        return
+    from stasis.process.namespaces.ipc import remove_marked
+
+    remove_marked(images, root.pid)
 
 
 def _members(living: list[TaskPlan]) -> list[tuple[int, int | None]]:

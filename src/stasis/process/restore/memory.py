@@ -137,12 +137,12 @@ def _fill(remote: Remote, regular: list[VmaEntry], reader: MemoryReader, ready: 
     for vma in regular:
         for source in reader.sources(vma.start + ready.pieces.get(vma.start, (0, 0))[0], vma.end):
             if batch and not _continues(batch, source):
-                _read(remote, opened, batch)
+                _read(remote, ready, opened, batch)
                 batch = []
             batch.append(source)
     if batch:
-        _read(remote, opened, batch)
-    for fd in opened.values():
+        _read(remote, ready, opened, batch)
+    for fd in set(opened.values()) - set(ready.pages_fd.values()):
         remote.call("close", fd)
 
 
@@ -153,9 +153,11 @@ def _continues(batch: list[PageSource], source: PageSource) -> bool:
     return follows and len(batch) < MOST_VECTORS and size + source.end - source.start <= LARGEST_READ
 
 
-def _read(remote: Remote, opened: dict[int, int], batch: list[PageSource]) -> None:
+def _read(remote: Remote, ready: Ready, opened: dict[int, int], batch: list[PageSource]) -> None:
     local = batch[0].fd
-    if local not in opened:
+    if local not in opened and (known := _inherited(ready, local)) >= 0:
+        opened[local] = known
+    elif local not in opened:
         path = remote.put(f"/proc/{os.getpid()}/fd/{local}".encode() + b"\0")
         opened[local] = remote.call("openat", AT_FDCWD, path, os.O_RDONLY | os.O_CLOEXEC)
     offset = batch[0].offset
@@ -165,6 +167,12 @@ def _read(remote: Remote, opened: dict[int, int], batch: list[PageSource]) -> No
         done = remote.call("preadv", opened[local], at, len(vectors), offset, 0)
         offset += done
         vectors = _rest(vectors, done)
+
+
+def _inherited(ready: Ready, local: int) -> int:
+    """The process's own descriptor for one of our files; -1 where it has none."""
+    status = os.fstat(local)
+    return ready.pages_fd.get((status.st_dev, status.st_ino), -1)
 
 
 def _rest(vectors: list[tuple[int, int]], done: int) -> list[tuple[int, int]]:

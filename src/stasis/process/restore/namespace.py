@@ -22,7 +22,7 @@ from stasis.errors import PermissionDeniedError, StasisError
 from stasis.linux import procfs
 from stasis.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, fork_into_new, mount_proc
 
-__all__ = ["restore_inside"]
+__all__ = ["clear_of", "outer_pids", "restore_inside"]
 
 FAILED = 1
 NS_LAST_PID, PID_MAX = Path("/proc/sys/kernel/ns_last_pid"), Path("/proc/sys/kernel/pid_max")
@@ -57,10 +57,11 @@ def restore_inside(
         if "error" in answer:
             os.waitpid(init, 0)
             raise StasisError.from_dict(answer)
-        return init, _outer_pids(init), answer["warnings"]
+        return init, outer_pids(init), answer["warnings"]
 
 
-def _outer_pids(init: int) -> dict[int, int]:
+def outer_pids(init: int) -> dict[int, int]:
+    """The pids of a process and all below it, by those of their pid namespace."""
     found: dict[int, int] = {}
     waiting = [init]
     while waiting:
@@ -76,7 +77,7 @@ def _live(pids: list[int], work: Callable[[], tuple[int, list[str]]], go_on: int
     try:
         os.setsid()
         mount_proc()
-        NS_LAST_PID.write_text(str(_clear_of(pids)))
+        NS_LAST_PID.write_text(str(clear_of(pids)))
         root, warnings = work()
         os.write(tell, json.dumps({"warnings": warnings}).encode() + b"\n")
         os.close(tell)
@@ -92,7 +93,7 @@ def _live(pids: list[int], work: Callable[[], tuple[int, list[str]]], go_on: int
     os._exit(status)
 
 
-def _clear_of(pids: Iterable[int]) -> int:
+def clear_of(pids: Iterable[int]) -> int:
     """A pid behind which there is room for helpers of the restore, whose pids nobody chooses."""
     limits = [1, *sorted(pids), int(PID_MAX.read_text())]
     _, start = max((after - before, before) for before, after in itertools.pairwise(limits))

@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from stasis.process.dump.ids import own_kinds_of
 from stasis.process.dump.mm import VmaStatus
+from stasis.process.images.pagemap import Pagemap
 from stasis.process.restore.shared import make_shared
 
 if TYPE_CHECKING:
@@ -15,11 +17,12 @@ if TYPE_CHECKING:
     from stasis.process.restore.crew import Crew
     from stasis.process.restore.plan import TaskPlan
 
-__all__ = ["Ready", "open_everything", "prepare", "share_memory", "take_terminal"]
+__all__ = ["Ready", "enter_namespaces", "open_everything", "prepare", "share_memory", "take_terminal"]
 
 
 class Ready:
-    """What a process told when it was ready: where in it the descriptors are that its memory is made from. `pieces`:
+    """What a process told when it was ready: where in it the descriptors are that its memory is made from. `pages_fd`:
+    files of the images by device and inode, in a process that cannot open them by the restorer's path. `pieces`:
     length and place of what lies ready of it, by the address where it is to be. `pages_shared` of the `pages_compared`
     with its parent's are the same, and shared with it."""
 
@@ -29,12 +32,24 @@ class Ready:
         self.file_fd = {(int(number), int(flags)): int(fd) for number, flags, fd in report["files"]}
         self.shared_fd = {int(number): int(fd) for number, fd in report["shared"]}
         self.pieces = {int(start): (int(length), int(place)) for start, length, place in report["pieces"]}
+        self.pages_fd = {(int(device), int(inode)): int(fd) for device, inode, fd in report["images"]}
         self.pages_compared, self.pages_shared = report["compared"]
 
     @property
     def fds(self) -> list[int]:
         """All of them, to be closed in the end."""
-        return [*self.file_fd.values(), *self.shared_fd.values(), self.report_fd]
+        return [*self.file_fd.values(), *self.shared_fd.values(), *self.pages_fd.values(), self.report_fd]
+
+
+def enter_namespaces(crew: Crew) -> None:
+    """The first process goes into namespaces that the tree has of its own; all others are born there."""
+    ids = crew.root.ids
+    assert ids is not None
+    if not own_kinds_of(crew.files.images, ids):
+        return
+    from stasis.process.namespaces.own import make_namespaces
+
+    make_namespaces(ids, crew.chain)
 
 
 def open_everything(crew: Crew) -> None:
@@ -85,12 +100,29 @@ def prepare(plan: TaskPlan, crew: Crew) -> dict[str, Any]:
     mapped = _open_mapped(plan, files)
     shared = _shared_of(plan, crew)
     files.set_owners(plan.ids.files_id)
-    files.place(plan.ids.files_id, [report, *(fd for _, _, fd in mapped), *shared.values()])
-    told: dict[str, Any] = {"pid": os.getpid(), "report": report, "files": mapped, "shared": list(shared.items())}
+    images = _pages_files(plan, crew)
+    files.place(plan.ids.files_id, [report, *(fd for _, _, fd in (*mapped, *images)), *shared.values()])
+    told: dict[str, Any] = {"pid": os.getpid(), "report": report, "files": mapped, "shared": list(shared.items()),
+                            "images": images}  # fmt: skip
     if (ours := crew.inheritance) is None:
         return {**told, "pieces": [], "compared": (0, 0)}
     pieces = [(piece.start, piece.length, piece.place) for piece in ours.pieces]
     return {**told, "pieces": pieces, "compared": (ours.compared, ours.shared)}
+
+
+def _pages_files(plan: TaskPlan, crew: Crew) -> list[tuple[int, int, int]]:
+    """(device, inode, descriptor) of the files that have its pages, where it is to live in other namespaces."""
+    assert plan.ids is not None
+    if not own_kinds_of(crew.files.images, plan.ids):
+        return []
+    found = []
+    for images in crew.chain:
+        pagemap = Pagemap.read(images, plan.pid)
+        if pagemap is not None and pagemap.present_pages:
+            fd = crew.files.move(images.open_pages(pagemap.pages_id))
+            status = os.fstat(fd)
+            found.append((status.st_dev, status.st_ino, fd))
+    return found
 
 
 def _shared_of(plan: TaskPlan, crew: Crew) -> dict[int, int]:

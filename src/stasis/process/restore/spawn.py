@@ -18,21 +18,20 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from stasis.errors import BusyError, PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import process, procfs
 from stasis.linux.clone3 import fork_as
 from stasis.process.restore.crew import LARGEST_REPORT, Crew, Gate, collect, live_with
-from stasis.process.restore.outfit import Ready, open_everything, prepare, share_memory, take_terminal
+from stasis.process.restore.outfit import Ready, enter_namespaces, open_everything, prepare, share_memory, take_terminal
 
 if TYPE_CHECKING:
     from stasis.process.files.opening import FileSet
     from stasis.process.images import ImageSet
     from stasis.process.restore.plan import TaskPlan
 
-__all__ = ["Ready", "spawn"]
+__all__ = ["Nursery", "Ready", "spawn"]
 
 PAUSE = 0.002
 DEAD_PATIENCE, GONE_PATIENCE = 2.0, 0.05
@@ -40,33 +39,68 @@ STAGES = ("made", "joined")
 """Behind each one is a gate."""
 
 
-def spawn(root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> dict[int, Ready]:
-    """Make all processes, the root as a child of ours; what each told, by pid. Zombies have ended.
+class Nursery:
+    """What the processes that are made and the restorer have in common; a context manager for the restorer."""
+
+    def __init__(self, root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> None:
+        self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (self.ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REPORT)
+        self.crew = Crew(root, files, chain, theirs, {stage: Gate() for stage in STAGES})
+
+    def be_first(self, started: int) -> NoReturn:
+        """In a process that is the first of its pid namespace and whose parent is outside: its life, from the moment
+        on in which something can be read from `started`."""
+        self.leave()
+        root = self.crew.root
+        process.set_parent_death_signal(signal.SIGKILL)
+        if not os.read(started, 1):
+            os._exit(1)  # the restorer ended
+        os.close(started)
+        _run(root, self.crew, lambda: _live(root, self.crew, 0, 0))
+
+    def leave(self) -> None:
+        """In a process that is made: keep nothing that is the restorer's."""
+        self.ours.close()
+        for gate in self.crew.gates.values():
+            gate.leave()
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self.ours.close()
+        self.crew.sock.close()
+        for gate in self.crew.gates.values():
+            gate.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def spawn(nursery: Nursery, *, has_root: bool = False) -> dict[int, Ready]:
+    """Make all processes, the root as a child of ours, unless it is there; what each told, by pid. Zombies have ended.
 
     To be called within `adopting`. Raises StasisError; the processes made so far are there still.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    for sock in (ours, theirs):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REPORT)
-    gates = {stage: Gate() for stage in STAGES}
-    crew = Crew(root, files, chain, theirs, gates)
-    with ours, ExitStack() as cleanup:
-        for gate in gates.values():
-            cleanup.callback(gate.close)
-        helper = _make_root(crew, ours)
-        theirs.close()
-        for stage, gate in gates.items():
-            gate.open(len(collect(ours, helper or root.pid, stage)))
-        if helper:
-            os.waitpid(helper, 0)
-        found = [Ready(report) for report in collect(ours, helper or root.pid, "ready") if "files" in report]
+    crew, ours = nursery.crew, nursery.ours
+    helper = 0 if has_root else _make_root(nursery)
+    first = helper or crew.root.pid
+    crew.sock.close()
+    for stage, gate in crew.gates.items():
+        gate.open(len(collect(ours, first, stage)))
+    if helper:
+        os.waitpid(helper, 0)
+    found = [Ready(report) for report in collect(ours, first, "ready") if "files" in report]
     return {ready.pid: ready for ready in found}
 
 
-def _make_root(crew: Crew, ours: socket.socket) -> int:
+def _make_root(nursery: Nursery) -> int:
     """The first process: in its session, whose leader a helper plays where its pid is free; else in ours."""
+    crew = nursery.crew
     root = crew.root
-    maker = _Maker(crew, close=lambda: _leave(crew, ours))
+    maker = _Maker(crew, close=nursery.leave)
     if root.entry.sid not in (root.pid, os.getsid(0)):
         try:
             return maker.helper_of(root.entry.sid, [root])
@@ -74,13 +108,6 @@ def _make_root(crew: Crew, ours: socket.socket) -> int:
             crew.is_guest = True  # the leader lives, outside of the tree, or the session has other members
     maker.child(root)
     return 0
-
-
-def _leave(crew: Crew, ours: socket.socket) -> None:
-    """In a process that the restorer made: keep nothing that is the restorer's."""
-    ours.close()
-    for gate in crew.gates.values():
-        gate.leave()
 
 
 class _Maker:
@@ -209,6 +236,7 @@ def _live(plan: TaskPlan, crew: Crew, parent: int, maker_pid: int) -> None:
     if parent == maker_pid:
         live_with(parent, parent)
     if plan is crew.root:
+        enter_namespaces(crew)
         open_everything(crew)
     _move_up(crew)
     share_memory(plan, crew)
@@ -282,7 +310,7 @@ def _end_as(plan: TaskPlan) -> NoReturn:
     """End as a zombie did, with its status."""
     task = plan.core.tc
     status = 0 if task is None else task.exit_code
-    procfs.write(os.getpid(), "comm", (task.comm if task else "")[:15])
+    procfs.write(procfs.SELF, "comm", (task.comm if task else "")[:15])
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if number := status & 0x7F:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which namespaces a tree has of its own, and what is looked for, written and made again for all of them.
+
+All processes of a tree live in those of its first one. A module for a kind has `check`, which notes what cannot be
+kept, `write`, which runs in a worker that has entered what it needs (`dump/inside.py`), and `make`, which runs in the
+first process of a restore and leaves it in a namespace with everything in it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from stasis.process.dump.ids import NAMESPACES, Home, namespace_ids, own_kinds, own_kinds_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stasis.process.findings import Findings
+    from stasis.process.images.imageset import ImageSet
+    from stasis.process.images.schema.tasks import TaskKobjIdsEntry
+    from stasis.process.images.setwriter import ImageSetWriter
+    from stasis.process.tree import Task
+
+__all__ = ["check_namespaces", "make_namespaces", "write_namespaces"]
+
+MODULES = {"pid": "pids", "uts": "uts", "ipc": "ipc"}
+"""In the order in which they are made; a kind that is not here is refused."""
+FOR_CHILDREN = {"pid": "pid_for_children", "time": "time_for_children"}
+
+
+def check_namespaces(root: Task, living: Sequence[Task], findings: Findings) -> None:
+    """Note what cannot be kept of the namespaces of a tree."""
+    first = namespace_ids(root.pid)
+    for task in living:
+        theirs = namespace_ids(task.pid)
+        for name, field in NAMESPACES.items():
+            if theirs.get(field) != first.get(field):
+                findings.add(task.pid, f"{name} namespace", "it is another one than that of the tree's first process")
+        for name, link in FOR_CHILDREN.items():
+            if _differs(task.pid, name, link):
+                findings.add(task.pid, f"{name} namespace", "its children are to live in another one than itself")
+    for name in own_kinds(Home.ids(), first):
+        if name not in MODULES:
+            findings.add(root.pid, f"{name} namespace", "a namespace of its own is not supported yet")
+        else:
+            _module(name).check(root.pid, findings)
+
+
+def _differs(pid: int, name: str, link: str) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/{link}") != os.readlink(f"/proc/{pid}/ns/{name}")
+    except FileNotFoundError:
+        return False  # a kernel without it, or no child yet that the namespace is made for
+
+
+def write_namespaces(root: int, out: ImageSetWriter) -> None:
+    """Write what is in the namespaces that the tree of the process `root` has of its own."""
+    first = namespace_ids(root)
+    for name in own_kinds(Home.ids(), first):
+        _module(name).write(root, first[NAMESPACES[name]], out)
+
+
+def make_namespaces(ids: TaskKobjIdsEntry, chain: list[ImageSet]) -> None:
+    """In the first process of a restore: go into namespaces of our own, with what the images say is in them."""
+    own = own_kinds_of(chain[0], ids)
+    for name in MODULES:
+        if name in own:
+            _module(name).make(getattr(ids, NAMESPACES[name]), chain)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"stasis.process.namespaces.{MODULES[name]}")

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UTS namespaces: host name and domain name (uts_namespaces(7))."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stasis.linux.namespaces import FLAGS, unshare
+from stasis.process.images.schema.namespaces import UtsnsEntry
+
+if TYPE_CHECKING:
+    from stasis.process.findings import Findings
+    from stasis.process.images.imageset import ImageSet
+    from stasis.process.images.setwriter import ImageSetWriter
+
+__all__ = ["check", "make", "write"]
+
+# /proc/sys shows those of the namespace of whoever reads or writes.
+NODE, DOMAIN = Path("/proc/sys/kernel/hostname"), Path("/proc/sys/kernel/domainname")
+
+
+def check(root: int, findings: Findings) -> None:
+    """All of it can be kept."""
+
+
+def write(root: int, number: int, out: ImageSetWriter) -> None:
+    """Both names."""
+    node, domain = (path.read_text(errors="surrogateescape").removesuffix("\n") for path in (NODE, DOMAIN))
+    out.write("utsns", UtsnsEntry(nodename=node, domainname=domain), number=number)
+
+
+def make(number: int, chain: list[ImageSet]) -> None:
+    """A namespace with these names."""
+    found: UtsnsEntry = chain[0].one("utsns", number)
+    unshare(FLAGS["uts"])
+    for path, name in ((NODE, found.nodename), (DOMAIN, found.domainname)):
+        path.write_text(f"{name}\n", errors="surrogateescape")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The restore of a tree whose first process is the first one of a pid namespace, as that of a container.
+
+That process is made here, with the namespace, and waits. The restorer proper is a helper that enters the namespace,
+so that the pids of the images are right for it; it sees our files, with a /proc for these pids, and has a pid that no
+image has. It traces the first process: whatever ends the helper ends all inside. It ends itself when all runs, and is
+nobody's child in there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from stasis.errors import PermissionDeniedError, StasisError
+from stasis.linux import process
+from stasis.linux.clone3 import fork_as
+from stasis.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, enter, fork_into_new, mount_proc, unshare
+from stasis.process.restore.namespace import NS_LAST_PID, clear_of, outer_pids
+
+if TYPE_CHECKING:
+    from stasis.process.restore.spawn import Nursery
+
+__all__ = ["restore_first"]
+
+FAILED = 1
+Work = Callable[[int], dict[str, Any]]
+"""Called in the helper with the outer pid of the first process; what it returns is passed on."""
+
+
+def restore_first(nursery: Nursery, work: Work) -> tuple[dict[str, Any], dict[int, int]]:
+    """Make the first process and have `work` done inside, which makes it and the others what they were.
+
+    Returns what `work` did, and the outer pids by the inner ones. The first process is a child of ours.
+    """
+    started, told = os.pipe(), os.pipe()
+    try:
+        first = fork_into_new(CLONE_NEWPID)
+    except PermissionError as error:
+        raise PermissionDeniedError("a pid namespace needs CAP_SYS_ADMIN", hint="run as root") from error
+    if first == 0:
+        for fd in (started[1], *told):
+            os.close(fd)
+        nursery.be_first(started[0])
+    os.close(started[0])
+    try:
+        report = _have_helped(first, nursery, work, started[1], told)
+    except BaseException:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        raise
+    return report, outer_pids(first)
+
+
+def _have_helped(first: int, nursery: Nursery, work: Work, start: int, told: tuple[int, int]) -> dict[str, Any]:
+    helper = os.fork()
+    if helper == 0:
+        os.close(told[0])
+        _help(first, nursery, work, start, told[1])
+    os.close(told[1])
+    os.close(start)
+    nursery.close()
+    with open(told[0], "rb") as file:
+        said = file.readline()
+    os.waitpid(helper, 0)
+    if not said:
+        raise StasisError("the restore inside of the pid namespace ended without a word")
+    report: dict[str, Any] = json.loads(said)
+    if "error" in report:
+        raise StasisError.from_dict(report)
+    return report
+
+
+def _help(first: int, nursery: Nursery, work: Work, start: int, tell: int) -> NoReturn:
+    """A namespace of pids is that of processes that are made from then on: so another one does the work."""
+    status = FAILED
+    process.set_parent_death_signal(signal.SIGKILL)
+    try:
+        wanted = [tid for plan in nursery.crew.root.walk() for tid in plan.entry.threads]
+        clear = clear_of(wanted)
+        unshare(CLONE_NEWNS)
+        enter(first, CLONE_NEWPID)
+        worker = fork_as(clear)
+        if worker == 0:
+            process.set_parent_death_signal(signal.SIGKILL)
+            mount_proc()
+            NS_LAST_PID.write_text(str(clear))
+            os.write(start, b"s")
+            os.close(start)
+            os.write(tell, json.dumps(work(first)).encode() + b"\n")
+            os._exit(0)
+        nursery.close()
+        os.waitpid(worker, 0)
+        status = 0
+    except StasisError as error:
+        _tell(tell, error)
+    except OSError as error:
+        _tell(tell, StasisError(f"the namespaces of the tree cannot be set up: {error}", errno=error.errno or 0))
+    except BaseException as error:  # told and ended: there is nobody to raise it to
+        print(f"stasis: {error!r} in a pid namespace", file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+def _tell(fd: int, error: StasisError) -> None:
+    os.write(fd, json.dumps({"message": str(error), **error.as_dict()}).encode() + b"\n")

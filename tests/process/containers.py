@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs in namespaces of their own, which unshare(1) makes: set up, dumped, restored, and asked to look at
+themselves. See `programs.py`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stasis.linux import procfs
+from tests.process.programs import compiled, stasis, wait_for
+
+__all__ = ["Container", "contained_cycle", "container"]
+
+
+class Container:
+    """The program: `pid` is that of its first process, outside."""
+
+    def __init__(self, directory: Path, pid: int) -> None:
+        self.directory = directory
+        self.pid = pid
+        self.images = 0
+
+    def dump(self, *options: str) -> Path:
+        """Dump to a new image set."""
+        self.images += 1
+        images = self.directory / f"images-{self.images}"
+        stasis("dump", self.pid, "--images", images, *options)
+        if "--leave-running" not in options:
+            wait_for(lambda: not lives(self.pid), "the first process did not end")
+        return images
+
+    def restore(self, images: Path, *options: str) -> None:
+        """Bring it back."""
+        self.pid = int(stasis("restore", "--images", images, *options))
+
+    def finish(self) -> None:
+        """Let the program look at itself; it must be content."""
+        (self.directory / "go").touch()
+        wait_for(lambda: not lives(self.pid), f"process {self.pid} did not end")
+        errors = (self.directory / "errors").read_text()
+        assert not errors, errors
+        assert (self.directory / "content").exists(), "the program ended before it had looked"
+
+    def end(self) -> None:
+        """Kill what is left of it."""
+        if lives(self.pid) and os.readlink(f"/proc/{self.pid}/exe").endswith("/program"):
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def lives(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        return procfs.stat(pid).state not in "ZX"
+    except ProcessLookupError:
+        return False
+
+
+@contextmanager
+def container(directory: Path, *command: str | Path) -> Iterator[Container]:
+    """What unshare(1) runs with these options and words, once it is set up."""
+    with (
+        open(os.devnull, "rb") as nothing,
+        open(directory / "errors", "ab") as errors,
+        subprocess.Popen(
+            ["unshare", "--fork", *map(str, command)], stdin=nothing, stdout=errors, stderr=errors,
+            cwd=directory, start_new_session=True,
+        ) as process,
+    ):  # fmt: skip
+        found = Container(directory, 0)
+        try:
+            ready = directory / "ready"
+            wait_for(lambda: ready.exists() or process.poll(), "the program is not set up")
+            assert ready.exists(), (directory / "errors").read_text()
+            (found.pid,) = procfs.children(process.pid, process.pid)
+            process.kill()  # it would complain of the program's end
+            yield found
+        finally:
+            if found.pid:
+                found.end()
+            process.kill()
+
+
+def contained_cycle(directory: Path, code: str, *flags: str, times: int = 1) -> None:
+    """Compile, set up in namespaces, dump and restore, and let the program look at itself."""
+    with container(directory, *flags, compiled(directory, code)) as program:
+        for _ in range(times):
+            program.restore(program.dump())
+        program.dump("--leave-running")
+        program.finish()
