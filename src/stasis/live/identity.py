@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from stasis.errors import NotFoundError, PermissionDeniedError, StasisError, UnsupportedError, UsageError
-from stasis.linux import blockdev
+from stasis.linux import blockdev, devmapper
 
-__all__ = ["Identity", "identify", "read_counters", "takes_bios"]
+__all__ = ["Identity", "identify", "read_activity", "read_counters", "takes_bios"]
 
 SECTOR = 512
+DEEPEST = 8
+TOTALS = (0, 1, 2, 4, 5, 6, 11, 12, 13)
+"""Documentation/block/stat.rst: requests, merges and sectors read, written and discarded. Times would wrap."""
 
 BIO_DRIVERS = ("dm-", "md", "zram", "ram", "pmem", "brd")
 """Drivers that take bios and are known to show block_bio_complete, or to lose only its precision."""
@@ -33,6 +37,8 @@ class Identity:
     """Disk sequence number, which no other disk of this boot has had; 0 if the kernel has none."""
     start: int
     size: int
+    table: str = ""
+    """What the contents of a device-mapper device are made of; empty for others, and in records of older versions."""
 
     @property
     def rdev(self) -> int:
@@ -54,6 +60,8 @@ class Identity:
             return f"its size changed from {self.size} to {other.size} bytes"
         if self.start != other.start:
             return "the partition was moved"
+        if self.table and self.table != other.table:
+            return "its device-mapper table was replaced"
         return ""
 
 
@@ -100,7 +108,24 @@ def _identity(path: str, real: str, fd: int) -> Identity:
     disk_major, disk_minor = (int(number) for number in (disk / "dev").read_text().split(":"))
     start = int((directory / "start").read_text()) * SECTOR if is_partition else 0
     return Identity(real, directory.name.replace("!", "-"), os.major(status.st_rdev), os.minor(status.st_rdev),
-                    disk_major, disk_minor, blockdev.disk_sequence(fd) or 0, start, size)
+                    disk_major, disk_minor, blockdev.disk_sequence(fd) or 0, start, size,
+                    _table(disk_major, disk_minor))
+
+
+def _table(major: int, minor: int) -> str:
+    """A digest of what device-mapper makes the device of: it may have an encrypted disk's key in it."""
+    if not devmapper.is_mapped(major, minor):
+        return ""
+    return hashlib.sha256(repr(_plain_table(major, minor)).encode()).hexdigest()
+
+
+def _plain_table(major: int, minor: int, depth: int = 0) -> list[devmapper.Target]:
+    """The table, without the layer that keeps old data for snapshots: that comes and goes with them."""
+    found = devmapper.table(major, minor)
+    if len(found) == 1 and found[0][2] == "snapshot-origin" and depth < DEEPEST:
+        below, _, minor_below = found[0][3].split()[0].partition(":")
+        return _plain_table(int(below), int(minor_below), depth + 1)
+    return found
 
 
 def disk_directory(identity: Identity) -> Path:
@@ -142,6 +167,15 @@ def read_counters(identity: Identity) -> int:
     if len(fields) <= blockdev.STAT_DISCARD_SECTORS:
         return -1
     return fields[blockdev.STAT_WRITE_SECTORS] + fields[blockdev.STAT_DISCARD_SECTORS]
+
+
+def read_activity(identity: Identity) -> int:
+    """The sum of what the kernel counts of the disk: it only grows until the disk is set up anew. -1 if unknown."""
+    try:
+        fields = [int(field) for field in (disk_directory(identity) / "stat").read_text().split()]
+    except OSError:
+        return -1
+    return sum(fields[place] for place in TOTALS if place < len(fields))
 
 
 def writes_in_progress(identity: Identity) -> int:

@@ -52,6 +52,7 @@ class Slot:
     BIO_BASED = 28  # u32: 1 if the driver takes bios, so that no request will tell of their completion
     ELEMENTS = 32  # u32: elements of the array that one bitmap takes
     LOST = 36  # u32: why the bitmaps cannot be trusted any more (Lost)
+    ACTIVITY = 40  # u64: what the kernel had counted of the disk when user space last looked; no program uses it
 
 
 class Lost(IntFlag):
@@ -61,6 +62,7 @@ class Lost(IntFlag):
     IN_FLIGHT = 2  # no room to note a write in flight
     RANGE = 4  # a range that does not fit into the bitmap
     DISTRUST = 8  # user space said so
+    SET_UP = 16  # the disk was set up anew
 
 
 def slot_offset(index: int) -> int:

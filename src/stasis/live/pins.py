@@ -21,7 +21,7 @@ from stasis.errors import PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import bpf, btf, libc, mounts
 from stasis.live import kerneltypes, layout, programs
 from stasis.live.functions import FUNCTIONS, Maps
-from stasis.live.layout import SLOTS, Slot, slot_offset
+from stasis.live.layout import SLOTS, Lost, Slot, slot_offset
 
 __all__ = ["Hooks", "directory_of", "locked", "remove", "try_loading"]
 
@@ -163,6 +163,14 @@ class Hooks:
         """Store a 32-bit field of a slot."""
         INDEX.pack_into(self.table, slot_offset(index) + offset, value)
 
+    def look_at(self, index: int, activity: int) -> None:
+        """Compare what the kernel counted of a disk with what it had; less is a loss, as the disk was set up anew."""
+        place = slot_offset(index) + Slot.ACTIVITY
+        if activity < EPOCH.unpack_from(self.table, place)[0]:
+            self.set_field(index, Slot.LOST, self.field(index, Slot.LOST) | Lost.SET_UP)
+        else:
+            EPOCH.pack_into(self.table, place, activity)
+
     def add(self, name: str, device: int, start: int, end: int, shift: int, bio_based: bool) -> int:
         """Track sectors `start` to `end` of a disk in blocks of 2^shift sectors; returns the slot. Under the lock.
 
@@ -183,7 +191,8 @@ class Hooks:
             os.close(fd)
         at = slot_offset(index)
         struct.pack_into("<IIQQIIII", self.table, at, 0, 0, start, 0, shift, int(bio_based), elements, 0)
-        struct.pack_into("<Q", self.table, at + Slot.END, end)
+        for field, value in ((Slot.END, end), (Slot.ACTIVITY, 0)):
+            struct.pack_into("<Q", self.table, at + field, value)
         self.draw_epoch()
         self.set_field(index, Slot.DEVICE, device)  # last: from here on it counts
         INDEX.pack_into(self.table, layout.COUNT, max(index + 1, self.count))

@@ -149,6 +149,7 @@ class Tracker:
         missing = self._hooks.missing()
         if missing:
             return f"the program {missing} was detached"
+        self._hooks.look_at(self._record.slot, identity.read_activity(self.identity))
         flags = Lost(self._hooks.field(self._record.slot, Slot.LOST))
         if flags:
             return _why(flags)
@@ -387,6 +388,7 @@ def _why(flags: Lost) -> str:
         Lost.IN_FLIGHT: "more writes were in flight than can be noted",
         Lost.RANGE: "a write did not fit into its bitmap",
         Lost.DISTRUST: "its map was declared wrong",
+        Lost.SET_UP: "the disk was set up anew",
     }
     return next(text for flag, text in reasons.items() if flag in flags)
 
