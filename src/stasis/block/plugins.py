@@ -60,6 +60,9 @@ class Plugin(ABC):
     def resized(self) -> None:
         """The origin has another size, or is gone."""
 
+    def stopping(self) -> None:
+        """The worker is about to end, and to wait for its background jobs."""
+
     def stop(self) -> None:
         """The worker ends: nothing is written any more, background jobs are done. Called before the map is closed."""
 
@@ -103,6 +106,10 @@ class Plugins:
     def resized(self) -> None:
         for plugin in self.loaded.values():
             plugin.resized()
+
+    def stopping(self) -> None:
+        for plugin in self.loaded.values():
+            plugin.stopping()
 
     def stop(self) -> None:
         for plugin in self.loaded.values():

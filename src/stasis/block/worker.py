@@ -92,6 +92,7 @@ class Worker(SnapshotRequests):
         for server in self.servers:
             server.close()
         self.servers.clear()
+        self.plugins.stopping()
         self.background.close()
         self.plugins.stop()
         self._finish()

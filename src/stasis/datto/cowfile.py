@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from errno import EFBIG, EIO
 
+from stasis.datto.extents import NOTHING
 from stasis.datto.index import Index
 from stasis.datto.layout import (
     BLOCK_SHIFT,
@@ -33,6 +34,10 @@ STRETCH = 64 << 10
 
 class CowFile:
     """An open COW file, one writer. `header` is as it will be written; the file's own may be older."""
+
+    territory = NOTHING
+    """What of the device belongs to the file itself."""
+    can_grow = True
 
     def __init__(self, path: str, fd: int, geometry: Geometry, header: Header, cache: int, *, fresh: bool) -> None:
         self.path, self.fd, self.geometry, self.header = path, fd, geometry, header
@@ -140,6 +145,9 @@ class CowFile:
         """Whether the file system has `length` bytes free and `reserved` besides."""
         space = os.fstatvfs(self.fd)
         return -(-(length + reserved) // space.f_bsize) <= space.f_bavail * space.f_frsize // space.f_bsize
+
+    def release(self) -> None:
+        """The file is finished and anybody's. Beside the loop, before `close`. OSError."""
 
     def unlink(self) -> None:
         """Remove the file by its name, if that still is this very file."""

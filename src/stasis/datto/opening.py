@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterable
+from typing import Protocol
 
 from stasis.datto.cowfile import CowFile
 from stasis.datto.layout import BLOCK_SHIFT, BLOCK_SIZE, FLAG_VMALLOC_UPPER, Geometry, Header, default_size
@@ -19,7 +20,16 @@ from stasis.datto.scan import Census, census
 from stasis.errors import BusyError, DamagedError, NotFoundError, StateError, StorageError, UsageError
 from stasis.linux import files
 
-__all__ = ["check_census", "create", "open_existing", "read_header", "reopen"]
+__all__ = [
+    "FileSource",
+    "Source",
+    "check_census",
+    "check_place",
+    "create",
+    "open_existing",
+    "read_header",
+    "reopen",
+]
 
 Range = tuple[int, int]
 """Offset and length in bytes."""
@@ -36,7 +46,7 @@ def create(path: str, device_size: int, *, uuid: bytes, seqid: int, size: int, c
     of fallocate; nothing is left behind then, and what was at `path` is still there.
     """
     path = os.path.realpath(path)
-    _check_place(path)
+    check_place(path)
     geometry = Geometry(device_size)
     header = Header(0, geometry.first_slot, max(size or default_size(device_size), geometry.data_offset), seqid, uuid)
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.new")
@@ -55,7 +65,8 @@ def create(path: str, device_size: int, *, uuid: bytes, seqid: int, size: int, c
     return cow
 
 
-def _check_place(path: str) -> None:
+def check_place(path: str) -> None:
+    """Whether a new file may take this name. Raises what `create` raises."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -120,7 +131,36 @@ def _sync_directory(path: str) -> None:
 # -- taking one up ------------------------------------------------------------------------------------
 
 
-def reopen(path: str, device_size: int, *, index_only: bool, cache: int, unclean: bool = False,
+class Source(Protocol):
+    """A COW file that is there: `path` is its name."""
+
+    path: str
+
+    def open(self) -> int:
+        """A descriptor that shows at least header and index, and the size."""
+        ...
+
+    def build(self, fd: int, geometry: Geometry, header: Header, cache: int) -> CowFile:
+        """The file, to be written; `fd` becomes its own, or is closed."""
+        ...
+
+
+class FileSource:
+    """A file of some file system."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def open(self) -> int:
+        """See `open_existing`."""
+        return open_existing(self.path)
+
+    def build(self, fd: int, geometry: Geometry, header: Header, cache: int) -> CowFile:
+        """See `Source`."""
+        return CowFile(self.path, fd, geometry, header, cache, fresh=False)
+
+
+def reopen(source: Source | str, device_size: int, *, index_only: bool, cache: int, unclean: bool = False,
            suspects: Iterable[Range] = ()) -> CowFile:
     """Take up a file that was left clean, and clear its clean flag.
 
@@ -130,7 +170,8 @@ def reopen(path: str, device_size: int, *, index_only: bool, cache: int, unclean
     BusyError, or StateError (EINVAL) for a wrong magic, an unclean file, the other mode, or an index that cannot be
     the device's; the file is untouched then.
     """
-    fd = open_existing(path)
+    source = FileSource(source) if isinstance(source, str) else source
+    fd, path = source.open(), source.path
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, fd)
         header = read_header(fd, path)
@@ -142,7 +183,9 @@ def reopen(path: str, device_size: int, *, index_only: bool, cache: int, unclean
             _amend(header, counted, geometry)
         check_census(header, counted, geometry, path)
         header.flags &= ~FLAG_VMALLOC_UPPER
-        cow = CowFile(path, fd, geometry, header, cache, fresh=False)
+        undo.pop_all()
+        cow = source.build(fd, geometry, header, cache)
+        undo.callback(cow.close)
         if index_only and not header.is_index_only:
             cow.become_index_only()
         cow.write_header()
@@ -219,6 +262,6 @@ def _amend(header: Header, counted: Census, geometry: Geometry) -> None:
 
 
 def _suspect(cow: CowFile, offset: int, length: int) -> None:
-    end = min(offset + length, cow.geometry.size)
-    for first, stop in cow.index.runs_without(offset >> BLOCK_SHIFT, -(-end >> BLOCK_SHIFT)):
-        cow.mark(first, stop)
+    for start, end in cow.territory.outside(offset, min(offset + length, cow.geometry.size)):
+        for first, stop in cow.index.runs_without(start >> BLOCK_SHIFT, -(-end >> BLOCK_SHIFT)):
+            cow.mark(first, stop)

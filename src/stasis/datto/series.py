@@ -62,12 +62,12 @@ def refuse_origin(path: str, origin: os.stat_result) -> None:
 
 
 def make(site: Site, path: str, uuid: bytes, seqid: int, size: int, cache: int,
-         then: Callable[[], None]) -> tuple[CowFile, IntentLog]:
-    """A new file of a series and its log, both durable; `then` is done once they are.
+         then: Callable[[], None], cow: CowFile | None = None) -> tuple[CowFile, IntentLog]:
+    """A new file of a series, or `cow` if that has been made, and its log, both durable; `then` is done once they are.
 
     Raises what opening.create raises, or OSError, of `then` too; nothing is left then.
     """
-    cow = cow_opening.create(path, site.size, uuid=uuid, seqid=seqid, size=size, cache=cache)
+    cow = cow or cow_opening.create(path, site.size, uuid=uuid, seqid=seqid, size=size, cache=cache)
     try:
         log = IntentLog.create(log_path(site.directory, uuid, seqid), site.size, site.region_shift,
                                generation_of(site))
@@ -87,16 +87,18 @@ def make(site: Site, path: str, uuid: bytes, seqid: int, size: int, cache: int,
     return cow, log
 
 
-def take_up(site: Site, path: str, *, index_only: bool, cache: int) -> tuple[CowFile, IntentLog]:
+def take_up(site: Site, source: cow_opening.Source | str, *, index_only: bool, cache: int) -> tuple[CowFile, IntentLog]:
     """Go on with a file that was closed, or that a crash left and the log covers.
 
     Raises StateError (EINVAL) if changes may have been missed, and what opening.reopen raises.
     """
-    with open(cow_opening.open_existing(path), "rb") as file:
+    source = cow_opening.FileSource(source) if isinstance(source, str) else source
+    path = source.path
+    with open(source.open(), "rb") as file:
         header = cow_opening.read_header(file.fileno(), path)
     log = _open_log(site, log_path(site.directory, header.uuid, header.seqid), path)
     try:
-        cow = _reopen(site, path, log, header.is_clean, index_only, cache)
+        cow = _reopen(site, source, log, header.is_clean, index_only, cache)
     except BaseException:
         log.close()
         raise
@@ -120,16 +122,17 @@ def _missed(site: Site, cow: str, reason: str) -> StateError:
                       hint="destroy the tracer and begin a new series with setup-snapshot")
 
 
-def _reopen(site: Site, path: str, log: IntentLog, is_clean: bool, index_only: bool, cache: int) -> CowFile:
+def _reopen(site: Site, source: cow_opening.Source, log: IntentLog, is_clean: bool, index_only: bool, cache: int
+            ) -> CowFile:
     # Without a break of the machine the page cache has everything that was entered.
     same_boot = site.opening is not None and site.opening.same_boot
     if is_clean or same_boot:
-        return cow_opening.reopen(path, site.size, index_only=index_only, cache=cache, unclean=not is_clean)
+        return cow_opening.reopen(source, site.size, index_only=index_only, cache=cache, unclean=not is_clean)
     if not index_only:
-        raise StateError(f"{path} lost old contents when the machine stopped", errno=EINVAL,
+        raise StateError(f"{source.path} lost old contents when the machine stopped", errno=EINVAL,
                          hint="reload-incremental keeps the series: what changed is known")
     suspects = [(region << log.shift, 1 << log.shift) for region in log.dirty()]
-    return cow_opening.reopen(path, site.size, index_only=True, cache=cache, unclean=True, suspects=suspects)
+    return cow_opening.reopen(source, site.size, index_only=True, cache=cache, unclean=True, suspects=suspects)
 
 
 def forget_log(path: Path) -> None:

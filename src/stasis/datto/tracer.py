@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from errno import EFBIG, EIO
+from errno import EFBIG, EIO, EOPNOTSUPP, ESTALE
 
 from stasis.block.chunktable import merge_runs
 from stasis.block.intentlog import IntentLog
 from stasis.block.origin import DISCARD_STEP, Origin, Request
+from stasis.datto.claim import Claim
 from stasis.datto.cowfile import CowFile
 from stasis.datto.layout import BLOCK_SHIFT, BLOCK_SIZE, CHANGED, SECTION_BLOCKS, SECTION_SHIFT
 from stasis.datto.scan import Run
@@ -44,6 +45,8 @@ class Tracer:
         self.error = 0
         self.auto_expand: tuple[int, int] | None = None
         """Bytes to grow by when full, and bytes to leave free on the file system."""
+        self.claim: Claim | None = None
+        """Blocks that are about to become those of the next COW file."""
         self._failed, self._low = failed, low
         self._window = IoBuffer(WINDOW_BLOCKS << BLOCK_SHIFT)
         self._warned = 0
@@ -77,7 +80,11 @@ class Tracer:
         """Enter what these requests are about to overwrite. Never raises."""
         if self.error:
             return
+        if self.claim is not None:
+            requests = self.claim.see(requests)
         try:
+            if self.cow.territory.is_rough:
+                self._guard(requests)
             runs = self._missing(requests)
             if runs:
                 self._enter(runs)
@@ -99,7 +106,20 @@ class Tracer:
         ]
         if index.is_bounded:
             index.used.update(request[0] >> SECTION_SPAN for request in requests)
-        return self._runs(fresh) if fresh else []
+        if not fresh:
+            return []
+        self._guard(fresh)
+        return self._runs(fresh)
+
+    def _guard(self, requests: Sequence[Request]) -> None:
+        """OSError ESTALE if the file system takes back what it gave the COW file: nothing may be written there again.
+
+        Blocks that are the COW file's own never have an entry, so looking at requests without one is enough unless a
+        block is the file's in part.
+        """
+        touches = self.cow.territory.touches
+        if self.cow.territory.ranges and any(touches(offset, offset + length) for offset, length, _ in requests):
+            raise OSError(ESTALE, "the blocks of the COW file were written through its file system")
 
     def _runs(self, requests: Sequence[Request]) -> list[Run]:
         """Runs of blocks of these requests that have no entry, or in incremental mode not the right one."""
@@ -160,12 +180,19 @@ class Tracer:
 
     def expand(self, length: int) -> None:
         """Grow by `length` bytes. What fallocate answers is raised, and is the end of the tracer too."""
+        self.check_growth()
         try:
             self.cow.expand(length)
         except OSError as error:
             self.fail(error.errno or EIO)
             raise
         self._warned = 0
+
+    def check_growth(self) -> None:
+        """OSError EOPNOTSUPP if the COW file cannot grow: on its own device every new block would have to be kept in
+        it first."""
+        if not self.cow.can_grow:
+            raise OSError(EOPNOTSUPP, f"{self.cow.path} lies on its own device and cannot grow during a snapshot")
 
     # -- reading the image ------------------------------------------------------------------------------
 
@@ -191,10 +218,18 @@ class Tracer:
             self.cow.index.used.update(request[0] >> SECTION_SPAN for request in requests)
         if unkept:
             self.origin.read(buffer, unkept)
+        if self.cow.territory.ranges:
+            self._blank(view, requests)
         with contextlib.suppress(OSError):
             self.check()
         if self.error:
             raise OSError(EIO, "the snapshot has failed")
+
+    def _blank(self, view: memoryview, requests: Sequence[Request]) -> None:
+        """The COW file's own blocks are no part of the image: they read as zeroes, always the same."""
+        for offset, length, position in requests:
+            for start, end in self.cow.territory.inside(offset, offset + length):
+                view[position + start - offset : position + end - offset] = bytes(end - start)
 
     def _pieces(self, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(start, end, slot of its first block or 0) of stretches of bytes that lie in one place."""

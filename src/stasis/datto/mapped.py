@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A COW file whose blocks are written on the device itself, under the file system that the file belongs to.
+
+What is written this way goes neither through change tracking nor through copy-on-write. The file system's own view of
+the file is brought up to date when the file is given back (placing.release).
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from errno import EIO
+from typing import Protocol
+
+from stasis.datto.cowfile import CowFile
+from stasis.datto.extents import BlockMap, Territory
+from stasis.datto.index import Index
+from stasis.datto.layout import BLOCK_SIZE, FLAG_CLEAN, FLAG_INDEX_ONLY, HEADER_AREA, SECTION_SIZE, Geometry, Header
+from stasis.datto.pinned import Pinned
+from stasis.linux import files
+
+__all__ = ["DeviceBlocks", "MappedCowFile", "Owner"]
+
+COPY_STEP = 1 << 20
+
+
+class Owner(Protocol):
+    """Who does the file system's side, beside the loop."""
+
+    def shrink(self, pinned: Pinned, to: Pinned) -> None:
+        """The file is to be cut off; what is cut off is written no more."""
+        ...
+
+    def release(self, pinned: Pinned, head: bytes) -> None:
+        """Give the file back to the file system, as it is. Called beside the loop. OSError."""
+        ...
+
+    def remove(self, pinned: Pinned) -> None:
+        """The file is to go."""
+        ...
+
+
+class DeviceBlocks:
+    """The bytes of a file by their places on the device, through a descriptor of the origin that becomes ours."""
+
+    def __init__(self, fd: int, blocks: BlockMap) -> None:
+        self.fd, self.blocks = fd, blocks
+        self.is_sealed = False
+        """Set for good once nothing more may be written."""
+
+    def read(self, place: memoryview, offset: int) -> None:
+        """Fill `place` from byte `offset` of the file. OSError."""
+        for physical, position, length in self.blocks.pieces(offset, len(place)):
+            target = place[position : position + length]
+            done = os.preadv(self.fd, [target], physical)
+            if done < length:
+                files.transfer_rest(os.preadv, self.fd, [target], physical, done)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write `data` to byte `offset` of the file. OSError; EIO once it is sealed."""
+        if self.is_sealed:
+            raise OSError(EIO, "the COW file is not ours any more")
+        for physical, position, length in self.blocks.pieces(offset, len(data)):
+            source = data[position : position + length]
+            done = os.pwritev(self.fd, [source], physical)
+            if done < length:
+                files.transfer_rest(os.pwritev, self.fd, [source], physical, done)
+
+    def copy(self, length: int, size: int) -> int:
+        """A memory file of `size` bytes that begins with the first `length` of the file. OSError."""
+        fd = os.memfd_create("cow-index", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            buffer = memoryview(bytearray(COPY_STEP))
+            for offset in range(0, length, COPY_STEP):
+                part = buffer[: min(COPY_STEP, length - offset)]
+                self.read(part, offset)
+                if any(part):
+                    os.pwrite(fd, part, offset)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+
+class MappedIndex(Index):
+    """The index of such a file."""
+
+    def __init__(self, blocks: DeviceBlocks, geometry: Geometry, cache: int, *, fresh: bool) -> None:
+        super().__init__(-1, geometry, cache, fresh=fresh)
+        self._blocks = blocks
+
+    def _load(self, number: int) -> memoryview:
+        self._make_room(1)
+        data = bytearray(SECTION_SIZE)
+        if self._has_entries[number]:
+            self._blocks.read(memoryview(data), HEADER_AREA + number * SECTION_SIZE)
+        view = self.sections[number] = memoryview(data).cast("Q")
+        return view
+
+    def enter(self, block: int, value: int) -> int:
+        before = self.entries(block, block + 1)[0]
+        self._set(*divmod(block, SECTION_SIZE // 8), array("Q", [value]))
+        return before
+
+    def _set(self, number: int, low: int, values: array[int]) -> None:
+        view = memoryview(values)
+        self._blocks.write(view.cast("B"), HEADER_AREA + number * SECTION_SIZE + low * 8)
+        self.section(number)[low : low + len(values)] = view
+        self._has_entries[number] = 1
+
+
+class MappedCowFile(CowFile):
+    """A COW file on the device. `pinned` says where, `owner` does what only the file system can do."""
+
+    can_grow = False
+
+    def __init__(self, pinned: Pinned, blocks: DeviceBlocks, geometry: Geometry, header: Header, cache: int,
+                 owner: Owner, *, fresh: bool) -> None:
+        self.path, self.fd, self.geometry, self.header = pinned.path, blocks.fd, geometry, header
+        self.pinned, self._blocks, self._owner = pinned, blocks, owner
+        self.index = MappedIndex(blocks, geometry, cache, fresh=fresh)
+        self.territory = Territory(blocks.blocks.ranges(), BLOCK_SIZE)
+
+    def close(self) -> None:
+        self._blocks.is_sealed = True
+        os.close(self.fd)
+
+    def read_bytes(self, offset: int, place: memoryview) -> None:
+        self._blocks.read(place, offset)
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        self._blocks.write(data, offset)
+
+    def write_header(self, *, clean: bool = False) -> None:
+        self.header.flags = self.header.flags & ~FLAG_CLEAN | (FLAG_CLEAN if clean else 0)
+        self._blocks.write(memoryview(self.header.pack()), 0)
+
+    def become_index_only(self) -> None:
+        self.header.flags |= FLAG_INDEX_ONLY
+        self.header.fsize = self.geometry.data_offset
+        self.write_header()
+        before, self.pinned = self.pinned, self.pinned.cut(self.geometry.data_offset)
+        self._blocks.blocks = self.pinned.blocks
+        self.territory = Territory(self.pinned.blocks.ranges(), BLOCK_SIZE)
+        self._owner.shrink(before, self.pinned)
+
+    def expand(self, length: int) -> None:
+        raise OSError(EIO, "a COW file on its own device cannot grow", self.path)
+
+    def may_expand(self, length: int, reserved: int) -> bool:
+        return False
+
+    def release(self) -> None:
+        self._blocks.is_sealed = True
+        self._owner.release(self.pinned, self.header.pack())
+
+    def unlink(self) -> None:
+        self._blocks.is_sealed = True
+        self._owner.remove(self.pinned)
+
+
