@@ -218,7 +218,7 @@ def verify(path: str, inode: int, blocks: BlockMap, node: str) -> None:
 
 
 def truncate(path: str, inode: int, blocks: BlockMap, node: str) -> None:
-    """Cut the file off behind `blocks`, which stay where they are. OSError or StasisError; it is pinned all the same."""
+    """Cut the file off behind `blocks`, which stay where they are. Whatever OSError this raises, it is pinned after."""
     with _pinned(path, inode, node) as fd:
         immutable.drop_cache(fd)
         immutable.set_immutable(fd, False)
@@ -234,7 +234,8 @@ def truncate(path: str, inode: int, blocks: BlockMap, node: str) -> None:
 def release(path: str, inode: int, head: bytes, size: int, node: str) -> None:
     """Give the file back to the file system: what is read through it from now on is what is on the device.
 
-    `head` is what the file must begin with, `size` the bytes that it keeps. StateError (EIO) if it does not; the file stays pinned then.
+    `head` is what the file must begin with, `size` the bytes that it keeps. StateError (EIO) if it does not show that;
+    it stays pinned then.
     """
     with _pinned(path, inode, node) as fd:
         drop_below(node)
