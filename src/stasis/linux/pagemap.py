@@ -38,6 +38,7 @@ class PageScanner:
     def __init__(self, pid: int) -> None:
         self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self.has_scan = True
+        self._found = ctypes.create_string_buffer(REGIONS * REGION.size)
         self._unreadable = PAGE_IS_GUARD  # told since Linux 6.15 (commit a516403787e0); they count as swapped
 
     def __enter__(self) -> "PageScanner":
@@ -76,7 +77,7 @@ class PageScanner:
             yield first, length
 
     def _regions(self, start: int, end: int, flags: int, left_out: int, told: int) -> Iterator[tuple[int, int, int]]:
-        regions = ctypes.create_string_buffer(REGIONS * REGION.size)
+        regions = self._found
         wanted = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
         while start < end:
             refused = left_out | PAGE_IS_PFNZERO | self._unreadable
@@ -89,13 +90,14 @@ class PageScanner:
                     raise
                 self._unreadable = 0
                 continue
-            for number in range(count):
-                first, last, categories = REGION.unpack_from(regions, number * REGION.size)
+            # A copy: others may scan before this is read to its end.
+            told_now = list(REGION.iter_unpack(memoryview(regions)[: count * REGION.size]))
+            for first, last, categories in told_now:
                 yield first, last - first, categories
             if count < REGIONS:
                 return
             # walk_end, where the kernel stopped for lack of room; or where it did so within, for lack of its own
-            start = max(ARGUMENT.unpack(argument)[4], last)
+            start = max(ARGUMENT.unpack(argument)[4], told_now[-1][1])
 
     def _read(self, start: int, end: int, left_out: int) -> Iterator[Run]:
         run = start

@@ -31,6 +31,7 @@ from stasis.process.dump.tasks import task_core, zombie_core
 from stasis.process.dump.threads import thread_core, thread_info
 from stasis.process.dump.tracking import Tracking
 from stasis.process.files.connections import Connections
+from stasis.process.files.descriptor import Descriptor
 from stasis.process.files.kinds import all_kinds
 from stasis.process.files.options import FileOptions
 from stasis.process.files.table import FileTable, check_descriptors
@@ -63,7 +64,7 @@ class DumpOptions:
     memory before the tree is stopped. `files`: what is done about open files that need a decision. `track`: what a tree
     that is left running writes from then on is watched, so that another dump can continue this set. `hook` is called
     with "pre-dump" before the tree is stopped and with "post-dump" when all is written, before it is let go; what it
-    raises undoes the dump."""
+    raises undoes the dump. A tree that is left running goes on before, where there is none."""
 
     leave_running: bool = False
     leave_stopped: bool = False
@@ -72,13 +73,14 @@ class DumpOptions:
     pre_copy: int = 0
     files: FileOptions = field(default_factory=FileOptions)
     track: bool = False
-    hook: Callable[[str], None] = lambda _: None
+    hook: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DumpResult:
-    """What was dumped. Seconds, pages of 4 KiB. `frozen_seconds`: from standstill to the last byte written, of which
-    `pages_seconds` for memory; what waits for the disk comes behind. `pages_in_parent`: those that the parent has."""
+    """What was dumped. Seconds, pages of 4 KiB. `frozen_seconds`: from standstill to when everything is taken from the
+    tree, of which `pages_seconds` for memory. What was noted is written to images behind that, and waits for the disk.
+    `pages_in_parent`: those that the parent has."""
 
     images: str
     pids: list[int]
@@ -104,7 +106,7 @@ def check(pid: int, *, timeout: float = 10.0, files: FileOptions | None = None) 
 
 def _check(pid: int, timeout: float, files: FileOptions | None) -> list[Finding]:
     with Tree(pid, timeout=timeout) as tree:
-        return list(_stand_still(tree, {}, files)[0])
+        return list(_stand_still(tree, _Seen(), files)[0])
 
 
 def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None = None) -> DumpResult:
@@ -125,7 +127,8 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
 def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> DumpResult:
     """From where its pids are ours."""
     journal, connections, roll = Journal(), Connections(chosen.files.network_lock), Roll()
-    chosen.hook("pre-dump")
+    if chosen.hook is not None:
+        chosen.hook("pre-dump")
     if chosen.pre_copy:
         _refuse_early(pid, chosen)
     prepare(CoreEntry, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry)
@@ -134,7 +137,7 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
     with (
         no_collection(),
         Guardian(journal, partial(shutil.rmtree, staging, ignore_errors=True), roll.end, first=connections.release),
-        ImageSetWriter(images, staging=staging) as out,
+        ImageSetWriter(images, staging=staging, holds=True) as out,
         continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout, chosen.track) as (
             tracking, warnings,
         ),
@@ -142,25 +145,28 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
         connections,
     ):
         started = time.monotonic()
-        layouts: dict[int, list[Mapping]] = {}
-        findings, frozen = _stand_still(tree, layouts, chosen.files)
+        seen = _Seen()
+        findings, frozen = _stand_still(tree, seen, chosen.files)
         findings.refuse()
-        writing = _Dump(out, journal, layouts, tracking, chosen, connections)
+        writing = _Dump(out, journal, seen, tracking, chosen, connections)
         for task in tree.tasks:
             writing.add(task)
         writing.finish(tree)
-        written = time.monotonic()
+        taken, threads = time.monotonic(), sum(len(task.threads) for task in tree.tasks)
+        if chosen.leave_running and chosen.hook is None:
+            _let_run_on(tree, connections)  # it need not wait for images and disks, and nobody is to say no
         result = DumpResult(
-            os.fspath(images), [task.pid for task in tree.tasks], sum(len(task.threads) for task in tree.tasks),
-            writing.pages, frozen - started, written - frozen, writing.pages_seconds, writing.pages_in_parent,
-            warnings + writing.warnings,
+            os.fspath(images), [task.pid for task in tree.tasks], threads, writing.pages, frozen - started,
+            taken - frozen, writing.pages_seconds, writing.pages_in_parent, warnings + writing.warnings,
         )  # fmt: skip
         out.write("stats-dump", _statistics(result))
-        chosen.hook("post-dump")
-        if connections.count and (chosen.leave_running or chosen.leave_stopped):
-            connections.release()
+        if chosen.hook is not None:
+            out.write_held()
+            chosen.hook("post-dump")
         if chosen.leave_running:
-            tree.thaw()  # nothing is to be ended for the images' sake: the disk may take its time
+            _let_run_on(tree, connections)
+        elif chosen.leave_stopped:
+            connections.release()
         out.commit()
         connections.keep()
         if chosen.track:
@@ -172,6 +178,12 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
         _let_go(tree, chosen)
         roll.clear()
         return result
+
+
+def _let_run_on(tree: Tree, connections: Connections) -> None:
+    if connections.count:
+        connections.release()
+    tree.thaw()
 
 
 def _statistics(result: DumpResult) -> StatsEntry:
@@ -187,7 +199,7 @@ def _statistics(result: DumpResult) -> StatsEntry:
 def _refuse_early(pid: int, options: DumpOptions) -> None:
     """Before memory is copied for a dump that will be refused."""
     with Tree(pid, timeout=options.timeout) as tree:
-        _stand_still(tree, {}, options.files)[0].refuse()
+        _stand_still(tree, _Seen(), options.files)[0].refuse()
 
 
 def _let_go(tree: Tree, options: DumpOptions) -> None:
@@ -210,16 +222,23 @@ def _let_go(tree: Tree, options: DumpOptions) -> None:
         task.threads.clear()
 
 
+class _Seen:
+    """What was found of each process while the tree was looked at, and need not be asked for again."""
+
+    def __init__(self) -> None:
+        self.layouts: dict[int, list[Mapping]] = {}
+        self.descriptors: dict[int, list[Descriptor]] = {}
+
+
 def _stand_still(
-    tree: Tree, layouts: dict[int, list[Mapping]], files: FileOptions | None = None
+    tree: Tree, seen: _Seen, files: FileOptions | None = None
 ) -> tuple[Findings, float]:
     """Stop the tree and look at it; where all that is in the way may be gone in a moment, at a later moment again.
     Returns what is in the way, and since when the tree stands still."""
     for pause in (*MOMENTS, 0.0):
         tree.freeze()
         frozen = time.monotonic()
-        layouts.clear()
-        findings = _look(tree, layouts, files)
+        findings = _look(tree, seen, files)
         if not pause or not findings.pass_by:
             break
         tree.thaw()
@@ -227,16 +246,17 @@ def _stand_still(
     return findings, frozen
 
 
-def _look(tree: Tree, layouts: dict[int, list[Mapping]], files: FileOptions | None = None) -> Findings:
-    """Everything that cannot be kept; fills in the layouts of the address spaces on the way."""
+def _look(tree: Tree, seen: _Seen, files: FileOptions | None = None) -> Findings:
+    """Everything that cannot be kept."""
     findings = Findings()
+    seen.layouts.clear()
     check_tree(tree, findings)
     for task in tree.tasks:
         if task.is_zombie:
             continue
-        layouts[task.pid] = procfs.mappings(task.pid)
-        mm.check_mappings(task.pid, layouts[task.pid], findings)
-    check_descriptors([task.pid for task in tree.tasks if not task.is_zombie], findings, files)
+        seen.layouts[task.pid] = procfs.mappings(task.pid)
+        mm.check_mappings(task.pid, seen.layouts[task.pid], findings)
+    seen.descriptors = check_descriptors([task.pid for task in tree.tasks if not task.is_zombie], findings, files)
     return findings
 
 
@@ -244,13 +264,13 @@ class _Dump:
     """The set that is being written."""
 
     def __init__(
-        self, out: ImageSetWriter, journal: Journal, layouts: dict[int, list[Mapping]], tracking: Tracking,
+        self, out: ImageSetWriter, journal: Journal, seen: _Seen, tracking: Tracking,
         options: DumpOptions, connections: Connections,
     ) -> None:
         self.pages = 0
         self.pages_seconds = 0.0
         self.warnings: list[str] = []
-        self._out, self._journal, self._layouts = out, journal, layouts
+        self._out, self._journal, self._layouts = out, journal, seen.layouts
         self._tracking = tracking
         self._ids = ObjectIds()
         self._filters = FilterTable()
@@ -260,7 +280,7 @@ class _Dump:
         self._connections = connections
         self.pages_in_parent = 0
         self._options = options
-        self._files = FileTable(out, options.files, connections)
+        self._files = FileTable(out, options.files, connections, seen.descriptors)
 
     def add(self, task: Task) -> None:
         """Write everything of a task."""

@@ -162,7 +162,8 @@ def _is_shared_anonymous(mapping: Mapping) -> bool:
 
 def vmas(pid: int, mappings: Sequence[Mapping], files: PathFiles) -> list[Vma]:
     """All mappings with their messages, and behind them one for each run of guard pages."""
-    found = [Vma(mapping, _entry(pid, mapping, files)) for mapping in mappings]
+    known: dict[tuple[object, ...], int] = {}
+    found = [Vma(mapping, _entry(pid, mapping, files, known)) for mapping in mappings]
     for mapping in mappings:
         for start, end in (guards_of(pid, mapping) or ()) if "gu" in mapping.flags else ():
             entry = VmaEntry(start=start, end=end, pgoff=0, shmid=0, prot=0, flags=0, status=VmaStatus.GUARD, fd=-1)
@@ -170,14 +171,23 @@ def vmas(pid: int, mappings: Sequence[Mapping], files: PathFiles) -> list[Vma]:
     return found
 
 
-def _entry(pid: int, mapping: Mapping, files: PathFiles) -> VmaEntry:
+def _file_id(pid: int, mapping: Mapping, files: PathFiles, known: dict[tuple[object, ...], int]) -> int:
+    """The id of a mapped file. Most have several mappings, and are looked at once."""
+    flags = _open_flags(mapping)
+    key = mapping.device, mapping.inode, mapping.path, flags
+    if key not in known:
+        known[key] = files.path_file(pid, f"map_files/{mapping.start:x}-{mapping.end:x}", flags)
+    return known[key]
+
+
+def _entry(pid: int, mapping: Mapping, files: PathFiles, known: dict[tuple[object, ...], int]) -> VmaEntry:
     kind = kind_of(mapping)
     status = VmaStatus.REGULAR | kind
     flags = MAP_SHARED if mapping.is_shared else MAP_DROPPABLE if "dp" in mapping.flags else MAP_PRIVATE
     shmid, offset = 0, mapping.offset
     if kind & (VmaStatus.FILE_SHARED | VmaStatus.FILE_PRIVATE):
         status |= VmaStatus.MEMFD if mapping.path.startswith("/memfd:") else 0
-        shmid = files.path_file(pid, f"map_files/{mapping.start:x}-{mapping.end:x}", _open_flags(mapping))
+        shmid = _file_id(pid, mapping, files, known)
     elif kind in (VmaStatus.ANON_SHARED, VmaStatus.SYSVIPC):
         flags |= MAP_ANONYMOUS
         shmid = mapping.inode + SHARED_IDS if kind == VmaStatus.ANON_SHARED else mapping.inode

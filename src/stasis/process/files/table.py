@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from stasis.linux.kcmp import same_file
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["FD_CLOEXEC", "FileTable", "check_descriptors"]
 
 FD_CLOEXEC = 1
+NOTHING: Mapping[int, list[Descriptor]] = MappingProxyType({})
 UNKNOWN = {
     "anon_inode:[io_uring]": "the kernel does not tell what is under way in an io_uring",
     "anon_inode:[userfaultfd]": "its process would wait for pages that nobody fills",
@@ -37,9 +39,11 @@ UNKNOWN = {
 """Why kinds that nobody keeps are not kept, by what /proc calls them."""
 
 
-def check_descriptors(pids: Sequence[int], findings: Findings, options: FileOptions | None = None) -> None:
-    """Note which descriptors of the processes of a tree cannot be kept."""
-    _Check(findings, options or FileOptions()).run(pids)
+def check_descriptors(
+    pids: Sequence[int], findings: Findings, options: FileOptions | None = None
+) -> dict[int, list[Descriptor]]:
+    """Note which descriptors of the processes of a tree cannot be kept; all of them, by process."""
+    return _Check(findings, options or FileOptions()).run(pids)
 
 
 class _Check:
@@ -51,12 +55,14 @@ class _Check:
         self._options = options
         self._kinds = all_kinds(options)
 
-    def run(self, pids: Sequence[int]) -> None:
-        for pid in pids:
-            for descriptor in descriptors(pid):
+    def run(self, pids: Sequence[int]) -> dict[int, list[Descriptor]]:
+        found = {pid: descriptors(pid) for pid in pids}
+        for table in found.values():
+            for descriptor in table:
                 self.look_at(descriptor)
         for kind in self._kinds:
             kind.check_all(self)
+        return found
 
     def look_at(self, descriptor: Descriptor) -> None:
         """Have the kind that it is of check it."""
@@ -88,14 +94,17 @@ class FileTable:
     """All files of a dump. Ids are counted over all kinds, from 1 on."""
 
     def __init__(
-        self, out: ImageSetWriter, options: FileOptions | None = None, connections: Connections | None = None
+        self, out: ImageSetWriter, options: FileOptions | None = None, connections: Connections | None = None,
+        known: Mapping[int, list[Descriptor]] = NOTHING,
     ) -> None:
+        """`known`: what `check_descriptors` found since the tree stands still."""
         self.out = out
         self.connections = connections or Connections()
         self.ghosts = GhostWriter(out)
         self._locks = LockWriter(out)
         self.descriptors: dict[int, list[Descriptor]] = {}
         self._kinds = all_kinds(options or FileOptions())
+        self._known = known
         self._last_id = 0
         self._by_path: dict[tuple[int, int, int, str], int] = {}
         self._descriptions: dict[tuple[int, int, str], list[tuple[Descriptor, int, FdTypes]]] = {}
@@ -126,7 +135,7 @@ class FileTable:
 
     def dump_descriptors(self, pid: int, files_id: int) -> None:
         """Write the descriptor table `files_id` of a process, unless another process shares it and was here before."""
-        self.descriptors[pid] = descriptors(pid)
+        self.descriptors[pid] = self._known[pid] if pid in self._known else descriptors(pid)
         if files_id in self._tables:
             return
         self._tables.add(files_id)

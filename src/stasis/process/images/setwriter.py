@@ -25,16 +25,21 @@ if TYPE_CHECKING:
 __all__ = ["ImageSetWriter", "staging_for"]
 
 _INVENTORY = "inventory.img"
+MOST_HELD = 2048
+"""Images or records that are held at once: a large tree has many, and they take memory."""
 
 
 class ImageSetWriter:
     """An image set that is being written; a context manager that throws it away unless `commit` was called.
 
     `replace` allows a directory that holds an image set already; its images are removed at `commit`. `staging`: where
-    it is written, a name that `staging_for` gave, for who has to know it before.
+    it is written, a name that `staging_for` gave, for who has to know it before. `holds`: messages without payloads are
+    noted only, and written by `write_held` or `commit`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, replace: bool = False, staging: str = "") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, replace: bool = False, staging: str = "", holds: bool = False
+    ) -> None:
         self.path = os.path.abspath(os.fspath(path))
         self._into = os.path.isdir(self.path)
         self._check_target(replace)
@@ -42,6 +47,8 @@ class ImageSetWriter:
         _make(self.staging)
         self.fd = os.open(self.staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._images: dict[str, ImageWriter] = {}
+        self._holds = holds
+        self._asked = 0
         self._pages = 0
         self._done = False
 
@@ -57,8 +64,11 @@ class ImageSetWriter:
         Its file begins with its first record, and is closed by `close`, or with the set; a closed one can go on.
         """
         name = KINDS[kind].file_name(number)
+        self._asked += 1
+        if self._holds and not self._asked % MOST_HELD:
+            self.write_held()
         if name not in self._images:
-            self._images[name] = ImageWriter(KINDS[kind], lambda: self.create(name))
+            self._images[name] = ImageWriter(KINDS[kind], lambda: self.create(name), holds=self._holds)
         return self._images[name]
 
     def write(self, kind: str, *messages: Message, number: int | None = None) -> None:
@@ -66,6 +76,11 @@ class ImageSetWriter:
         with self.image(kind, number) as image:
             for message in messages:
                 image.append(message)
+
+    def write_held(self) -> None:
+        """Write what is held."""
+        for image in self._images.values():
+            image.write_held()
 
     def new_pages_id(self) -> int:
         """The number of the next `pages-N.img`, from 1 on."""
@@ -104,7 +119,8 @@ class ImageSetWriter:
         os.close(self.fd)
 
     def _finish(self, durable: bool) -> list[str]:
-        """Close all files; their names, the inventory last."""
+        """Write and close all files; their names, the inventory last."""
+        self.write_held()
         self._close_images()
         names = sorted(os.listdir(self.fd), key=lambda name: (name == _INVENTORY, name))
         if durable:

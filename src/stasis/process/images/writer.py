@@ -13,7 +13,7 @@ from stasis.process.images import codec
 from stasis.process.images.kinds import Kind, schema_class
 from stasis.process.images.magics import COMMON, SERVICE
 from stasis.process.images.message import Message
-from stasis.process.images.payloads import Size, frames, sizes
+from stasis.process.images.payloads import WITH_PAYLOAD, Size, frames, sizes
 
 __all__ = ["Buffer", "ImageWriter", "Payload"]
 
@@ -33,25 +33,50 @@ class ImageWriter:
 
     A value that a message cannot hold raises codec.FieldError, a payload of the wrong size ValueError; both are
     mistakes of the caller, and nothing of the record has been written then.
+
+    `holds`: messages without payloads are only noted, and written by `write_held` or with what comes next; they must
+    not be changed meanwhile.
     """
 
-    def __init__(self, kind: Kind, create: Callable[[], BinaryIO]) -> None:
+    def __init__(self, kind: Kind, create: Callable[[], BinaryIO], *, holds: bool = False) -> None:
         self.kind = kind
+        self.holds = holds
         self._create = create
         self._file: BinaryIO | None = None
+        self._held: list[Message] = []
+        self._must_exist = False
         self.records = 0
 
-    def begin(self) -> BinaryIO:
-        """The file, with its magics written. Call it for an image that must exist even without records."""
+    def begin(self) -> None:
+        """An image that must exist even without records."""
+        self._must_exist = True
+        if not self.holds:
+            self._opened()
+
+    def write_held(self) -> None:
+        """Write what is held."""
+        if self._held or (self._must_exist and not self.records):
+            with self:
+                self._opened()
+
+    def _opened(self) -> BinaryIO:
+        """The file, with its magics written, and what came before."""
         if self._file is None:
             self._file = self._create()
             if self._file.tell() == 0:
                 self._file.write(header(self.kind))
+        if self._held:
+            held, self._held = self._held, []
+            self._file.write(b"".join(map(_framed, held)))
         return self._file
 
     def append(self, message: Message, *payload: Payload) -> None:
         """Write a record. `payload` is one buffer per part, or (message, buffer) where parts have messages."""
         self._check_class(message)
+        if self.holds and self.kind.name not in WITH_PAYLOAD:
+            self._held.append(message)
+            self.records += 1
+            return
         written: list[Buffer] = [_framed(message)]
         framed = frames(self.kind, message)
         if framed is None:
@@ -62,30 +87,30 @@ class ImageWriter:
             cls = schema_class(framed.message_path)
             for part in payload:
                 written += _framed_part(part, cls, framed.size)
-        self.begin().writelines(written)
+        self._opened().writelines(written)
         self.records += 1
 
     def append_head(self, message: Message) -> None:
         """Write a message alone; the caller writes its payload with `copy`, of exactly the size it tells."""
-        self.begin().write(_framed(message))
+        self._opened().write(_framed(message))
         self.records += 1
 
     def append_encoded(self, encoded: bytes) -> None:
         """Write a record that is a message's bytes already."""
-        self.begin().write(_WORD.pack(len(encoded)) + encoded)
+        self._opened().write(_WORD.pack(len(encoded)) + encoded)
         self.records += 1
 
     def append_part(self, message: Message, content: Buffer) -> None:
         """Write one more part behind the last record: a ghost file's chunk with its bytes."""
         size = Size("", message.len, message.len)  # type: ignore[attr-defined]  # GhostChunkEntry
-        self.begin().writelines([_framed(message), *_padded([content], [size])])
+        self._opened().writelines([_framed(message), *_padded([content], [size])])
 
     def copy(self, fd: int, size: int, offset: int | None = None) -> None:
         """Append `size` bytes of a file, socket or pipe; from `offset`, or from where it stands.
 
         OSError(EIO) where it ends early.
         """
-        file = self.begin()
+        file = self._opened()
         file.flush()
         while size > 0:
             done = _copy_some(fd, file, size, offset)
