@@ -198,14 +198,19 @@ class Rig:
         self.host.origin.close()
         self.start(self._state(), continuous=True)
 
+    def rest(self) -> None:
+        """The device was unmounted. If this or a write ends it, nobody notices."""
+        assert self.ask("rest")["rests"]
+
     def cut(self) -> None:
-        """The power goes, and comes back. A snapshot is lost then, the series is not."""
+        """The power goes, and comes back. A snapshot is lost then unless it rested; the series is not."""
+        rested = self.hosted.rests
         self._die()
         for name in ("map", "intent", *(path.name for path in self.directory.glob("datto-*")), self.cow().name):
             self._lose(self.directory / name, 512 if name.startswith(("intent", "datto-")) else BLOCK)
         self.host.origin.close()
         self.boots += 1
-        self.mode = "incremental"
+        self.mode = self.mode if rested else "incremental"
         self.start(self._state(), continuous=False)
 
     def _lose(self, path: Path, page: int) -> None:

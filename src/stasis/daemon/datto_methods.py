@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -25,6 +26,7 @@ def tracer(record: TracerRecord) -> model.Tracer:
     own = {field.name: getattr(record, field.name) for field in fields(model.Tracer) if hasattr(record, field.name)}
     return model.Tracer(**own | {"state": int(record.state), "state_name": str(record.state),
                                  "live": record.mark is not None,
+                                 "node": None if record.node is None else str(record.node["node"]),
                                  "auto_expand_step": step, "auto_expand_reserved": reserved})
 
 
@@ -37,6 +39,17 @@ class DattoMethods:
 
     _devices: DeviceKeeper
 
+    @contextlib.contextmanager
+    def _without_node(self, minor: int) -> Iterator[None]:
+        """With the lock, and no kernel node that holds the image open; it is made again where there still is one."""
+        tracers = self._devices.tracers
+        try:
+            with self._devices.lock:
+                tracers.nodes.release(minor)
+                yield
+        finally:
+            tracers.nodes.settle()
+
     @method
     def DattoSetupSnapshot(self, members: Sequence[Mapping[str, Any]], fallocated_space: int | None,
                            cache_size: int | None) -> Answer:
@@ -45,7 +58,8 @@ class DattoMethods:
             if not wanted:
                 raise UsageError("no device is named", errno=errno.EINVAL)
             found = self._devices.tracers.setup(wanted, fallocated_space or 0, cache_size or 0)
-            return {"tracers": [model.as_dict(tracer(record)) for record in found]}
+        self._devices.tracers.nodes.settle()
+        return {"tracers": [model.as_dict(tracer(record)) for record in found]}
 
     @method
     def DattoSetupLive(self, minor: int, bdev: str, cow: str, image: str) -> Answer:
@@ -60,13 +74,13 @@ class DattoMethods:
 
     @method
     def DattoDestroy(self, minor: int) -> Answer:
-        with self._devices.lock:
+        with self._without_node(minor):
             self._devices.tracers.registry.destroy(minor)
         return {}
 
     @method
     def DattoTransitionIncremental(self, minor: int) -> Answer:
-        with self._devices.lock:
+        with self._without_node(minor):
             return _answer(self._devices.tracers.registry.transition_incremental(minor))
 
     @method
@@ -75,12 +89,15 @@ class DattoMethods:
         if tracers.live.owns(minor):
             return _answer(tracers.live.transition_snapshot(minor, cow, fallocated_space or 0))
         with self._devices.lock:
-            return _answer(tracers.registry.transition_snapshot(minor, cow, fallocated_space or 0))
+            record = tracers.registry.transition_snapshot(minor, cow, fallocated_space or 0)
+        tracers.nodes.settle()
+        return _answer(record)
 
     @method
     def DattoReconfigure(self, minor: int, cache_size: int | None) -> Answer:
-        with self._devices.lock:
-            return _answer(self._devices.tracers.registry.reconfigure(minor, cache_size or 0))
+        with self._without_node(minor):
+            record = self._devices.tracers.registry.reconfigure(minor, cache_size or 0)
+        return _answer(record)
 
     @method
     def DattoInfo(self, minor: int) -> Answer:

@@ -173,6 +173,7 @@ class DeviceKeeper:
 
     def _remove_node(self, device: ServedDevice) -> None:
         """Raises BusyError while the node is in use: before the image of a snapshot was given up for nothing."""
+        self.tracers.nodes.release_device(device.name)
         if device.node is not None:
             nodes.remove(device.node)
             device.set_node(None)

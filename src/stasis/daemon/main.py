@@ -75,7 +75,8 @@ class Daemon:
         if self.keep_serving:
             return set(self.devices.devices)
         kept = {name for name, device in self.devices.devices.items()
-                if device.node is not None and not nodes.remove_if_unused(device.node)}
+                if self.tracers.nodes.is_in_use(name)
+                or (device.node is not None and not nodes.remove_if_unused(device.node))}
         for snapshot in self.snapshots.snapshots.values():
             if not kept.isdisjoint(snapshot.members):
                 kept.update(snapshot.members)

@@ -173,6 +173,8 @@ class Tracer:
     """What changed since snapshots with smaller numbers is not relied on."""
     live: bool = False
     """Whether it is in incremental mode over a device that is in use and not served."""
+    node: str | None = None
+    """Block device of its image."""
     point: str = ""
     """Of a live device's snapshot: the file with the blocks that changed before it."""
 

@@ -16,6 +16,8 @@ from stasis.daemon import datto_group, statefile
 from stasis.daemon import record as records
 from stasis.daemon.channel import Channel
 from stasis.daemon.datto_live import LiveTracers
+from stasis.daemon.datto_mounts import MountWatch
+from stasis.daemon.datto_nodes import TracerNodes
 from stasis.daemon.paths import Directories
 from stasis.daemon.record import OriginKey
 from stasis.daemon.served import ServedDevice
@@ -54,9 +56,11 @@ class TracerKeeper:
         self.lock = devices.lock
         self.registry = Registry(self)
         self.live = LiveTracers(directories, self.registry, self.lock)
-        self._ended = threading.Event()
+        self._ended, self._looking = threading.Event(), threading.Event()
         self._load()
         self.live.wake()
+        self.nodes = TracerNodes(directories, self.registry, self, devices.devices, self.lock)
+        self.mounts = MountWatch(self.registry, self, devices.devices, self.lock)
         self._thread = threading.Thread(target=self._keep_current, name="datto-info", daemon=True)
         self._thread.start()
 
@@ -93,7 +97,10 @@ class TracerKeeper:
         os.replace(temporary, path)
 
     def _keep_current(self) -> None:
-        while not self._ended.wait(REFRESH_SECONDS):
+        while not self._ended.is_set():
+            self._looking.wait(REFRESH_SECONDS)
+            self._looking.clear()
+            self.nodes.settle()
             with self.lock:
                 if not self._ended.is_set() and any(
                         record.state.is_active or record.mark for record in self.registry.tracers.values()):
@@ -108,12 +115,15 @@ class TracerKeeper:
     def close(self) -> None:
         """The daemon ends."""
         self._ended.set()
+        self._looking.set()
         self.live.close()
+        self.mounts.close()
 
     def refresh(self) -> list[TracerRecord]:
         """All tracers, with what their workers say of them now; the status file says the same."""
         with self.lock:
             self.live.wake()
+            self.mounts.look()
             found = [self.registry.find(minor) for minor in sorted(self.registry.tracers)]
             self._write_status()
             return found
@@ -220,6 +230,7 @@ class TracerKeeper:
             if record.device == device.name and not record.error:
                 try:
                     self._see(record, device)
+                    self._looking.set()
                 except StasisError as error:
                     log.error("what tracer %d of %s does is not known: %s", record.minor, device.name, error)
 
@@ -255,8 +266,10 @@ class TracerKeeper:
     def event(self, name: str, event: Mapping[str, Any]) -> None:
         """A worker reports on its tracer."""
         for record in self.registry.tracers.values():
-            if record.device == name and record.state.is_active:
-                if event["event"] == "datto_failed":
+            if record.device == name and (record.state.is_active or record.resting):
+                if event["event"] == "datto_woke":
+                    self.registry.woke(record, {})
+                elif event["event"] == "datto_failed":
                     record.error = record.error or int(event["error_code"])
                     record.reason = record.reason or os.strerror(-record.error)
                     log.warning("tracer %d of %s has failed: %s", record.minor, name, record.reason)

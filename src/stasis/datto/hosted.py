@@ -18,12 +18,13 @@ from typing import Any
 from stasis.block.control import Connection, Message
 from stasis.block.hold import Hold
 from stasis.block.intentlog import IntentLog
-from stasis.block.plugins import Host, Plugin
+from stasis.block.plugins import Host
 from stasis.block.serving import listen_inner
 from stasis.datto import series
 from stasis.datto.cowfile import CowFile
 from stasis.datto.image import TracerImage
 from stasis.datto.layout import CACHE_DEFAULT
+from stasis.datto.resting import RestingRequests
 from stasis.datto.tracer import Tracer
 from stasis.errors import StasisError
 from stasis.nbd.export import ExportList
@@ -49,7 +50,7 @@ class _Settings:
     cache: int
 
 
-class Hosted(Plugin):
+class Hosted(RestingRequests):
     """At most one tracer, of this worker's device."""
 
     def __init__(self, host: Host, state: Mapping[str, Any] | None) -> None:
@@ -214,6 +215,7 @@ class Hosted(Plugin):
             raise OSError(ENOENT, "the device has no tracer")
         if self._is_busy:
             raise OSError(EBUSY, "another request is under way")
+        self.end_rest()
         return self.tracer
 
     def _do_info(self, connection: Connection, _message: Message) -> None:
@@ -222,7 +224,8 @@ class Hosted(Plugin):
     def describe(self) -> dict[str, Any]:
         """What is known of the tracer, for the daemon."""
         fields: dict[str, Any] = {"minor": self._settings.minor if self._settings else None,
-                                  "open": self._server.connections if self._server else 0, "error": 0, "reason": ""}
+                                  "open": self._server.connections if self._server else 0, "error": 0, "reason": "",
+                                  "rests": self.rests}
         if self._refused is not None:
             fields |= {"error": -(self._refused.errno or EIO), "reason": str(self._refused)}
         if self.tracer is not None:

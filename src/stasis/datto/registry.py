@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from errno import EBUSY, EFBIG, EINVAL, ENOENT
 from typing import Any, Protocol
 
-from stasis.datto.layout import CACHE_DEFAULT
+from stasis.datto.record import Target, TracerRecord
 from stasis.datto.states import Move, State, move
 from stasis.errors import BusyError, NotFoundError, StasisError, StateError, StorageError, UsageError
 
@@ -25,15 +24,6 @@ PATH_MAX = 4096
 FILES_REMEMBERED = 256
 LIVE = "live:"
 """Before its minor: what stands for the device of a tracer that only looks at the change map of a live device."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A device that a caller named: its path without links, what identifies it, its name if it is served."""
-
-    path: str
-    key: tuple[str, int, int]
-    device: str | None
 
 
 class Backend(Protocol):
@@ -58,66 +48,6 @@ class Backend(Protocol):
     def changed(self) -> None:
         """Remember the tracers as they are now."""
         ...
-
-
-@dataclass(slots=True)
-class TracerRecord:
-    """One tracer. `cache` in bytes and `fallocated` in MiB are 0 for the default; `error` is 0 or a negative errno."""
-
-    minor: int
-    bdev: str
-    cow: str
-    state: State
-    key: tuple[str, int, int]
-    device: str | None = None
-    error: int = 0
-    reason: str = ""
-    cache: int = 0
-    fallocated: int = 0
-    auto_expand: tuple[int, int] | None = None
-    """Step and reserved space in MiB."""
-    cow_size: int = 0
-    seqid: int = 0
-    uuid: str = ""
-    version: int = 0
-    changed: int = 0
-    filled: int = 0
-    taken: float = 0.0
-    """When its snapshot was taken, in seconds since 1970."""
-    finished: dict[str, str] = field(default_factory=dict)
-    """Finished COW files of the series by their numbers."""
-    trusted_from: int = 0
-    """What changed since snapshots before this one is not relied on any more."""
-    mark: tuple[str, int] | None = None
-    """Generation and number of the snapshot in the change map of a live device; None for a served one."""
-    point: str = ""
-    """File with what a live device's snapshot had in the blocks that changed before it."""
-
-    @property
-    def cache_size(self) -> int:
-        """Bytes of memory for the index."""
-        return self.cache or CACHE_DEFAULT
-
-    def take(self, described: Mapping[str, Any]) -> None:
-        """Enter what the worker says of the tracer."""
-        for name in ("cow", "cow_size", "seqid", "uuid", "version", "changed", "filled"):
-            if name in described:
-                setattr(self, name, described[name])
-        if "mode" in described and self.state.is_active:
-            self.state = State.ACTIVE_SNAPSHOT if described["mode"] == "snapshot" else State.ACTIVE_INCREMENTAL
-        if described.get("error") and not self.error:
-            self.error, self.reason = int(described["error"]), str(described.get("reason") or "")
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> TracerRecord:
-        """KeyError, TypeError or ValueError if the fields are not those of a tracer."""
-        expand, mark = fields.get("auto_expand"), fields.get("mark")
-        return cls(**{**fields, "state": State(fields["state"]), "key": tuple(fields["key"]),
-                      "auto_expand": tuple(expand) if expand else None, "mark": tuple(mark) if mark else None})
 
 
 class Registry:
@@ -285,8 +215,8 @@ class Registry:
     def destroy(self, minor: int) -> None:
         """End a tracer. The COW file goes, except that of one that is dormant or unverified."""
         record = self._find_closed(minor)
-        if record.state.is_active and record.device is not None:
-            self._backend.ask(record.device, "drop")
+        if record.device is not None and (record.state.is_active or record.resting):
+            self._backend.ask(record.device, "drop" if record.state.is_active else "retire")
         del self.tracers[minor]
         self._backend.changed()
 
@@ -377,18 +307,25 @@ class Registry:
     def woke(self, record: TracerRecord, described: Mapping[str, Any]) -> None:
         """The device is served; its worker says how the tracer goes on, or why it does not."""
         if not described.get("error") and not record.error and not record.state.is_active:
-            record.state = move(record.state, Move.WAKE)
+            record.state, record.resting = move(record.state, Move.WAKE), False
         record.take(described)
         self._backend.changed()
 
     def slept(self, name: str) -> None:
         """The device is served no more; its COW file was left clean."""
         for record in self.tracers.values():
-            if record.device == name and record.state.is_active:
-                record.state = move(record.state, Move.SLEEP)
+            if record.device == name:
+                record.resting = False
+                if record.state.is_active:
+                    record.state = move(record.state, Move.SLEEP)
+        self._backend.changed()
+
+    def rested(self, record: TracerRecord) -> None:
+        """The device is served on, but nobody has it mounted."""
+        record.state, record.resting = move(record.state, Move.SLEEP), True
         self._backend.changed()
 
     def forget(self) -> None:
         """Another daemon begins: nothing is known of what happened meanwhile."""
         for record in self.tracers.values():
-            record.state = move(record.state, Move.FORGET)
+            record.state, record.resting = move(record.state, Move.FORGET), False

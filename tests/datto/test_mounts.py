@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tracers of devices with a kernel node: they follow its mounts, and their images are block devices."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import stasis as api
+from stasis.block import frontend
+from stasis.datto.cowreader import CowReader
+from stasis.datto.layout import Header
+from stasis.errors import StasisError
+from tests.daemon.helpers import MIB, await_true
+from tests.live.disks import mounted, tool
+from tests.runner import Stasis
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.tool("mkfs.ext4"),
+    pytest.mark.skipif(os.geteuid() == 0 and not frontend.probe(), reason="this host has no way to make a node"),
+]
+
+
+@pytest.fixture
+def client(stasis: Stasis) -> Iterator[api.Client]:
+    with api.connect(stasis.run_dir, stasis.state_dir) as client:
+        yield client
+
+
+@pytest.fixture
+def node(stasis: Stasis, client: api.Client, short_dir: Path) -> Iterator[str]:
+    disk = short_dir / "disk"
+    disk.write_bytes(bytes(24 * MIB))
+    node = client.attach(disk, kernel=True).node
+    assert node is not None
+    tool("mkfs.ext4", "-q", "-F", node)
+    yield node
+    with api.connect(stasis.run_dir, stasis.state_dir) as client:
+        client.detach("disk")
+
+
+def _header(path: Path) -> Header:
+    return Header.unpack(path.read_bytes()[:64], str(path))
+
+
+def _becomes(client: api.Client, state: str) -> None:
+    await_true(lambda: client.datto_list()[0].state_name == state)
+
+
+def test_it_is_dormant_while_nobody_has_it_mounted(client: api.Client, node: str, short_dir: Path) -> None:
+    cow, target = short_dir / "cow", short_dir / "mnt"
+    with mounted(node, target):
+        client.datto_setup([(0, node, cow)])
+        client.datto_list()  # it has been seen mounted
+        (target / "file").write_bytes(os.urandom(100000))
+        tool("mount", "-o", "remount,ro", target)
+        _becomes(client, "dormant snapshot")
+        assert _header(cow).is_clean
+        tool("mount", "-o", "remount,rw", target)
+        _becomes(client, "active snapshot")
+        assert not _header(cow).is_clean
+        client.datto_to_incremental(0)
+    _becomes(client, "dormant incremental")
+    header = _header(cow)
+    assert (header.is_clean, header.changed_blocks > 20) == (True, True)
+    for call in (lambda: client.datto_to_snapshot(0, short_dir / "cow1"), lambda: client.datto_expand(0, 1)):
+        with pytest.raises(StasisError) as caught:
+            call()
+        assert caught.value.errno == errno.EINVAL
+    with open(node, "r+b") as file:  # no mount tells of this
+        file.write(b"behind the mounts")
+        os.fsync(file.fileno())
+    with mounted(node, target):
+        _becomes(client, "active incremental")
+        client.datto_to_snapshot(0, short_dir / "cow1")
+        with CowReader(str(cow), 24 * MIB) as reader:
+            assert next(reader.extents())[0] == 0
+    _becomes(client, "dormant snapshot")
+    client.datto_destroy(0)
+    assert _header(short_dir / "cow1").is_clean
+    assert client.datto_list() == []
+
+
+def test_the_image_is_a_block_device_that_can_be_mounted(stasis: Stasis, client: api.Client, node: str,
+                                                         short_dir: Path) -> None:
+    with mounted(node, short_dir / "mnt") as target:
+        (target / "file").write_text("old")
+        os.sync()
+        client.datto_setup([(0, node, short_dir / "cow")])
+        image = client.datto_info(0).node
+        assert image is not None
+        name = "/dev/datto0" if os.path.islink("/dev/datto0") and os.readlink("/dev/datto0") == image else image
+        (target / "file").write_text("new")
+        os.sync()
+        with mounted(name, short_dir / "image", "-o", "ro,noload") as inside:
+            assert (inside / "file").read_text() == "old"
+            for call in (lambda: client.datto_to_incremental(0), lambda: client.datto_destroy(0)):
+                with pytest.raises(StasisError) as caught:
+                    call()
+                assert caught.value.errno == errno.EBUSY
+        client.datto_reconfigure(0, 1 << 20)
+        assert client.datto_info(0).node is not None
+        client.datto_to_incremental(0)
+        assert client.datto_info(0).node is None
+        assert not os.path.lexists("/dev/datto0") or os.readlink("/dev/datto0") != image
+        client.datto_to_snapshot(0, short_dir / "cow1")
+        assert client.datto_info(0).node is not None
+        client.stop()
+        await_true(lambda: stasis.daemon_pid() is None)
+        with api.connect(stasis.run_dir, stasis.state_dir) as again:
+            await_true(lambda: again.datto_info(0).node is not None)
+            again.datto_destroy(0)
