@@ -19,7 +19,18 @@ import pytest
 
 from stasis.errors import ExitCode
 from stasis.nbd.client import Client
-from tests.live.disks import CHECK, MIB, Disk, fast_folder, formatted, loop, mounted, put_number, tool, writing
+from tests.live.disks import (
+    MIB,
+    Disk,
+    check_file_system,
+    fast_folder,
+    formatted,
+    loop,
+    mounted,
+    put_number,
+    tool,
+    writing,
+)
 from tests.live.writers import bpf_works, state_directory
 from tests.runner import Stasis
 from tests.system.helpers import LONG
@@ -168,11 +179,11 @@ def test_restored_disks_have_all_that_was_finished(kind: str, tracked_state: Sta
 
 def _check_restored(kind: str, folder: Path, where: Path) -> None:
     if kind != "xfs":  # its log is to be played back before
-        tool(*CHECK[kind], folder / "restored.img")
+        check_file_system(kind, folder / "restored.img")
     with loop(folder / "restored.img") as node, mounted(node, where / "again") as directory:
         for program in PROGRAMS:
             program(directory).check(int((folder / "then" / program.name).read_text()))
-    tool(*CHECK[kind], folder / "restored.img")
+    check_file_system(kind, folder / "restored.img")
 
 
 def test_a_live_and_a_served_disk_show_one_instant(tracked_state: Stasis, tmp_path: Path) -> None:

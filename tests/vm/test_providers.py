@@ -27,11 +27,13 @@ SIZE = 128 * MIB
 
 
 @pytest.fixture
-def group(disks: list[Disk], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A volume group on the first disk."""
+def group(disks: list[Disk], stasis: Stasis, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A volume group on the first disk. No udev runs in the guest: LVM makes the nodes itself."""
     for module in ("dm-snapshot", "dm-thin-pool"):
         load_module(module)
-    monkeypatch.setenv("LVM_SUPPRESS_FD_WARNINGS", "1")
+    for name in ("LVM_SUPPRESS_FD_WARNINGS", "DM_DISABLE_UDEV"):
+        monkeypatch.setenv(name, "1")
+        stasis.environment[name] = "1"
     run("pvcreate", "--yes", disks[0].path)
     run("vgcreate", GROUP, disks[0].path)
     try:

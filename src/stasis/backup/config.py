@@ -47,6 +47,7 @@ class BackupSet:
     """Devices that are backed up together. Sizes are bytes, `rate` bytes per second, `wait` seconds.
 
     max_freeze, busy_freeze, on_busy, freeze_memory: how live devices may be treated; seconds and bytes; None: as usual.
+    staging, staging_size: a directory for what does not fit into memory, and the most it takes.
     schedule: the name of the timer that runs it. self_check: share of the unchanged chunks that is compared, 0 to 1.
     keep: None forgets nothing. prune: delete afterwards what no backup needs.
     """
@@ -68,6 +69,8 @@ class BackupSet:
     busy_freeze: float | None = None
     on_busy: str = "freeze"
     freeze_memory: int | None = None
+    staging: str | None = None
+    staging_size: int | None = None
     skip_unreadable: bool = False
     rate: int | None = None
     wait: float = 0
@@ -168,6 +171,7 @@ def _set(name: str, table: _Table, repositories: Mapping[str, RepositoryEntry]) 
         post_snapshot=table.text("post-snapshot"), max_freeze=table.converted("max-freeze", parse_seconds),
         busy_freeze=table.converted("busy-freeze", parse_seconds),
         on_busy=table.choice("on-busy", ("freeze", "throttle", "fail")), freeze_memory=table.size("freeze-memory"),
+        staging=table.text("staging"), staging_size=table.size("staging-size"),
         self_check=table.share("self-check"),
         skip_unreadable=table.choice("on-read-error", ("fail", "skip")) == "skip", rate=table.size("limit-rate"),
         wait=table.number("wait"), keep=_keep(keep) if keep else None, prune=table.flag("prune"))
@@ -178,6 +182,8 @@ def _set(name: str, table: _Table, repositories: Mapping[str, RepositoryEntry]) 
     for key, seconds in (("max-freeze", made.max_freeze), ("busy-freeze", made.busy_freeze)):
         if seconds is not None and not 0 < seconds <= LONGEST_FREEZE:
             table.wrong(f"has a {key} of {seconds:g} s", "a freeze takes more than nothing, and at most a minute")
+    if made.staging is None and made.staging_size is not None:
+        table.wrong("has a staging-size without staging", "say where: staging = DIRECTORY")
     if made.rate == 0:
         table.wrong("has limit-rate 0, which would never end", "leave it out to read as fast as possible")
     return made

@@ -56,6 +56,7 @@ class LiveSources:
                  skip_unreadable: bool) -> None:
         """wanted: (name in the repository, path). Opens devices and tracking. Raises StasisError."""
         from stasis.live.source import LiveSource
+        from stasis.live.staging import StagingArea
         from stasis.live.stash import Budget
         from stasis.live.tracker import Tracker
 
@@ -64,8 +65,10 @@ class LiveSources:
         self._group: LiveSet | None = None
         self._precopy: Precopy | None = None
         self.sources: dict[str, LiveSource] = {}
-        budget = Budget(options.memory)
+        area = None if options.staging is None else StagingArea(options.staging, options.staging_limit)
+        budget = Budget(options.memory, area)
         with contextlib.ExitStack() as opening:
+            opening.callback(budget.close)
             for name, path in wanted:
                 tracker = opening.enter_context(Tracker.open(path, state))
                 self.sources[name] = opening.enter_context(

@@ -147,7 +147,8 @@ def _live(wanted: BackupSet) -> LiveOptions:
     """How live devices are treated: what the file does not say is as usual."""
     usual = LiveOptions()
     return LiveOptions(max_freeze=wanted.max_freeze or usual.max_freeze, on_busy=wanted.on_busy,
-                       busy_freeze=wanted.busy_freeze or usual.busy_freeze, memory=wanted.freeze_memory or usual.memory)
+                       busy_freeze=wanted.busy_freeze or usual.busy_freeze, memory=wanted.freeze_memory or usual.memory,
+                       staging=Path(wanted.staging) if wanted.staging else None, staging_limit=wanted.staging_size)
 
 
 def _secrets(entry: RepositoryEntry) -> Secrets:

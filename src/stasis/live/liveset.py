@@ -75,6 +75,9 @@ class LiveSet:
             self._throttle = Throttle(self._freezer, devices)
             self._own = {device: _systems_of(device) for device in devices}
             self._raw = self.stack.bare
+            if self.options.staging is not None:
+                self.refuse_writes_to(str(self.options.staging), "the staging area",
+                                      "name a directory on another file system with --staging")
             self._closing = opening.pop_all()
 
     def __enter__(self) -> Self:
@@ -99,7 +102,7 @@ class LiveSet:
 
     def fits(self) -> bool:
         """Whether the rest is little enough for rounds in memory."""
-        return self.pending_bytes <= self.options.memory * FITTING
+        return self.pending_bytes <= self.options.room * FITTING
 
     def relieve(self, seconds: float) -> None:
         """The rounds do not get ahead of the writers: slow them if `on_busy` says so, or raise BusyError.
@@ -110,9 +113,10 @@ class LiveSet:
         if self.options.on_busy == "throttle" and self._throttle.tighten(rate):
             return
         raise BusyError(f"{self._names} change faster than they are copied: {format_size(int(rate))} per second, and "
-                        f"{format_size(self.pending_bytes)} are left, with {format_size(self.options.memory)} of "
-                        "memory for them", hint="choose a time when less is written, allow more with --freeze-memory, "
-                        "or --on-busy throttle; no change is lost")
+                        f"{format_size(self.pending_bytes)} are left, with {format_size(self.options.room)} of "
+                        f"{'memory' if self.options.staging is None else 'memory and staging area'} for them",
+                        hint="choose a time when less is written, allow more with --freeze-memory or --staging, or "
+                             "--on-busy throttle; no change is lost")
 
     @property
     def _names(self) -> str:

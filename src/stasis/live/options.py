@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from stasis.linux import memlock
+from stasis.live.staging import free_space
 
 __all__ = ["ON_BUSY", "LiveOptions", "spare_memory"]
 
@@ -25,7 +27,8 @@ class LiveOptions:
     """max_freeze, busy_freeze: seconds that file systems may rest, usually and when too much is written.
 
     on_busy: what to do then: "freeze" rests for up to busy_freeze, "throttle" slows the writing cgroups, "fail" stops.
-    memory: bytes for what is copied late. rounds: of copying to the repository, at most.
+    memory: bytes for what is copied late. staging: a directory for what does not fit there; staging_limit: the most it
+    may take, None: what is free. rounds: of copying to the repository, at most.
     """
 
     max_freeze: float = 0.2
@@ -33,3 +36,10 @@ class LiveOptions:
     on_busy: str = "freeze"
     memory: int = field(default_factory=spare_memory)
     rounds: int = 6
+    staging: Path | None = None
+    staging_limit: int | None = None
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be copied late now, in memory and staged. Raises StorageError."""
+        return self.memory + (free_space(self.staging, self.staging_limit) if self.staging is not None else 0)

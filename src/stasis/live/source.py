@@ -174,14 +174,14 @@ class LiveSource:
         return clip(merge((first, end - first) for first, end in whole), 0, size)
 
     def _copy(self, extents: Sequence[Extent]) -> int:
-        places = list(self._stash.places(extents))
-        try:
-            self._reader.read_places(_joined(places))
-        except ConnectionError as error:
-            raise self._unread(places[0], error) from error
-        except OSError:
-            for place in places:
-                self._copy_carefully(place)
+        for places in self._stash.batches(extents):
+            try:
+                self._reader.read_places(_joined(places))
+            except ConnectionError as error:
+                raise self._unread(places[0], error) from error
+            except OSError:
+                for place in places:
+                    self._copy_carefully(place)
         return sum(length for _, length in extents)
 
     def _copy_carefully(self, place: Place) -> None:

@@ -19,6 +19,7 @@ from typing import Self
 from stasis.errors import BusyError
 from stasis.linux import blockdev, mountns, mounts
 from stasis.linux.mountns import NamespaceMount
+from stasis.linux.mounts import unescape
 
 __all__ = ["FileSystem", "Stack"]
 
@@ -74,8 +75,13 @@ class Stack:
         return [device for device in self.levels if not any(_upper_devices(device)) and not self._mounted_on(device)]
 
     def holds(self, path: str) -> FileSystem | None:
-        """The file system of the stack that a path lies on (the nearest parent that exists); None if none does."""
+        """The file system of the stack that a path lies on (the nearest parent that exists); None if none does.
+
+        What is written to an overlay goes to its upper directory.
+        """
         here = mount_below(path, self._mounts)
+        if here is not None and (upper := _upper_directory(here)):
+            return self.holds(upper)
         return next((one for one in self.file_systems if here is not None and one.device == here.device), None)
 
     def is_current(self) -> bool:
@@ -143,6 +149,14 @@ def mount_below(path: str, known: Sequence[NamespaceMount]) -> NamespaceMount | 
     finally:
         os.close(fd)
     return next((mount for mount in known if mount.mount_id == number), None)
+
+
+def _upper_directory(mount: NamespaceMount) -> str:
+    """Where an overlay puts what is written to it; empty for other file systems."""
+    if mount.fstype != "overlay":
+        return ""
+    options = (option.partition("=") for option in mount.shared_options.split(","))
+    return next((unescape(value) for name, _, value in options if name == "upperdir"), "")
 
 
 def _upper_devices(device: int) -> Iterator[int]:

@@ -74,6 +74,10 @@ def _add_freeze(command: argparse.ArgumentParser) -> None:
     command.add_argument("--freeze-memory", metavar="SIZE", type=size,
                          help="memory for what changes on live devices while they are copied (a quarter of what is "
                               "available)")
+    command.add_argument("--staging", metavar="DIR",
+                         help="directory on another disk that takes what does not fit into that memory")
+    command.add_argument("--staging-size", metavar="SIZE", type=size,
+                         help="the most that --staging may take (what is free there)")
 
 
 def _add_reading(command: argparse.ArgumentParser) -> None:
@@ -116,6 +120,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.max_freeze <= LONGEST_FREEZE or not 0 < arguments.busy_freeze <= LONGEST_FREEZE:
         raise UsageError("a freeze takes more than nothing, and at most a minute",
                          hint="give --max-freeze and --busy-freeze a time such as 200ms")
+    if arguments.staging_size is not None and arguments.staging is None:
+        raise UsageError("--staging-size is for a staging area", hint="say where it is with --staging")
     if arguments.limit_rate == 0:
         raise UsageError("--limit-rate 0 would never end", hint="leave it out to read as fast as possible")
     if arguments.base is not None and arguments.kind != "differential":
@@ -137,6 +143,8 @@ def _open(arguments: argparse.Namespace) -> Repository:
 
 
 def _job(arguments: argparse.Namespace) -> BackupJob:
+    from pathlib import Path
+
     from stasis.backup.job import SampleOptions
     from stasis.daemon.backups import BackupJob
     from stasis.daemon.sources import SnapshotStorage
@@ -149,6 +157,8 @@ def _job(arguments: argparse.Namespace) -> BackupJob:
         before=arguments.pre_snapshot, after=arguments.post_snapshot, sample=sample,
         skip_unreadable=arguments.on_read_error == "skip", rate=arguments.limit_rate, wait=arguments.wait,
         live=LiveOptions(max_freeze=arguments.max_freeze, busy_freeze=arguments.busy_freeze, on_busy=arguments.on_busy,
+                         staging=None if arguments.staging is None else Path(arguments.staging),
+                         staging_limit=arguments.staging_size,
                          **({} if arguments.freeze_memory is None else {"memory": arguments.freeze_memory})),
         run_dir=getattr(arguments, "run_dir", None), state_dir=getattr(arguments, "state_dir", None))
 
