@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.process.containers import contained_cycle
+from stasis.errors import ExitCode
+from tests.process.containers import contained_cycle, container
+from tests.process.programs import compiled, stasis, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.tool("unshare")]
 
@@ -118,3 +121,106 @@ def test_system_v_objects(tmp_path: Path) -> None:
 
 def test_the_first_of_a_pid_namespace(tmp_path: Path) -> None:
     contained_cycle(tmp_path, FIRST, "--pid", times=2)
+
+NETWORK = r"""
+#include <arpa/inet.h>
+#include <net/if.h>
+#include <sys/socket.h>
+static int listener, connected, accepted, datagrams;
+static struct sockaddr_in at(const char *address, int port) {
+    struct sockaddr_in found = { .sin_family = AF_INET, .sin_port = htons(port) };
+    inet_pton(AF_INET, address, &found.sin_addr);
+    return found;
+}
+static void tells(const char *command, const char *expected) {
+    char text[500] = "";
+    FILE *told = popen(command, "r");
+    fread(text, 1, sizeof(text) - 1, told);
+    if (pclose(told) || !strstr(text, expected)) { dprintf(2, "%s: %s\n", command, text); _exit(1); }
+}
+int main(void) {
+    CHECK(!system("ip link set lo up mtu 30000"));
+    CHECK(!system("ip link add name inner type veth peer name other && ip link add name bridge type bridge"));
+    CHECK(!system("ip link set other master bridge up && ip link set bridge up"));
+    CHECK(!system("ip link set inner address 02:11:22:33:44:55 up"));
+    CHECK(!system("ip address add 10.7.0.1/24 dev inner && ip address add 10.7.0.2/24 dev bridge"));
+    CHECK(!system("ip -6 address add fd00:7::1/64 dev inner nodad"));
+    CHECK(!system("ip route add 10.8.0.0/16 via 10.7.0.9 metric 7 && ip route add 10.9.0.0/16 dev bridge table 50"));
+    CHECK(!system("ip rule add from 10.7.0.1 table 50 priority 99"));
+    CHECK(!system("echo 1 > /proc/sys/net/ipv4/conf/inner/arp_ignore && echo 77 > /proc/sys/net/unix/max_dgram_qlen"));
+    CHECK(!system("echo 0 > /proc/sys/net/ipv4/conf/all/accept_redirects"));
+    struct sockaddr_in here = at("10.7.0.1", 4000), there = at("10.7.0.2", 4001);
+    listener = socket(AF_INET, SOCK_STREAM, 0);
+    datagrams = socket(AF_INET, SOCK_DGRAM, 0);
+    CHECK(!bind(listener, (void *)&here, sizeof(here)) && !listen(listener, 5));
+    CHECK(!bind(datagrams, (void *)&there, sizeof(there)));
+    set_up();
+    tells("ip -o link show lo", "mtu 30000");
+    tells("ip -o link show inner", "02:11:22:33:44:55");
+    tells("ip -o link show inner", ",UP");
+    tells("ip -o link show other", "master bridge");
+    tells("ip address show inner", "inet6 fd00:7::1/64");
+    tells("ip route", "10.8.0.0/16 via 10.7.0.9 dev inner metric 7");
+    tells("ip route show table 50", "10.9.0.0/16 dev bridge");
+    tells("ip rule", "99:\tfrom 10.7.0.1 lookup 50");
+    tells("cat /proc/sys/net/ipv4/conf/inner/arp_ignore", "1");
+    tells("cat /proc/sys/net/unix/max_dgram_qlen", "77");
+    tells("cat /proc/sys/net/ipv4/conf/all/accept_redirects", "0");
+    connected = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK(!connect(connected, (void *)&here, sizeof(here)) && (accepted = accept(listener, 0, 0)) >= 0);
+    char byte;
+    CHECK(write(connected, "x", 1) == 1 && read(accepted, &byte, 1) == 1 && byte == 'x');
+    CHECK(sendto(accepted, "y", 1, 0, 0, 0) == 1 && sendto(datagrams, "z", 1, 0, (void *)&there, sizeof(there)) == 1);
+    CHECK(read(datagrams, &byte, 1) == 1 && byte == 'z');
+    return content();
+}
+"""
+
+OUTWARDS = r"""
+int main(int count, char **words) {
+    char command[200];
+    sprintf(command, "ip link add name eth0 type veth peer name stasis-out netns %s", words[1]);
+    CHECK(!system(command) && !system("ip link set eth0 up && ip address add 10.7.1.2/24 dev eth0"));
+    CHECK(!system("nft add table ip mine && nft add chain ip mine theirs && nft add rule ip mine theirs counter drop"));
+    set_up();
+    CHECK(!system("ip -o link show eth0 | grep -q link-netns"));
+    CHECK(!system("ip address show eth0 | grep -q 10.7.1.2/24"));
+    CHECK(!system("nft list chain ip mine theirs | grep -q drop"));
+    return content();
+}
+"""
+STRANGE = r"""
+int main(void) {
+    CHECK(!system("ip link add name inner type veth peer name other"));
+    CHECK(!system("ip link add link inner name strange type macvlan"));
+    set_up();
+    return content();
+}
+"""
+
+
+@pytest.mark.tool("ip")
+def test_network(tmp_path: Path) -> None:
+    contained_cycle(tmp_path, NETWORK, "--net")
+
+
+@pytest.mark.tool("ip")
+@pytest.mark.tool("nft")
+def test_a_network_device_that_leads_outside(tmp_path: Path) -> None:
+    outside = Path("/sys/class/net/stasis-out")
+    with container(tmp_path, "--net", compiled(tmp_path, OUTWARDS), str(os.getpid())) as program:
+        images = program.dump()
+        wait_for(lambda: not outside.exists(), "the old device is there still")
+        assert "--veth eth0=NAME" in stasis("restore", "--images", images, status=ExitCode.USAGE)
+        program.restore(images, "--veth", "eth0=stasis-out")
+        assert outside.exists()
+        program.finish()
+    wait_for(lambda: not outside.exists(), "the device does not go")
+
+
+@pytest.mark.tool("ip")
+def test_a_network_device_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    with container(tmp_path, "--net", compiled(tmp_path, STRANGE)) as program:
+        said = stasis("dump", program.pid, "--images", tmp_path / "images", status=ExitCode.UNSUPPORTED)
+        program.finish()
+    assert "network device strange: devices of the kind macvlan" in said

@@ -79,6 +79,9 @@ stasis process restore --images /var/tmp/images --map-path /srv/app.log=/tmp/app
                          help="use NEW for files and directories whose path is OLD or below it; may be repeated")
     command.add_argument("--tcp", choices=("close",), default="",
                          help="close: bring TCP connections back as sockets that are not connected")
+    command.add_argument("--veth", metavar="INSIDE=OUTSIDE[@BRIDGE]", action="append", default=[], type=_link,
+                         help="what the other end of the network device INSIDE of the tree's own network namespace is "
+                              "to be called here, and which bridge it is to be a part of; may be repeated")
     command.add_argument("--inherit-fd", metavar="FD=NAME", action="append", default=[], type=_inherited,
                          help="use descriptor FD of this command for what the images call NAME, as in 3=pipe:[4711]; "
                               "may be repeated")
@@ -118,6 +121,13 @@ def _inherited(text: str) -> tuple[str, int]:
     if not separator or not fd.isdecimal() or not name:
         raise UsageError(f"{text!r} is no inherited descriptor", hint="write FD=NAME, as in 3=pipe:[4711]")
     return name, int(fd)
+
+
+def _link(text: str) -> tuple[str, str]:
+    inside, _, outside = text.partition("=")
+    if not inside or not outside.partition("@")[0]:
+        raise UsageError(f"{text!r} is no pair of network devices", hint="write INSIDE=OUTSIDE, as in eth0=veth0@br0")
+    return inside, outside
 
 
 def _add_target(command: argparse.ArgumentParser) -> None:
@@ -203,7 +213,7 @@ def restore(arguments: argparse.Namespace) -> int:
 
     options = RestoreOptions(map_paths=dict(map(_mapping, arguments.map_path)),
                              files=FileOptions(inherited=dict(arguments.inherit_fd), tcp=arguments.tcp),
-                             pid_namespace=arguments.pid_namespace,
+                             pid_namespace=arguments.pid_namespace, links=dict(arguments.veth),
                              manage_cgroups=arguments.manage_cgroups == "soft")  # fmt: skip
     result = restore_tree(arguments.images, options)
     _warn(result.warnings or [])

@@ -79,11 +79,13 @@ def delete_table(name: str) -> None:
     _commit([_message(DELTABLE, string(1, name))])
 
 
-def tables() -> list[str]:
-    """The names of all tables of the family inet."""
+def tables(*, all_families: bool = False) -> list[str]:
+    """The names of all tables of the family inet, or of all families."""
     found = []
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER) as sock:
         kind, content, _ = _message(GETTABLE, b"")
+        if all_families:
+            content = NFGENMSG.pack(socket.AF_UNSPEC, 0, 0)
         sock.send(_encoded(kind, content, NLM_F_DUMP, 1))
         for kind, body in _messages(sock):
             if kind == NLMSG_ERROR:

@@ -45,10 +45,10 @@ class Message(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A network device. `kind` is that of its driver, "" for those that are not made by users. `peer` is the index of
-    what it is linked to; `peer_namespace` its namespace's number for us, -1 for our own."""
+    """A network device. `kind` is that of its driver, "" for those that are not made by users. `number` is its index,
+    `peer` that of what it is linked to; `peer_namespace` its namespace's number for us, -1 for our own."""
 
-    index: int
+    number: int
     name: str
     flags: int
     mtu: int
@@ -137,17 +137,17 @@ class RouteNetlink:
 
     def change_link(self, link: Link, *, master: int | None = None) -> None:
         """Give a device its flags and MTU; with `master` make it a part of that device, 0 for none."""
-        content = LINK_MESSAGE.pack(0, 0, link.index, link.flags & CHANGEABLE, CHANGEABLE) + u32(IFLA_MTU, link.mtu)
+        content = LINK_MESSAGE.pack(0, 0, link.number, link.flags & CHANGEABLE, CHANGEABLE) + u32(IFLA_MTU, link.mtu)
         content += u32(IFLA_MASTER, master) if master is not None else b""
         self.request(LINK, 0, content, f"change {link.name}")
 
     def index_of(self, name: str) -> int | None:
         """The number of a device; None where there is none of that name."""
-        return next((link.index for link in self.links() if link.name == name), None)
+        return next((link.number for link in self.links() if link.name == name), None)
 
 
 def _described(link: Link) -> bytes:
-    content = LINK_MESSAGE.pack(0, 0, link.index, 0, 0)
+    content = LINK_MESSAGE.pack(0, 0, link.number, 0, 0)
     content += string(IFLA_IFNAME, link.name) if link.name else b""
     content += u32(IFLA_MTU, link.mtu) if link.mtu else b""
     return content + (attribute(IFLA_ADDRESS, link.address) if link.address else b"")

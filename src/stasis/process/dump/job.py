@@ -349,7 +349,7 @@ class _Dump:
             ))  # fmt: skip
         self._files.finish()
         if own := own_kinds(Home.ids(), namespace_ids(tree.root_pid)):
-            write_namespaces(tree.root_pid, self._out)
+            self.warnings += write_namespaces(tree.root_pid, self._out)
         if self._segments and "ipc" not in own:
             from stasis.process.sysvshm import write_segments
 

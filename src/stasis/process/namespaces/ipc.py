@@ -22,6 +22,8 @@ from stasis.process.images.schema.ipc import IpcDescEntry, IpcMsg, IpcMsgEntry, 
 from stasis.process.namespaces.identities import Identities
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.setwriter import ImageSetWriter
@@ -62,7 +64,7 @@ def _posix_queues() -> list[str]:
         os.close(fd)
 
 
-def write(root: int, number: int, out: ImageSetWriter) -> None:
+def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
     """Everything of the namespace, which the caller has entered."""
     identities = Identities.of(root)
     out.write("ipcns-var", _limits(), number=number)
@@ -76,6 +78,7 @@ def write(root: int, number: int, out: ImageSetWriter) -> None:
         parts = [(IpcMsg(mtype=kind, msize=len(text)), text) for kind, text in texts]
         out.image("ipcns-msg", number).append(message, *parts)
     _write_segments(number, out, identities)
+    return []
 
 
 def _limits() -> IpcVarEntry:
@@ -114,7 +117,7 @@ def _write_segments(number: int, out: ImageSetWriter, identities: Identities) ->
             libc.syscall(SYS_SHMDT, start, 0, 0, 0, 0, 0)
 
 
-def make(number: int, chain: list[ImageSet]) -> None:
+def make(number: int, chain: list[ImageSet], links: Mapping[str, str]) -> None:
     """A namespace with all that the images say is in it."""
     unshare(FLAGS["ipc"])
     images = chain[0]

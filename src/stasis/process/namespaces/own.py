@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stasis.process.dump.ids import NAMESPACES, Home, namespace_ids, own_kinds, own_kinds_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_namespaces", "make_namespaces", "write_namespaces"]
 
-MODULES = {"pid": "pids", "uts": "uts", "ipc": "ipc"}
+MODULES = {"pid": "pids", "uts": "uts", "ipc": "ipc", "net": "net"}
 """In the order in which they are made; a kind that is not here is refused."""
 FOR_CHILDREN = {"pid": "pid_for_children", "time": "time_for_children"}
 
@@ -55,19 +55,23 @@ def _differs(pid: int, name: str, link: str) -> bool:
         return False  # a kernel without it, or no child yet that the namespace is made for
 
 
-def write_namespaces(root: int, out: ImageSetWriter) -> None:
-    """Write what is in the namespaces that the tree of the process `root` has of its own."""
+def write_namespaces(root: int, out: ImageSetWriter) -> list[str]:
+    """Write what is in the namespaces that the tree of the process `root` has of its own. Returns what is lost and of
+    little weight, a sentence for each."""
     first = namespace_ids(root)
+    warnings: list[str] = []
     for name in own_kinds(Home.ids(), first):
-        _module(name).write(root, first[NAMESPACES[name]], out)
+        warnings += _module(name).write(root, first[NAMESPACES[name]], out)
+    return warnings
 
 
-def make_namespaces(ids: TaskKobjIdsEntry, chain: list[ImageSet]) -> None:
-    """In the first process of a restore: go into namespaces of our own, with what the images say is in them."""
+def make_namespaces(ids: TaskKobjIdsEntry, chain: list[ImageSet], links: Mapping[str, str]) -> None:
+    """In the first process of a restore: go into namespaces of our own, with what the images say is in them. `links`:
+    network devices inside, and what their other ends are called outside."""
     own = own_kinds_of(chain[0], ids)
     for name in MODULES:
         if name in own:
-            _module(name).make(getattr(ids, NAMESPACES[name]), chain)
+            _module(name).make(getattr(ids, NAMESPACES[name]), chain, links)
 
 
 def _module(name: str) -> Any:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from stasis.linux import process, procfs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.setwriter import ImageSetWriter
@@ -41,9 +43,10 @@ def _below(pid: int) -> set[int]:
     return found
 
 
-def write(root: int, number: int, out: ImageSetWriter) -> None:
+def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
     """Nothing."""
+    return []
 
 
-def make(number: int, chain: list[ImageSet]) -> None:
+def make(number: int, chain: list[ImageSet], links: Mapping[str, str]) -> None:
     """It is there already."""

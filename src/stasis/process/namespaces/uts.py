@@ -10,6 +10,8 @@ from stasis.linux.namespaces import FLAGS, unshare
 from stasis.process.images.schema.namespaces import UtsnsEntry
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.setwriter import ImageSetWriter
@@ -24,13 +26,14 @@ def check(root: int, findings: Findings) -> None:
     """All of it can be kept."""
 
 
-def write(root: int, number: int, out: ImageSetWriter) -> None:
+def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
     """Both names."""
     node, domain = (path.read_text(errors="surrogateescape").removesuffix("\n") for path in (NODE, DOMAIN))
     out.write("utsns", UtsnsEntry(nodename=node, domainname=domain), number=number)
+    return []
 
 
-def make(number: int, chain: list[ImageSet]) -> None:
+def make(number: int, chain: list[ImageSet], links: Mapping[str, str]) -> None:
     """A namespace with these names."""
     found: UtsnsEntry = chain[0].one("utsns", number)
     unshare(FLAGS["uts"])

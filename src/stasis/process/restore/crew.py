@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -99,16 +99,19 @@ def live_with(parent: int, until_then: int) -> None:
 
 
 class Crew:
-    """What all processes know of each other. `is_guest`: the tree is in the session of the one who restores it."""
+    """What all processes know of each other. `is_guest`: the tree is in the session of the one who restores it.
+    `links`: what the other ends of network devices are called."""
 
     def __init__(
-        self, root: TaskPlan, files: FileSet, chain: list[ImageSet], sock: socket.socket, gates: dict[str, Gate]
+        self, root: TaskPlan, files: FileSet, chain: list[ImageSet], sock: socket.socket, gates: dict[str, Gate],
+        links: Mapping[str, str],
     ) -> None:
         self.root = root
         self.files = files
         self.chain = chain
         self.sock = sock
         self.gates = gates
+        self.links = links
         self.pids = frozenset(plan.pid for plan in root.walk())
         self.is_guest = False
         self.shared_fd: dict[int, int] = {}

@@ -44,15 +44,17 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 class RestoreOptions(NamedTuple):
     """How to restore. `map_paths`: beginnings of paths in the images, and what stands for them here.
     `files`: what stands for open files of the images. `pid_namespace`: into a new one, where all pids are free.
-    `manage_cgroups`: put processes into the control groups that they were in, as far as that goes. `hook` is called
-    with "pre-restore" before anything is made, "post-restore" and "pre-resume" when all is there and stands still, and
-    "post-resume" when it runs, each with the first process's pid, 0 before it is there. What it raises before
-    "post-resume" ends the tree."""
+    `manage_cgroups`: put processes into the control groups that they were in, as far as that goes.
+    `links`: what the other ends of network devices of the tree are to be called here, as NAME or NAME@BRIDGE. `hook`
+    is called with "pre-restore" before anything is made, "post-restore" and "pre-resume" when all is there and stands
+    still, and "post-resume" when it runs, each with the first process's pid, 0 before it is there. What it raises
+    before "post-resume" ends the tree."""
 
     map_paths: Mapping[str, str] = NOTHING
     files: FileOptions = FileOptions()
     pid_namespace: bool = False
     manage_cgroups: bool = True
+    links: Mapping[str, str] = NOTHING
     hook: Callable[[str, int], None] = lambda *_: None
 
 
@@ -97,7 +99,7 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
         assert root.ids is not None
         own = own_kinds_of(opened, root.ids)
         try:
-            with _segments(opened, chain, own), Nursery(root, files, chain) as nursery:
+            with _segments(opened, chain, own), Nursery(root, files, chain, chosen.links) as nursery:
                 made = (_restore_first if "pid" in own else _restore)(nursery, chosen)
         finally:
             for parent in chain[1:]:

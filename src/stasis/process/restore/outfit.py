@@ -49,7 +49,7 @@ def enter_namespaces(crew: Crew) -> None:
         return
     from stasis.process.namespaces.own import make_namespaces
 
-    make_namespaces(ids, crew.chain)
+    make_namespaces(ids, crew.chain, crew.links)
 
 
 def open_everything(crew: Crew) -> None:

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from stasis.errors import BusyError, PermissionDeniedError, StasisError, UnsupportedError
@@ -42,11 +42,11 @@ STAGES = ("made", "joined")
 class Nursery:
     """What the processes that are made and the restorer have in common; a context manager for the restorer."""
 
-    def __init__(self, root: TaskPlan, files: FileSet, chain: list[ImageSet]) -> None:
+    def __init__(self, root: TaskPlan, files: FileSet, chain: list[ImageSet], links: Mapping[str, str]) -> None:
         self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (self.ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REPORT)
-        self.crew = Crew(root, files, chain, theirs, {stage: Gate() for stage in STAGES})
+        self.crew = Crew(root, files, chain, theirs, {stage: Gate() for stage in STAGES}, links)
 
     def be_first(self, started: int) -> NoReturn:
         """In a process that is the first of its pid namespace and whose parent is outside: its life, from the moment
