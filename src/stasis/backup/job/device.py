@@ -7,6 +7,7 @@ import contextlib
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,21 +142,27 @@ class DeviceJob:
             self.warnings.append(disturbed)
 
     def _store_and_check(self) -> None:
-        """The sample is read beside what is stored; if it differs, all is stored anew."""
+        """If the sample differs, all is stored anew."""
+        def store() -> None:
+            self._open_resume()
+            self._store()
+
+        self._beside_sample(store)
+        if self.distrusted:
+            store()
+
+    def _beside_sample(self, store: Callable[[], None]) -> None:
+        """Have the sample read beside what is stored, and judge it then."""
         given_up = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             sample = pool.submit(self._draw_sample, given_up)
             try:
-                self._open_resume()
-                self._store()
+                store()
             except BaseException:
                 given_up.set()
                 raise
         sample.result()
         self._judge_sample()
-        if self.distrusted:
-            self._open_resume()
-            self._store()
 
     def _parent_id(self) -> str:
         return self.decision.parent.id[:8] if self.decision.parent is not None else ""
@@ -182,10 +189,6 @@ class DeviceJob:
         for name in set(self._parent.segment_names()) - {ZERO}:
             if not store.exists(where := object_name(Kind.SEGMENT, name)):
                 raise self._repository.codec().missing(where)
-
-    def _check_sample(self) -> None:
-        self._draw_sample(threading.Event())
-        self._judge_sample()
 
     def _draw_sample(self, given_up: threading.Event) -> None:
         if self._parent is None or self.decision.changed is None:

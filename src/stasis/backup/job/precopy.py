@@ -60,7 +60,6 @@ class MovingJob(DeviceJob):
         self._started = time.monotonic()
         try:
             self._check_parent()
-            self._check_sample()
         except DamagedError as error:
             self._give_up_parent(error)
         self._all_changed = list(self.decision.changed or ())
@@ -70,13 +69,24 @@ class MovingJob(DeviceJob):
         self.source.begin()  # tracking that is not trusted tells nothing: a new generation does
 
     def round(self) -> None:
-        """Store what is to be read now."""
+        """Store what is to be read now; in the first round the sample is read beside that."""
+        was_distrusted = self.distrusted
         try:
-            self._pass()
+            if self._is_first:
+                self._beside_sample(self._pass)
+            else:
+                self._pass()
         except DamagedError as error:
             self._give_up_parent(error)
-            self._builder, self._is_first = None, True
-            self._pass()
+            self._start_over()
+        if self.distrusted and not was_distrusted:
+            self._start_over()
+
+    def _start_over(self) -> None:
+        """What was stored by the parent does not count: a full backup."""
+        self._all_changed, self._counters.unreadable = [], []
+        self._builder, self._is_first = None, True
+        self._pass()
 
     def _pass(self) -> None:
         if self._builder is None:
