@@ -306,7 +306,19 @@ def test_a_tracer_is_backed_up_and_left_out_snapshots_cost_no_full_backup(attach
     stasis("backup", "restore", str(second["id"]), directory / "restored", "--repo", directory / "repo")
     assert (directory / "restored").read_bytes() == attached.disk.read_bytes()
     attached.dbdctl("transition-to-incremental", "0")
+    assert attached.update("/dev/datto0", "cow1", "repo").returncode == errno.EINVAL
+    attached.write(300000, b"again")
+    attached.dbdctl("transition-to-snapshot", "cow2b", "0")
+    assert attached.update("/dev/datto0", "cow1", "repo").returncode == errno.EINVAL
+    result = attached.update("/dev/datto0", "cow2", "repo")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("copying complete: 1 blocks changed, 0 errors\n")
+    third = stasis.json("backup", "list", "--repo", directory / "repo")[-1]
+    assert third["kind"] == "incremental"
+    stasis("backup", "restore", third["id"], directory / "updated", "--repo", directory / "repo")
+    assert (directory / "updated").read_bytes() == attached.image()
+    attached.dbdctl("transition-to-incremental", "0")
     stasis.fail(ExitCode.STATE, "backup", "create", "datto:0", "--repo", directory / "repo")
     attached.dbdctl("transition-to-snapshot", "cow3", "0")
-    (directory / "cow2").unlink()
+    (directory / "cow2b").unlink()
     assert _backup(attached)["kind"] == "full"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import stasis as api
+from stasis.cli import update_img
 from stasis.datto.cowreader import CowReader
-from stasis.datto.pointfile import PointFile
 from stasis.errors import StasisError
 from tests.daemon.helpers import await_true, kill
 from tests.live.disks import CHECK, formatted, loop, mounted, put_number, tool, writing
@@ -27,7 +27,9 @@ SIZE = 16 * MIB + 4096 * 3
 
 
 @pytest.fixture
-def live(stasis: Stasis) -> Iterator[Stasis]:
+def live(stasis: Stasis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stasis]:
+    for name in ("STASIS_RUN_DIR", "STASIS_STATE_DIR"):
+        monkeypatch.setenv(name, stasis.environment[name])
     with state_directory(stasis.state_dir):
         yield stasis
         stasis.stop()
@@ -55,16 +57,10 @@ def _next(client: api.Client, directory: Path, number: int, image: Path) -> int:
     """On to snapshot `number`, and the image with it; how many blocks that were."""
     tracer = client.datto_to_snapshot(0, directory / f"cow{number}")
     assert (tracer.state, tracer.seqid, tracer.live) == (3, number, True)
-    changed = 0
-    with PointFile(tracer.point) as source, image.open("r+b") as file, \
-            CowReader(str(directory / f"cow{number - 1}"), source.size) as reader:
-        assert (reader.header.seqid, reader.header.uuid.hex()) == (number - 1, tracer.uuid)
-        assert reader.header.is_clean
-        assert reader.header.is_index_only
-        for offset, _, contents in source.read_each(reader.extents()):
-            assert contents is not None
-            os.pwrite(file.fileno(), contents, offset)
+    before = str(directory / f"cow{number - 1}")
+    with CowReader(before, image.stat().st_size) as reader:
         changed = reader.header.changed_blocks
+    assert update_img.main(["/dev/datto0", before, str(image)]) == 0
     assert client.datto_to_incremental(0).state == 2
     assert not os.path.exists(tracer.point)
     return changed

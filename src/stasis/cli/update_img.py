@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`update-img`: dattobd's tool that brings an image of one snapshot up to the next, with its arguments and messages.
 
-It exits with a positive errno; unlike the module's tool never with 0 after a failure, and with EIO if a block could not
-be copied.
+The image may also be a repository (`update_repository`). It exits with a positive errno; unlike the module's tool never
+with 0 after a failure, and with EIO if a block could not be copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ TYPE_CHECKING = False  # half of what this takes with little to copy is the time
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from stasis.daemon.model import Tracer
     from stasis.datto.cowreader import CowReader
+    from stasis.datto.pointfile import PointFile
     from stasis.nbd.bulkread import BulkReader
 
 __all__ = ["main"]
@@ -56,16 +58,20 @@ def _minor(device: str) -> int:
 
 
 def _update(device: str, cow: str, image: str) -> int:
+    from stasis.cli.update_repository import is_repository
     from stasis.datto.cowreader import CowReader
     from stasis.datto.update import check_follows
 
-    source, uuid, seqid = _open_snapshot(_minor(device))
+    minor = _minor(device)
+    source, uuid, seqid = _open_snapshot(minor)
     with source:
         try:
             reader = CowReader(cow, source.size)
         except _failures() as error:
             raise _cow_failure(error) from error
         with reader:
+            if is_repository(image):
+                return _back_up(minor, reader, (uuid, seqid), image)
             target = _open_image(image, source.size)
             try:
                 check_follows(reader, uuid, seqid)
@@ -83,7 +89,7 @@ def _failures() -> tuple[type[Exception], ...]:
     return StasisError, OSError
 
 
-def _copy(source: BulkReader, reader: CowReader, target: int) -> int:
+def _copy(source: BulkReader | PointFile, reader: CowReader, target: int) -> int:
     from stasis.datto.update import update
 
     print(f"snapshot is {reader.geometry.blocks} blocks large\ncopying blocks", flush=True)
@@ -97,7 +103,21 @@ def _copy(source: BulkReader, reader: CowReader, target: int) -> int:
     return 0
 
 
-def _open_snapshot(minor: int) -> tuple[BulkReader, str, int]:
+def _back_up(minor: int, reader: CowReader, place: tuple[str, int], url: str) -> int:
+    from stasis.cli.update_repository import update_repository
+    from stasis.datto.update import check_follows
+
+    try:
+        check_follows(reader, *place)
+        print(f"snapshot is {reader.geometry.blocks} blocks large\ncopying blocks", flush=True)
+        update_repository(minor, url)
+    except _failures() as error:
+        raise _Failed(str(error), getattr(error, "errno", 0), getattr(error, "hint", "")) from error
+    print(f"copying complete: {sum(end - first for first, end in reader.changed())} blocks changed, 0 errors")
+    return 0
+
+
+def _open_snapshot(minor: int) -> tuple[BulkReader | PointFile, str, int]:
     """The snapshot's export, and its place in its series."""
     from stasis.daemon import rundir
     from stasis.datto.update import place_in_series
@@ -107,14 +127,29 @@ def _open_snapshot(minor: int) -> tuple[BulkReader, str, int]:
     try:
         source = BulkReader(rundir.nbd_socket(rundir.resolve(), name), name, timeout=600.0)
     except OSError as error:
-        _explain(minor)
+        tracer = _explain(minor)
+        if tracer.live:
+            return _open_point(tracer.point), tracer.uuid, tracer.seqid
         raise _Failed(f"error opening snapshot: {error.strerror or error}", error.errno or EIO) from error
     place = place_in_series(source.description)
-    return source, *(_explain(minor) if place is None else place)
+    if place is None:
+        tracer = _explain(minor)
+        place = tracer.uuid, tracer.seqid
+    return source, *place
 
 
-def _explain(minor: int) -> tuple[str, int]:
-    """What the daemon says: why there is no snapshot, or which one it is."""
+def _open_point(path: str) -> PointFile:
+    """What is kept of the snapshot of a device in use."""
+    from stasis.datto.pointfile import PointFile
+
+    try:
+        return PointFile(path)
+    except OSError as error:
+        raise _Failed(f"error opening snapshot: {path}: {error.strerror}", error.errno or EIO) from error
+
+
+def _explain(minor: int) -> Tracer:
+    """What the daemon says of a tracer; _Failed says why it has no snapshot."""
     from stasis.daemon.client import connect
     from stasis.errors import StasisError
 
@@ -126,7 +161,7 @@ def _explain(minor: int) -> tuple[str, int]:
     if tracer.error or tracer.state_name != "active snapshot":
         raise _Failed(f"error opening snapshot: tracer {minor} is {tracer.state_name}, error {tracer.error}",
                       -tracer.error or EINVAL, tracer.reason)
-    return tracer.uuid, tracer.seqid
+    return tracer
 
 
 def _cow_failure(error: Exception) -> _Failed:
