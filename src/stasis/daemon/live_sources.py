@@ -37,9 +37,10 @@ def is_tracked(path: str, state: Path) -> bool:
         return False
     if not stat.S_ISBLK(number.st_mode):
         return False
-    from stasis.live.tracking import tracked
+    from stasis.live import devicefile
 
-    return any(_same(device.path, number.st_rdev) for device in tracked(state))
+    records = (devicefile.DeviceFile(state, name).read() for name in devicefile.names(state))
+    return any(_same(record.identity.path, number.st_rdev) for record in records)
 
 
 def _same(path: str, rdev: int) -> bool:

@@ -8,7 +8,6 @@ import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from stasis.linux import libc
 
@@ -33,10 +32,8 @@ def lock(address: int, length: int) -> None:
 
 def available() -> int:
     """Bytes that can be taken before anything has to be swapped out (proc_meminfo(5), MemAvailable)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 0
+    with open("/proc/meminfo") as file:
+        return next((int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")), 0)
 
 
 @contextmanager

@@ -114,8 +114,15 @@ def relatives(rdev: int) -> list[int]:
     if (directory / "partition").exists():
         found = [_device_number(directory.resolve().parent)]
     else:
-        found = [_device_number(path.parent) for path in sorted(directory.glob("*/partition"))]
+        found = [_device_number(directory / name) for name in _partitions(directory)]
     return [number for number in found if number is not None]
+
+
+def _partitions(directory: Path) -> list[str]:
+    try:
+        return [name for name in sorted(os.listdir(directory)) if os.path.exists(f"{directory}/{name}/partition")]
+    except OSError:
+        return []
 
 
 def _node(rdev: int) -> str:

@@ -26,6 +26,7 @@ from stasis.live.stack import FileSystem
 
 __all__ = ["FreezeExpired", "Freezer", "Frozen"]
 
+PROGRAM = "from stasis.live.watchdog import main; main()"  # -m would load more
 START_SECONDS = 30.0
 GRACE_SECONDS = 2.0
 RETRY = "run the command again; the file systems are thawed, and no change is lost"
@@ -48,25 +49,34 @@ class Freezer:
     """One watchdog and the file systems it answers for, in the order of freezing; a context manager."""
 
     def __init__(self, file_systems: Sequence[FileSystem]) -> None:
-        """Start the watchdog; it comes up while other things are done. Raises OSError."""
+        """Start the watchdog; it comes up while other things are done. Raises OSError.
+
+        Without file systems it is started only when something is left with it.
+        """
         self.file_systems = tuple(file_systems)
         self._attempt = 0
-        self._limit = 0.0
+        self._limit = self._deadline = 0.0
+        self._is_up = False
+        self._process: subprocess.Popen[bytes] | None = None
+        if file_systems:
+            self._start()
+
+    def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = ours
-        descriptors = [file_system.fd for file_system in file_systems]
+        descriptors = [file_system.fd for file_system in self.file_systems]
         with theirs, contextlib.ExitStack() as on_failure:
             on_failure.callback(ours.close)
             self._process = subprocess.Popen(
-                [sys.executable, "-B", "-m", "stasis.live.watchdog", str(theirs.fileno()),
-                 ",".join(map(str, descriptors))],
+                [sys.executable, "-B", "-c", PROGRAM, str(theirs.fileno()), ",".join(map(str, descriptors))],
                 pass_fds=[theirs.fileno(), *descriptors], start_new_session=True, cwd="/",
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             on_failure.pop_all()
-        self._is_up = False
 
     def await_start(self) -> None:
         """Return once the watchdog is ready. Raises StasisError if it does not come up."""
+        if self._process is None:
+            return
         if not self._is_up:
             self._is_up = self._receive(START_SECONDS) is not None
         if not self._is_up:
@@ -75,8 +85,8 @@ class Freezer:
 
     @property
     def pid(self) -> int:
-        """The watchdog's process id."""
-        return self._process.pid
+        """The watchdog's process id; 0 if there is none."""
+        return 0 if self._process is None else self._process.pid
 
     def __enter__(self) -> Freezer:
         return self
@@ -87,6 +97,8 @@ class Freezer:
 
     def close(self) -> None:
         """End the watchdog; whatever is frozen is thawed first."""
+        if self._process is None:
+            return
         self._control.close()
         try:
             self._process.wait(START_SECONDS)
@@ -99,6 +111,9 @@ class Freezer:
         """Freeze all. Thawed in any case `seconds` from now. Raises BusyError, FreezeExpired, StasisError."""
         self.await_start()
         self._limit, started = seconds, time.monotonic()
+        self._deadline = started + seconds
+        if not self.file_systems:
+            return Frozen((), (), 0.0)
         self._attempt += 1
         self._send({"do": "freeze", "seconds": seconds, "attempt": self._attempt})
         answer = self._answer("frozen", seconds + GRACE_SECONDS)
@@ -112,16 +127,22 @@ class Freezer:
 
     def thaw(self) -> None:
         """Thaw all. Raises FreezeExpired if the watchdog had to, StasisError if somebody else had thawed one."""
+        if not self.file_systems:
+            if time.monotonic() > self._deadline:
+                raise self._expired()
+            return
         self._send({"do": "thaw"})
         answer = self._answer("thawed", GRACE_SECONDS)
         if answer["expired"]:
-            raise FreezeExpired(f"the freeze had to end after {self._limit:g} s, before everything was copied",
-                                hint=RETRY)
+            raise self._expired()
         for number in (*answer["others"], *answer["stuck"]):
             target = self.file_systems[number].target
             if number in answer["stuck"]:
                 raise StasisError(f"{target} could not be thawed", hint=f"fsfreeze -u {target}")
             raise StasisError(f"somebody else thawed {target} while it was copied", hint=RETRY)
+
+    def _expired(self) -> FreezeExpired:
+        return FreezeExpired(f"the freeze had to end after {self._limit:g} s, before everything was copied", hint=RETRY)
 
     def thaw_quietly(self) -> None:
         """Thaw all on the way out of another failure."""
@@ -130,6 +151,8 @@ class Freezer:
 
     def restore_later(self, descriptor: int, text: str) -> None:
         """Have `text` written to a file when we end, in whatever way, or at `release`."""
+        if self._process is None:
+            self._start()
         self.await_start()
         data = json.dumps({"do": "restore", "text": text}).encode()
         try:
@@ -139,6 +162,8 @@ class Freezer:
 
     def release(self) -> None:
         """Have everything that was left with `restore_later` written now."""
+        if self._process is None:
+            return
         self._send({"do": "release"})
         self._answer("released", GRACE_SECONDS)
 
@@ -173,9 +198,9 @@ class Freezer:
 
     def _died(self) -> StasisError:
         """The watchdog is gone or stopped: do its work."""
-        state = "ended" if self._process.poll() is not None else "does not answer"
+        state = "does not answer" if self._process is not None and self._process.poll() is None else "ended"
         self._thaw_here()
-        return StasisError(f"the watchdog of the freeze {state} (pid {self._process.pid}); the file systems are thawed",
+        return StasisError(f"the watchdog of the freeze {state} (pid {self.pid}); the file systems are thawed",
                            hint=RETRY)
 
     def _thaw_here(self) -> None:

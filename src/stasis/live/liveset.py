@@ -73,7 +73,7 @@ class LiveSet:
             self.stack = opening.enter_context(Stack(devices))
             self._freezer = opening.enter_context(Freezer(self.stack.file_systems))
             self._throttle = Throttle(self._freezer, devices)
-            self._own = {device: _systems_of(device) for device in devices}
+            self._own = {device: self.stack.systems_above(device) for device in devices}
             self._raw = self.stack.bare
             if self.options.staging is not None:
                 self.refuse_writes_to(str(self.options.staging), "the staging area",
@@ -264,9 +264,3 @@ class LiveSet:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
-
-
-def _systems_of(device: int) -> frozenset[int]:
-    """The file systems, by the number of their superblock, that lie on one device alone."""
-    with Stack([device]) as own:
-        return frozenset(file_system.device for file_system in own.file_systems)

@@ -136,10 +136,11 @@ class Hooks:
 
     def missing(self) -> str:
         """The first program that is not attached any more; empty if all are."""
-        for name in programs.PROGRAMS:
-            if not (self.directory / f"link_{name}").exists() or not (self.directory / f"program_{name}").exists():
-                return name
-        return ""
+        try:
+            pinned = set(os.listdir(self.directory))
+        except OSError:
+            pinned = set()
+        return next((name for name in programs.PROGRAMS if not {f"link_{name}", f"program_{name}"} <= pinned), "")
 
     def program(self, name: str) -> bpf.ProgramInfo:
         """What the kernel counts of a program. FileNotFoundError if it is gone."""

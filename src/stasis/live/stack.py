@@ -45,13 +45,13 @@ class Stack:
 
     def __init__(self, devices: Iterable[int]) -> None:
         """devices: numbers (st_rdev). Raises BusyError for a mounted file system that cannot be reached."""
-        self._mounts = mountns.all_mounts()
-        self.levels: dict[int, int] = dict.fromkeys(devices, 0)
-        self._systems: dict[int, int] = {}
-        self._climb()
+        self._devices = list(devices)
+        self._sight = _Sight()
+        self.levels, systems = self._sight.climb(self._devices)
+        self._systems = frozenset(systems)
         self.file_systems: list[FileSystem] = []
         try:
-            for device, level in sorted(self._systems.items(), key=lambda entry: -entry[1]):
+            for device, level in sorted(systems.items(), key=lambda entry: -entry[1]):
                 self.file_systems.append(self._open(device, level))
         except BaseException:
             self.close()
@@ -72,58 +72,26 @@ class Stack:
     @property
     def bare(self) -> list[int]:
         """The devices that have nothing above them: programs use them without a file system, or nobody does."""
-        return [device for device in self.levels if not any(_upper_devices(device)) and not self._mounted_on(device)]
+        return [device for device in self.levels
+                if not self._sight.upper_devices(device) and not self._sight.mounted_on(device)]
+
+    def systems_above(self, device: int) -> frozenset[int]:
+        """The file systems, by the number of their superblock, that lie on one of the devices, others left aside."""
+        return frozenset(self._sight.climb([device])[1])
 
     def holds(self, path: str) -> FileSystem | None:
-        """The file system of the stack that a path lies on (the nearest parent that exists); None if none does.
-
-        What is written to an overlay goes to its upper directory.
-        """
-        here = mount_below(path, self._mounts)
-        if here is not None and (upper := _upper_directory(here)):
-            return self.holds(upper)
+        """The file system of the stack that a path lies on (the nearest parent that exists); None if none does."""
+        here = mount_below(path, self._sight.mounts)
         return next((one for one in self.file_systems if here is not None and one.device == here.device), None)
 
     def is_current(self) -> bool:
         """Whether the same file systems are still mounted."""
-        known = dict(self._systems)
-        self._mounts = mountns.all_mounts()
-        self._systems = {}
-        self._climb()
-        return known.keys() == self._systems.keys()
-
-    # -- search -------------------------------------------------------------------------------------------------------
-
-    def _climb(self) -> None:
-        """Raise levels until nothing changes: the longest way counts."""
-        for _ in range(HIGHEST):
-            before = dict(self.levels), dict(self._systems)
-            for device, level in list(self.levels.items()):
-                for upper in _upper_devices(device):
-                    self._raise(self.levels, upper, level + 1)
-                for mounted in self._mounted_on(device):
-                    self._raise(self._systems, mounted, level + 1)
-            for node, below in _loops_over_files(self._mounts):
-                if below in self._systems:
-                    self._raise(self.levels, node, self._systems[below] + 1)
-            if before == (self.levels, self._systems):
-                return
-
-    @staticmethod
-    def _raise(levels: dict[int, int], key: int, level: int) -> None:
-        if level <= HIGHEST:
-            levels[key] = max(levels.get(key, 0), level)
-
-    def _mounted_on(self, device: int) -> set[int]:
-        """Superblocks on a block device: by number, by source (btrfs has a number of its own), by btrfs's own list."""
-        found = {mount.device for mount in self._mounts if mount.device == device}
-        sources = {mount.source for mount in self._mounts if mount.fstype == "btrfs"}
-        ours = {source for source in sources if _block_number(source) in _btrfs_family(device)}
-        return found | {mount.device for mount in self._mounts if mount.fstype == "btrfs" and mount.source in ours}
+        self._sight = _Sight()
+        return self._systems == self._sight.climb(self._devices)[1].keys()
 
     def _open(self, device: int, level: int) -> FileSystem:
         """Open a file system by the first of its mounts that can be reached."""
-        shown = [mount for mount in self._mounts if mount.device == device]
+        shown = [mount for mount in self._sight.mounts if mount.device == device]
         for mount in shown:
             try:
                 fd = mountns.open_mount(mount)
@@ -133,6 +101,63 @@ class Stack:
         where = f"{shown[0].target} of process {shown[0].pid}"
         raise BusyError(f"the file system on {shown[0].source} is mounted on {where}, where it cannot be reached",
                         hint="another mount hides it; unmount that, or mount the file system somewhere else too")
+
+
+class _Sight:
+    """One look at mounts, loop devices and what sysfs shows: each is asked for once, however long the way up is."""
+
+    def __init__(self) -> None:
+        self.mounts = mountns.all_mounts()
+        loops = list(_loops())
+        self._over_devices = [(node, number) for node, backing in loops
+                              if (number := _block_number(backing)) is not None]
+        self._over_files = [(node, below.device) for node, backing in loops
+                            if _block_number(backing) is None and (below := mount_below(backing, self.mounts))]
+        self._upper: dict[int, list[int]] = {}
+        self._mounted: dict[int, set[int]] = {}
+
+    def climb(self, devices: Iterable[int]) -> tuple[dict[int, int], dict[int, int]]:
+        """Levels of all block devices above some, which have level 0, and of the file systems on any of these.
+
+        The longest way counts: raise levels until nothing changes.
+        """
+        levels: dict[int, int] = dict.fromkeys(devices, 0)
+        systems: dict[int, int] = {}
+        for _ in range(HIGHEST):
+            before = dict(levels), dict(systems)
+            for device, level in list(levels.items()):
+                for upper in self.upper_devices(device):
+                    _raise(levels, upper, level + 1)
+                for mounted in self.mounted_on(device):
+                    _raise(systems, mounted, level + 1)
+            for node, below in self._over_files:
+                if below in systems:
+                    _raise(levels, node, systems[below] + 1)
+            if before == (levels, systems):
+                break
+        return levels, systems
+
+    def upper_devices(self, device: int) -> list[int]:
+        """Partitions, holders, and loop devices over the device itself."""
+        if device not in self._upper:
+            over = [node for node, below in self._over_devices if below == device]
+            self._upper[device] = [*_parts_and_holders(device), *over]
+        return self._upper[device]
+
+    def mounted_on(self, device: int) -> set[int]:
+        """Superblocks on a block device: by number, by source (btrfs has a number of its own), by btrfs's own list."""
+        if device not in self._mounted:
+            found = {mount.device for mount in self.mounts if mount.device == device}
+            shown = [mount for mount in self.mounts if mount.fstype == "btrfs"]
+            family = _btrfs_family(device) if shown else set()
+            ours = {source for source in {mount.source for mount in shown} if _block_number(source) in family}
+            self._mounted[device] = found | {mount.device for mount in shown if mount.source in ours}
+        return self._mounted[device]
+
+
+def _raise(levels: dict[int, int], key: int, level: int) -> None:
+    if level <= HIGHEST:
+        levels[key] = max(levels.get(key, 0), level)
 
 
 def mount_below(path: str, known: Sequence[NamespaceMount]) -> NamespaceMount | None:
@@ -159,38 +184,37 @@ def _upper_directory(mount: NamespaceMount) -> str:
     return next((unescape(value) for name, _, value in options if name == "upperdir"), "")
 
 
-def _upper_devices(device: int) -> Iterator[int]:
-    """Partitions, holders, and loop devices over the device itself."""
+def _parts_and_holders(device: int) -> Iterator[int]:
     directory = blockdev.sysfs_path(device)
     if not (directory / "partition").exists():
         yield from mounts.relatives(device)
-    for holder in sorted(directory.glob("holders/*")):
-        number = _number_in(holder)
+    for name in _listed(directory / "holders"):
+        number = _number_in(directory / "holders" / name)
         if number is not None:
             yield number
-    for node, backing in _loops():
-        if _block_number(backing) == device:
-            yield node
-
-
-def _loops_over_files(known: Sequence[NamespaceMount]) -> Iterator[tuple[int, int]]:
-    """(loop device, superblock of the file system that has its file)."""
-    for node, backing in _loops():
-        if _block_number(backing) is None and (below := mount_below(backing, known)) is not None:
-            yield node, below.device
 
 
 def _loops() -> Iterator[tuple[int, str]]:
-    """(number, path of the backing file or device) of each loop device in use."""
-    for path in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+    """(number, path of the backing file or device) of each loop device in use, and of its partitions."""
+    directory = Path("/sys/block")
+    for name in _listed(directory):
+        if not name.startswith("loop"):
+            continue
         try:
-            backing = path.read_text(errors="surrogateescape").removesuffix("\n")
+            backing = (directory / name / "loop/backing_file").read_text(errors="surrogateescape").removesuffix("\n")
         except OSError:
-            continue  # taken off in between
-        number = _number_in(path.parents[1])
+            continue  # not in use, or taken off in between
+        number = _number_in(directory / name)
         if number is not None:
             yield number, backing
             yield from ((part, backing) for part in mounts.relatives(number))
+
+
+def _listed(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
 
 
 def _btrfs_family(device: int) -> set[int]:

@@ -34,10 +34,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
 
 from stasis.linux import freeze, memlock
+
+TYPE_CHECKING = False  # a copy waits for this to come up, so that it loads no more than it needs
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 __all__ = ["Watchdog", "main"]
 
