@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -135,6 +135,22 @@ def test_a_mounted_device_is_not_saved(node: str, state: Path, mark: Mark, tmp_p
         [(_, said)] = lasting.save(state)
     assert said.startswith("not saved: it is mounted, and ")
     assert "does not lie on the tracked device" in said
+
+
+def test_a_device_that_is_written_while_it_is_saved_is_not(node: str, state: Path, mark: Mark,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: str, read: Callable[[str], str] = fsmarks.read) -> str:
+        fd = os.open(node, os.O_WRONLY | os.O_DSYNC)
+        os.pwrite(fd, bytes(4096), 20 * MIB)
+        os.close(fd)
+        return read(path)
+
+    monkeypatch.setattr(fsmarks, "read", read)
+    assert lasting.save(state) == [(name_of(node), "not saved: it is written to")]
+    monkeypatch.undo()
+    reboot(state, monkeypatch)
+    lasting.resume_early(state)
+    assert "not saved" in lasting.resume(state)[0][1]
 
 
 def test_a_device_that_is_gone_after_the_boot_is_named(node: str, state: Path, mark: Mark, image: Path,

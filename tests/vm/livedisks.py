@@ -12,7 +12,7 @@ from pathlib import Path
 from stasis.block.frontend.node import load_module, wait_until
 from tests.live.writers import loop_device, zram_device
 from tests.vm.logwrites import dmsetup, mapped
-from tests.vm.machine import MIB, Disk, partition, run, wait_for
+from tests.vm.machine import MIB, Disk, mounted, partition, run, wait_for
 
 __all__ = ["KINDS", "LiveDisk", "error_table", "flakey", "linear", "md_raid1", "null_blk", "reloaded", "scsi_debug",
            "small_disk"]
@@ -202,7 +202,9 @@ def _brd(disks: list[Disk], where: Path) -> Iterator[LiveDisk]:
 
 @contextlib.contextmanager
 def _loop(disks: list[Disk], where: Path) -> Iterator[LiveDisk]:
-    with loop_device(where / "image", SIZE) as node:
+    """Over a file of a file system that takes direct I/O, which the guest's root does not everywhere."""
+    run("mkfs.ext4", "-q", disks[2].path)
+    with mounted(disks[2].path, where / "images") as images, loop_device(images / "image", SIZE) as node:
         yield LiveDisk([node], [node])
 
 

@@ -74,6 +74,9 @@ def _save_map(found: Tracker, files: DeviceFile) -> str:
         return "not saved: it has no file system that was unmounted in order and would tell of later writes"
     files.write_saved(mark)
     found.changes.finish(tracker.map_identity(found.record))
+    if found.count_changed() or _mark(found.identity.path) != mark:
+        found.turn()  # takes the clean flag back
+        return "not saved: it is written to"
     return SAVED
 
 
