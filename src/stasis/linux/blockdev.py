@@ -35,6 +35,8 @@ BLKPBSZGET = ioctl.IO(0x12, 123)
 BLKZEROOUT = ioctl.IO(0x12, 127)
 BLKGETDISKSEQ = ioctl.IOR(0x12, 128, 8)
 
+SYSFS = Path("/sys/dev/block")
+
 RANGE = struct.Struct("QQ")  # uint64_t range[2]: offset, length in bytes
 
 # Documentation/block/stat.rst: 0-based fields of /sys/dev/block/*/stat. Sectors are of 512 bytes.
@@ -101,7 +103,7 @@ def disk_sequence(fd: int) -> int | None:
 
 def sysfs_path(rdev: int) -> Path:
     """The directory of a device number (st_rdev) in sysfs; it need not exist."""
-    return Path(f"/sys/dev/block/{os.major(rdev)}:{os.minor(rdev)}")
+    return SYSFS / f"{os.major(rdev)}:{os.minor(rdev)}"
 
 
 def write_counters(fd: int) -> tuple[int, int] | None:

@@ -83,7 +83,11 @@ def identify(path: str) -> Identity:
     try:
         return _identity(path, real, fd)
     except OSError as error:
-        raise StasisError(f"{path} vanished: {error.strerror}", errno=error.errno or 0) from error
+        if not blockdev.SYSFS.is_dir():
+            raise UnsupportedError(f"nothing is known of {path}: there is no {blockdev.SYSFS}",
+                                   hint="mount sysfs on /sys, or run this outside of the container") from error
+        raise StasisError(f"{path} vanished: {error.strerror}", errno=error.errno or 0,
+                          hint="attach it again") from error
     finally:
         os.close(fd)
 

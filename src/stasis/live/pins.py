@@ -23,7 +23,7 @@ from stasis.live import kerneltypes, layout, programs
 from stasis.live.functions import FUNCTIONS, Maps
 from stasis.live.layout import SLOTS, Lost, Slot, slot_offset
 
-__all__ = ["Hooks", "directory_of", "locked", "remove", "try_loading"]
+__all__ = ["Hooks", "directory_of", "explain", "locked", "remove", "try_loading"]
 
 BPFFS = "/sys/fs/bpf"
 OUR_MOUNT = "stasis"
@@ -122,7 +122,7 @@ class Hooks:
             return cls(directory)
         except OSError as error:
             remove(directory)
-            raise _explain(error) from error
+            raise explain(error) from error
         except StasisError:
             remove(directory)
             raise
@@ -308,7 +308,7 @@ def _raise_memlock() -> None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def _explain(error: OSError) -> StasisError:
+def explain(error: OSError) -> StasisError:
     """What a refusal of bpf(2) means."""
     lockdown = _lockdown()
     if error.errno in (1, 13) and lockdown:

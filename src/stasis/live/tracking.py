@@ -95,6 +95,8 @@ def attach(files: DeviceFile, record: Record, *, write: bool = True) -> Record:
             taken = taken.on(slot, hooks.id, misses)
             if write:
                 files.write(taken)
+        except PermissionError as error:
+            raise pins.explain(error) from error
         finally:
             hooks.close()
     if bio_based:
@@ -106,6 +108,8 @@ def _loaded(directory: Path) -> Hooks:
     """The set of programs of a state directory, loaded anew if anything of it is gone."""
     try:
         hooks = Hooks(directory)
+    except PermissionError as error:  # not ours to replace
+        raise pins.explain(error) from error
     except OSError:
         return Hooks.load(directory)
     if hooks.missing():
