@@ -14,7 +14,7 @@ import resource
 import secrets
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stasis.errors import PermissionDeniedError, StasisError, UnsupportedError
@@ -164,13 +164,16 @@ class Hooks:
         """Store a 32-bit field of a slot."""
         INDEX.pack_into(self.table, slot_offset(index) + offset, value)
 
-    def look_at(self, index: int, activity: int) -> None:
-        """Compare what the kernel counted of a disk with what it had; less is a loss, as the disk was set up anew."""
+    def was_set_up(self, index: int, read_activity: Callable[[], int]) -> bool:
+        """Whether the kernel has counted less of a disk than it had: then the disk was set up anew, a sticky loss."""
         place = slot_offset(index) + Slot.ACTIVITY
-        if activity < EPOCH.unpack_from(self.table, place)[0]:
+        before: int = EPOCH.unpack_from(self.table, place)[0]  # first: others look, too, and what they see grows
+        activity = read_activity()
+        if 0 <= activity < before:
             self.set_field(index, Slot.LOST, self.field(index, Slot.LOST) | Lost.SET_UP)
-        else:
-            EPOCH.pack_into(self.table, place, activity)
+            return True
+        EPOCH.pack_into(self.table, place, max(activity, before))
+        return False
 
     def add(self, name: str, device: int, start: int, end: int, shift: int, bio_based: bool) -> int:
         """Track sectors `start` to `end` of a disk in blocks of 2^shift sectors; returns the slot. Under the lock.

@@ -149,7 +149,6 @@ class Tracker:
         missing = self._hooks.missing()
         if missing:
             return f"the program {missing} was detached"
-        self._hooks.look_at(self._record.slot, identity.read_activity(self.identity))
         flags = Lost(self._hooks.field(self._record.slot, Slot.LOST))
         if flags:
             return _why(flags)
@@ -159,9 +158,12 @@ class Tracker:
 
     def _lost_device(self) -> str:
         try:
-            return self.identity.difference(identity.identify(self.identity.path))
+            different = self.identity.difference(identity.identify(self.identity.path))
         except StasisError as error:
             return error.message
+        anew = not different and self._kernel().was_set_up(self._record.slot,
+                                                           lambda: identity.read_activity(self.identity))
+        return _why(Lost.SET_UP) if anew else different
 
     def check(self) -> None:
         """TrackingLostError if changes may have been missed. Writes no file: file systems may be frozen."""
