@@ -251,6 +251,47 @@ def test_a_file_that_cannot_be_taken_up_leaves_the_state_and_says_why(registry: 
     assert registry.of_device("sda", "sda", record.key) is None
 
 
+def test_one_that_rests_is_retired_and_not_dropped(registry: Registry, backend: FakeBackend) -> None:
+    record = _add(registry, State.ACTIVE_INCREMENTAL)
+    registry.rested(record)
+    assert (record.state, record.resting) == (State.DORMANT_INCREMENTAL, True)
+    for command in ("transition-to-snapshot", "expand-cow-file"):
+        assert _code(lambda command=command: COMMANDS[command](registry)) == errno.EINVAL
+    registry.woke(record, {"minor": 0, "error": 0})
+    assert (record.state, record.resting) == (State.ACTIVE_INCREMENTAL, False)
+    registry.rested(record)
+    registry.destroy(0)
+    assert backend.asked[-1] == ("sda", "retire")
+
+
+def test_one_that_rests_is_no_more_than_dormant_when_its_device_goes(registry: Registry, backend: FakeBackend) -> None:
+    record = _add(registry, State.ACTIVE_SNAPSHOT)
+    registry.rested(record)
+    registry.slept("sda")
+    assert (record.state, record.resting) == (State.DORMANT_SNAPSHOT, False)
+    registry.destroy(0)
+    assert backend.asked == []
+
+
+@pytest.mark.parametrize(("minor", "bdev", "number"), [
+    (3, "none", errno.EINVAL), (0, "none", errno.EBUSY), (1, "none", errno.ENOENT), (1, "file", errno.ENOTBLK),
+    (1, "sda", errno.EINVAL), (1, "sdb", errno.EINVAL), (1, "sdc", 0),
+])
+def test_a_live_device_is_checked_as_in_setup(registry: Registry, minor: int, bdev: str, number: int) -> None:
+    _add(registry, State.ACTIVE_SNAPSHOT)
+    assert _code(lambda: registry.enter(registry.new_live(minor, bdev, "/c"))) == number
+    assert (1 in registry.tracers) is (number == 0)
+
+
+def test_a_device_that_is_served_does_not_take_a_live_tracer_over(registry: Registry) -> None:
+    record = registry.new_live(0, "sdc", "/c")
+    record.mark = ("a generation", 3)
+    registry.enter(record)
+    assert _code(lambda: registry.new_live(1, "sdc", "/d")) == errno.EINVAL
+    assert registry.of_device("sdc", "/dev/sdc", record.key) is None
+    assert TracerRecord.from_dict(record.as_dict()) == record
+
+
 # -- the status file ----------------------------------------------------------------------------------------
 
 
