@@ -22,6 +22,8 @@ from stasis.live.direct import DirectReader
 
 BUSY_SIZE = 2 << 30
 IDLE_SIZE = 1 << 30
+INCREMENTAL_SIZE = 8 << 30
+"""Of a small device, what any backup costs (opening, locks, two waits for the kernel's programs) would be measured."""
 BLOCK = 64 << 10
 CHANGED_SHARE = 0.01
 FREEZE_MEDIAN, FREEZE_LONGEST = 60.0, 200.0
@@ -48,15 +50,19 @@ class _Place:
         """The statistics of one more backup."""
         with Repository.open(str(self.folder / "repo"), Secrets.none()) as repository:
             job = BackupJob([str(self.node)], run_dir=self.folder / "run", state_dir=self.folder / "state")
-            return dict(back_up(job, repository).backups[0].statistics)
+            return dict(back_up(job, lambda: repository).backups[0].statistics)
 
 
 @contextmanager
-def _place(bench: Bench, size: int) -> Iterator[tuple[Lab, _Place]]:
+def _place(bench: Bench, size: int, *, sparse: bool = False) -> Iterator[tuple[Lab, _Place]]:
     with bench.lab.scope() as lab:
         folder = tempfile.TemporaryDirectory(prefix="live-", dir=lab.directory)
         lab.on_exit(folder.cleanup)
-        node = Path(lab.run(["losetup", "--find", "--show", "--direct-io=on", lab.data_file("live.img", size)]).strip())
+        image = lab.path("live.img") if sparse else lab.data_file("live.img", size)
+        if sparse:
+            with open(image, "wb") as file:
+                file.truncate(size)
+        node = Path(lab.run(["losetup", "--find", "--show", "--direct-io=on", image]).strip())
         lab.on_exit(lambda: lab.run(["losetup", "--detach", node]))
         yield lab, _Place(lab, node, Path(folder.name))
 
@@ -109,12 +115,23 @@ def live_full_copy(bench: Bench) -> list[Row]:
 
 @group("live-incremental", tools=("losetup",), needs_root=True, suite="live")
 def live_incremental(bench: Bench) -> list[Row]:
-    """A backup after 1 % of a device changed, against reading just these blocks."""
+    """A backup after 1 % of a device changed, against reading just these blocks; as a note, of a device of 1 GiB.
+
+    The reading is as fast as we can: 32 direct reads at a time by io_uring, in this process, as the backup is.
+    """
+    values = _incrementals(bench, INCREMENTAL_SIZE, bench.rounds)
+    small = sorted(_incrementals(bench, IDLE_SIZE, bench.rounds))
+    title = f"backup after 1 % of {INCREMENTAL_SIZE >> 30} GiB changed / reading these blocks"
+    note = f"of {IDLE_SIZE >> 30} GiB {small[len(small) // 2]:.1f} times"
+    return [value_row("live-incremental", title, values, READ_TIMES, "times", note)]
+
+
+def _incrementals(bench: Bench, size: int, rounds: int) -> list[float]:
     values, draw = [], random.Random(1)
-    with _place(bench, IDLE_SIZE) as (lab, place):
+    with _place(bench, size, sparse=True) as (lab, place):
         place.back_up()
-        for _ in range(bench.rounds):
-            blocks = sorted(draw.sample(range(IDLE_SIZE // BLOCK), int(IDLE_SIZE // BLOCK * CHANGED_SHARE)))
+        for _ in range(rounds):
+            blocks = sorted(draw.sample(range(size // BLOCK), int(size // BLOCK * CHANGED_SHARE)))
             with open(place.node, "r+b", buffering=0) as device:
                 for block in blocks:
                     device.seek(block * BLOCK)
@@ -124,8 +141,7 @@ def live_incremental(bench: Bench) -> list[Row]:
             started = time.monotonic()
             place.back_up()
             values.append((time.monotonic() - started) / reading)
-    title = "backup after 1 % changed / reading these blocks"
-    return [value_row("live-incremental", title, values, READ_TIMES, "times")]
+    return values
 
 
 def _read(node: Path, blocks: list[int]) -> float:

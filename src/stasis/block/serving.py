@@ -10,7 +10,8 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from select import EPOLLIN
 from typing import TYPE_CHECKING, Any
@@ -24,16 +25,46 @@ from stasis.nbd.server import Server
 if TYPE_CHECKING:
     from stasis.nbd.tls import TlsConfig
 
+MOST_DESCRIPTORS = 64
+
 
 def read_config(arguments: list[str]) -> dict[str, Any]:
-    """The JSON object behind --config-fd, which is closed."""
+    """The JSON object behind --config-fd, which is closed; SystemExit where a socket ends without one.
+
+    From a socket the descriptors that it names come with it.
+    """
     parser = argparse.ArgumentParser(description="started by the stasis daemon")
     parser.add_argument("--config-fd", type=int, required=True)
     fd = parser.parse_args(arguments).config_fd
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        with socket.socket(fileno=fd) as sock:
+            return _received_config(sock)
     with os.fdopen(fd, "rb") as file:
         file.seek(0)
         config: dict[str, Any] = json.loads(file.read())
     return config
+
+
+def _received_config(sock: socket.socket) -> dict[str, Any]:
+    """A configuration that comes late, as `stasis.daemon.child.Prestarted` sends it."""
+    text, descriptors, _, _ = socket.recv_fds(sock, 1 << 16, MOST_DESCRIPTORS)
+    while more := sock.recv(1 << 16):
+        text += more
+    if not text:
+        raise SystemExit(0)
+    message = json.loads(text)
+    config: dict[str, Any] = _renumbered(message["configuration"], dict(zip(message["descriptors"], descriptors,
+                                                                            strict=True)))
+    return config
+
+
+def _renumbered(value: Any, numbers: Mapping[int, int], name: str = "") -> Any:
+    """The same with the numbers that descriptors have here: they are what names in `_fd` and `_fds` stand for."""
+    if isinstance(value, dict):
+        return {key: _renumbered(item, numbers, key) for key, item in value.items()}
+    if name.endswith("_fds"):
+        return [numbers[number] for number in value]
+    return numbers[value] if name.endswith("_fd") and value is not None else value
 
 
 def start_servers(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,14 +72,19 @@ def plan_backup(job: BackupJob, repository: Repository) -> list[Plan]:
         return plan(sources.planned(), repository, job.options(sources))
 
 
-def back_up(job: BackupJob, repository: Repository, progress: Progress | None = None) -> CreateResult:
+def back_up(job: BackupJob, opened: Callable[[], Repository], progress: Progress | None = None) -> CreateResult:
     """Take a snapshot of the sources and store it. Live devices are copied while they are written before that.
+
+    opened: waits for the repository. It is called once there is nothing left to do without one: opening is one long
+    computation, beside which the sources are made ready. Whoever opened it closes it.
 
     Whatever ends it, signals included, the snapshot is destroyed and the second hook has run. A hook that failed after
     the snapshot makes the exit code FAILURE, if it was OK. Raises what `SourceSet`, `Hooks` and `create` raise.
     """
     with interrupted_by_sigterm(), job.open_sources() as sources:
         sources.lock()
+        sources.prepare()
+        repository = opened()
         options = replace(job.options(sources), set_id=str(uuid.uuid4()))
         hooks = Hooks(job.before, job.after, sources.names, options.set_id)
         with repository.lock_shared(PURPOSE, wait=job.wait) as lease, contextlib.ExitStack() as stack:

@@ -11,6 +11,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import stasis
 from stasis.errors import DaemonError
 from stasis.linux import process
 
-__all__ = ["NICE_IN_PATH", "Child", "environment", "last_line", "set_priority", "spawn", "spawned"]
+__all__ = ["NICE_IN_PATH", "Child", "Prestarted", "environment", "last_line", "set_priority", "spawn", "spawned"]
 
 NICE_IN_PATH = -5
 """For what stands in the path of I/O: workers, and the daemon while it holds them. Only root can have it."""
@@ -103,17 +104,56 @@ def spawn(module: str, configuration: dict[str, Any], descriptors: Sequence[int]
     """
     config_fd = _memory_file(configuration)
     try:
+        popen = _start(module, config_fd, descriptors, log)
+    finally:
+        os.close(config_fd)
+    set_priority(popen.pid, nice)
+    return Child(popen.pid, popen)
+
+
+def _start(module: str, config_fd: int, descriptors: Sequence[int], log: Path) -> subprocess.Popen[bytes]:
+    try:
         with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "wb") as output:
-            popen = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-m", module, "--config-fd", str(config_fd)], stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, pass_fds=[config_fd, *descriptors], start_new_session=True,
                 env=environment() | {LOG_VARIABLE: str(log)})
     except OSError as error:
         raise DaemonError(f"{module} cannot be started: {error.strerror}", errno=error.errno or 0) from error
-    finally:
-        os.close(config_fd)
-    set_priority(popen.pid, nice)
-    return Child(popen.pid, popen)
+
+
+class Prestarted:
+    """A process that loads its modules while its configuration is yet to be made. Given none, it ends; so it does when
+    the daemon dies."""
+
+    def __init__(self, module: str, log: Path) -> None:
+        """Start `python -m module`. Raises DaemonError."""
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._popen = _start(module, theirs.fileno(), [], log)
+            except DaemonError:
+                self._socket.close()
+                raise
+
+    def go(self, configuration: dict[str, Any], descriptors: Sequence[int]) -> Child | None:
+        """Hand over what `spawn` takes. None if the process has died."""
+        numbers = list(descriptors)
+        message = json.dumps({"configuration": configuration, "descriptors": numbers}).encode()
+        try:
+            with self._socket:
+                sent = socket.send_fds(self._socket, [message], numbers)
+                self._socket.sendall(message[sent:])
+            return Child(self._popen.pid, self._popen)
+        except OSError:
+            self.close()
+            return None
+
+    def close(self) -> None:
+        """Have it end, and wait for that."""
+        self._socket.close()
+        self._popen.kill()
+        self._popen.wait()
 
 
 def spawned(directory: Path) -> list[int]:

@@ -72,13 +72,13 @@ class Client(TracerCalls):
         return True
 
     def _open(self) -> Any:
-        import varlink  # here, so that help and completion do not pay for it
-
-        connector = varlink.Client()
-        connector.add_interface(varlink.Interface(description()))
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.connect(str(self.directories.control_socket))
+            import varlink  # here, so that help and completion do not pay for it, nor who finds no daemon
+
+            connector = varlink.Client()
+            connector.add_interface(varlink.Interface(description()))
             return connector.open(NAME, connection=sock)
         except BaseException:
             sock.close()  # the library's own way of connecting leaves it open
@@ -159,17 +159,18 @@ class Client(TracerCalls):
     # -- snapshots --------------------------------------------------------------------------------
 
     def create_snapshot(self, storage: StrPath | int, devices: Sequence[str] = (), *, limit: int | None = None,
-                        chunk: int | None = None, take: bool = False, bitmaps: Sequence[int] = (),
+                        chunk: int | None = None, take: bool = False, soon: bool = False, bitmaps: Sequence[int] = (),
                         tcp: str | None = None, tls_certificates: StrPath | None = None,
                         tls_psk: StrPath | None = None) -> Snapshot:
         """Make a snapshot of some devices; nothing is left behind if that fails.
 
         `storage` is a file, directory or block device, "memory", or an open descriptor; it grows up to `limit`.
+        soon: `take` is going to be called in a moment, so what the images need is started already.
         Raises StorageError, NotFoundError, BusyError, and what `take` raises.
         """
         where: dict[str, Any] = {"storage_fd": storage} if isinstance(storage, int) else {
             "storage": "memory" if storage == "memory" else os.path.abspath(storage)}
-        answer = self._call("CreateSnapshot", devices=list(devices), limit=limit, chunk=chunk, take=take,
+        answer = self._call("CreateSnapshot", devices=list(devices), limit=limit, chunk=chunk, take=take, soon=soon,
                             bitmaps=list(bitmaps), tcp=tcp, tls_certificates=_absolute(tls_certificates),
                             tls_psk=_absolute(tls_psk), **where)
         return model.from_dict(Snapshot, answer["snapshot"])

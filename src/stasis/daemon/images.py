@@ -28,6 +28,11 @@ class ImageKeeper:
         self._lock = lock
         self._making = threading.Lock()
 
+    def prestart(self, snapshot: Snapshot) -> None:
+        """Have the servers load what they need: the take comes soon."""
+        for member in snapshot.members.values():
+            self.make(snapshot, member, None).prestart()
+
     def listen(self, snapshot: Snapshot) -> None:
         """Bind the sockets of the images before anything is taken: it can fail, and clients may queue."""
         tcp = None
@@ -35,7 +40,8 @@ class ImageKeeper:
             tcp = sockets.parse_address(snapshot.tcp, snapshot.tls_certificates, snapshot.tls_psk)
         for index, member in enumerate(snapshot.members.values()):
             address = None if tcp is None else sockets.nth_port(tcp, index)
-            image = self.make(snapshot, member, address)
+            image = snapshot.images.get(member.name) or self.make(snapshot, member, None)
+            image.tcp = address
             image.listen()
             member.tcp = image.tcp_address
 

@@ -96,14 +96,15 @@ class Methods(DattoMethods):
 
     @method
     def CreateSnapshot(self, devices: list[str], storage: str | None, storage_fd: int | None, limit: int | None,
-                       chunk: int | None, take: bool | None, bitmaps: list[int] | None, tcp: str | None,
-                       tls_certificates: str | None, tls_psk: str | None, _request: socket.socket) -> Answer:
+                       chunk: int | None, take: bool | None, soon: bool | None, bitmaps: list[int] | None,
+                       tcp: str | None, tls_certificates: str | None, tls_psk: str | None,
+                       _request: socket.socket) -> Answer:
         fd = None if storage_fd is None else _peer_descriptor(_request, storage_fd)
         try:
             if fd is None and storage != "memory":
                 _absolute(storage, "storage")
             options = SnapshotOptions("descriptor" if fd is not None else str(storage), fd, limit, chunk,
-                                      bitmaps or [], tcp, tls_certificates, tls_psk)
+                                      bitmaps or [], tcp, tls_certificates, tls_psk, soon=bool(soon))
             engine = self._engines.of_devices(devices)
             return _snapshot(engine, engine.create(options, devices, take=bool(take)))
         finally:

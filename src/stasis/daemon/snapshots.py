@@ -37,7 +37,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SnapshotOptions:
-    """What a snapshot is created with. Sizes in bytes; `storage` is a path, "memory" or "descriptor"."""
+    """What a snapshot is created with. Sizes in bytes; `storage` is a path, "memory" or "descriptor".
+
+    soon: it is going to be taken in a moment, so what can be started for that is.
+    """
 
     storage: str
     storage_fd: int | None = None
@@ -47,6 +50,7 @@ class SnapshotOptions:
     tcp: str | None = None
     tls_certificates: str | None = None
     tls_psk: str | None = None
+    soon: bool = False
 
 
 class SnapshotKeeper:
@@ -89,6 +93,8 @@ class SnapshotKeeper:
                 self.snapshots[uuid] = snapshot
                 if take:
                     self.take(uuid)
+                elif options.soon:
+                    self.images.prestart(snapshot)
             except BaseException:
                 self.remove(snapshot)
                 raise

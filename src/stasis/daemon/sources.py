@@ -76,7 +76,7 @@ class _Wanted:
 
 
 class SourceSet:
-    """The sources of one run: names first, then `lock`, then `take`; a context manager that undoes it all."""
+    """The sources of one run: names first, then `lock`, `prepare` and `take`; a context manager that undoes it all."""
 
     def __init__(self, words: Sequence[str], *, name: str | None = None, storage: SnapshotStorage | None = None,
                  live: LiveOptions | None = None, skip_unreadable: bool = False,
@@ -90,7 +90,7 @@ class SourceSet:
         self._devices: list[Device] | None = None
         self._stack = contextlib.ExitStack()
         self._locks: dict[str, RunLock] = {}
-        self._taken: str | None = None
+        self._made: str | None = None
         self._ending: threading.Thread | None = None
         try:
             self._wanted = [self._understand(word) for word in words]
@@ -211,6 +211,15 @@ class SourceSet:
 
     # -- the instant --------------------------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Make the snapshot that `take` takes, so that what it needs starts while other things are done.
+
+        Raises BusyError and StorageError.
+        """
+        names = [wanted.device.name for wanted in self._wanted if wanted.device and wanted.snapshot is None]
+        if names:
+            self._make(names)
+
     def begin_live(self, repository: Repository, options: CreateOptions, progress: Progress) -> Precopy | None:
         """Copy live devices while they are written, until little is left; None without any. Raises BusyError."""
         live = self._open_live()
@@ -239,59 +248,56 @@ class SourceSet:
                 ("the run directory", str(self.directories.run))]
 
     def take(self) -> list[PointInTimeSource]:
-        """Take the snapshot, at rest with the live devices, and open everything.
+        """Take the snapshot that was prepared, at rest with the live devices, and open everything.
 
         Raises BusyError, StorageError and what else `take` raises.
         """
-        names = [wanted.device.name for wanted in self._wanted if wanted.device and wanted.snapshot is None]
-        made = self._make(names) if names else None
         if self._live is None:
-            taken = self._take(made)
+            taken = self._take()
         else:
             with deferred_interrupts():  # a file system is not left frozen for the time of an exception
-                taken = self._live.take(lambda: self._take(made))
+                taken = self._live.take(self._take)
         return [self._open(wanted, taken) for wanted in self._wanted]
 
-    def _make(self, names: Sequence[str]) -> str:
-        """A snapshot of served devices that is yet to be taken; its UUID."""
+    def _make(self, names: Sequence[str]) -> None:
+        """A snapshot of served devices that is yet to be taken."""
         client = self._client
         assert client is not None
         with deferred_interrupts():
             made = self._create(client, names)
             self._stack.callback(self._forget, made.id)
-            self._taken = made.id
+            self._made = made.id
             for lock in self._locks.values():
                 lock.write({"snapshot": made.id})
-        return made.id
 
-    def _take(self, made: str | None) -> Snapshot | None:
-        if made is None:
+    def _take(self) -> Snapshot | None:
+        if self._made is None:
             return None
         assert self._client is not None
-        return self._client.take(made)
+        return self._client.take(self._made)
 
     def _create(self, client: daemon.Client, names: Sequence[str]) -> Snapshot:
         try:
-            return client.create_snapshot(self._storage.path, names, limit=self._storage.limit)
+            return client.create_snapshot(self._storage.path, names, limit=self._storage.limit, soon=True)
         except BusyError as error:
             hint = f"{error.hint}; or back up that snapshot, as UUID:NAME" if error.hint else ""
             raise BusyError(error.message, hint=hint, errno=error.errno) from error
 
     def release(self) -> None:
         """Nothing is read any more: destroy the snapshot beside what else is done. If that fails, the end does it."""
-        if self._taken is not None:
-            self._ending = threading.Thread(target=self._try_to_destroy, args=(self._taken,), daemon=True)
+        if self._made is not None:
+            self._ending = threading.Thread(target=self._try_to_destroy, args=(self._made,), daemon=True)
             self._ending.start()
 
     def _try_to_destroy(self, uuid: str) -> None:
         with contextlib.suppress(StasisError):
             self._destroy(uuid)
-            self._taken = None
+            self._made = None
 
     def _forget(self, uuid: str) -> None:
         if self._ending is not None:
             self._ending.join()
-        if self._taken is not None:
+        if self._made is not None:
             self._destroy(uuid)
         for lock in self._locks.values():
             lock.write({})

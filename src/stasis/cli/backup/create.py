@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import threading
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stasis.cli import output
-from stasis.cli.backup.options import add_repository, open_repository
+from stasis.cli.backup.options import add_repository, open_repository, secrets_of
 from stasis.cli.backup.selecting import describe, tag_list
 from stasis.cli.options import add_command, percentage, seconds, size
 from stasis.errors import UsageError
@@ -100,15 +101,15 @@ def create(arguments: argparse.Namespace) -> int:
 
     _check(arguments)
     with report(arguments) as reporter:
-        with _open(arguments) as repository:
+        with _opening(arguments) as opened:
             from stasis.daemon.backups import back_up, plan_backup
 
             job = _job(arguments)
             if arguments.dry_run:
-                plans = plan_backup(job, repository)
+                plans = plan_backup(job, opened())
                 reporter.finish({"dry_run": True, "plans": [plan.as_dict() for plan in plans]}, _plan_text(plans))
                 return 0
-            result = back_up(job, repository, reporter.progress)
+            result = back_up(job, opened, reporter.progress)
         for warning in result.warnings:
             reporter.warn(warning)
         reporter.finish(_fields(result), "\n".join(_sentence(backup) for backup in result.backups))
@@ -130,16 +131,22 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{arguments.host!r} cannot be the name of a host", hint="use characters that can be seen")
 
 
-def _open(arguments: argparse.Namespace) -> Repository:
-    """The repository. Opening it is one long computation, during which the rest of the program is loaded."""
-    importlib.import_module("stasis.backup.repo")  # first: opening need not wait for all that the thread loads
-
-    loading = threading.Thread(target=importlib.import_module, args=("stasis.daemon.backups",))
-    loading.start()
-    try:
-        return open_repository(arguments, read_only=arguments.dry_run)
-    finally:
-        loading.join()
+@contextlib.contextmanager
+def _opening(arguments: argparse.Namespace) -> Iterator[Callable[[], Repository]]:
+    """Waits for the repository, which another thread opens: that is one long computation without the interpreter lock,
+    during which the program is loaded and the sources are made ready. It is closed at the end."""
+    open_ = partial(open_repository, arguments, read_only=arguments.dry_run)
+    with ThreadPoolExecutor(1) as pool:
+        opening: Future[Repository] = Future()
+        if secrets_of(arguments).given:
+            opening = pool.submit(open_)
+        else:  # somebody may have to be asked, which a thread would not be interrupted in
+            opening.set_result(open_())
+        try:
+            yield opening.result
+        finally:
+            if opening.exception() is None:
+                opening.result().close()
 
 
 def _job(arguments: argparse.Namespace) -> BackupJob:

@@ -92,7 +92,10 @@ class DrivenSnapshots:
     # -- before the take --------------------------------------------------------------------------
 
     def create(self, options: SnapshotOptions, names: Sequence[str]) -> DrivenSnapshot:
-        """Make a snapshot of devices of one module. Raises what the module says; nothing is left behind then."""
+        """Make a snapshot of devices of one module. Raises what the module says; nothing is left behind then.
+
+        Nothing is started ahead of the take: its images are the module's.
+        """
         devices = [self._devices.find(name) for name in names]
         _refuse_options(options)
         if len({device.record.driver for device in devices}) != 1:
