@@ -37,7 +37,7 @@ from stasis.backup.repo.delta import (
     with_bit,
     without_bit,
 )
-from stasis.backup.repo.index import ZERO
+from stasis.backup.repo.index import ZERO, Index, IndexBuilder, is_whole
 from stasis.backup.restore import RestoreOptions, apply, restore, verify
 from stasis.block.copy.plan import clip, merge, total
 from stasis.errors import DamagedError
@@ -143,7 +143,6 @@ def test_no_other_bytes_are_a_delta(content: bytes) -> None:
     except ValueError:
         return
     assert encode(delta) == content
-    assert not is_delta(delta.base)
 
 
 @given(st.lists(extents(), min_size=1, max_size=5), st.randoms())
@@ -172,13 +171,13 @@ def test_names_tell_pack_and_place(drawn: list[tuple[bytes, bool, int]]) -> None
     assert [place_of(name) for name in names if is_delta(name)] == [place for _, delta, place in drawn if delta]
 
 
-@pytest.mark.parametrize(("base", "places", "data"), [
-    (with_bit(BASE), [(0, 1)], b"x"), (ZERO, [(0, 1)], b"x"), (BASE, [], b""), (BASE, [(0, 0)], b""),
-    (BASE, [(5, 1), (5, 1)], b"xy"), (BASE, [(5, 1), (0, 1)], b"xy"), (BASE, [(0, 2)], b"x"), (BASE, [(0, 1)], b"xy"),
+@pytest.mark.parametrize(("places", "data"), [
+    ([], b""), ([(0, 0)], b""), ([(5, 1), (5, 1)], b"xy"), ([(5, 1), (0, 1)], b"xy"), ([(0, 2)], b"x"),
+    ([(0, 1)], b"xy"),
 ])
-def test_what_no_delta_can_be(base: bytes, places: list[tuple[int, int]], data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"extents|base"):
-        make_delta(base, places, memoryview(data))
+def test_what_no_delta_can_be(places: list[tuple[int, int]], data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"extents|data"):
+        make_delta(BASE, places, memoryview(data))
 
 
 def test_a_delta_past_the_end_of_its_chunk_is_refused() -> None:
@@ -226,7 +225,7 @@ def test_every_changed_byte_is_read_and_little_else(changes: list[tuple[int, int
 
 def test_a_scattered_change_is_stored_as_a_delta_and_restored(history: History, tmp_path: Path) -> None:
     full, second = (history.names(backup) for backup, _ in history.made)
-    assert [is_delta(name) for name in second] == [True, False, False, False, False, False, False]
+    assert [is_delta(name) for name in second] == [True, False, True, False, False, False, False]
     assert [a == b for a, b in zip(full, second, strict=True)] == [False, True, False, True, False, True, False]
     assert history.made[1][0].statistics["bytes_read"] == BLOCK + BLOCK + CHUNK + SIZE - 6 * CHUNK
     for backup, data in history.made:
@@ -234,15 +233,65 @@ def test_a_scattered_change_is_stored_as_a_delta_and_restored(history: History, 
         assert verify(history.repository, backup).bytes_checked > 0
 
 
-def test_deltas_never_stand_on_deltas_and_end_as_a_whole_chunk(history: History, tmp_path: Path) -> None:
-    base = history.names(history.made[0][0])[0]
+def test_deltas_are_laid_over_deltas_then_made_one_and_end_as_a_whole_chunk(history: History, tmp_path: Path) -> None:
+    names = [history.names(backup)[0] for backup, _ in history.made]
     for block in range(1, 9):
         backup = history.back_up((block * BLOCK, 5))
-        found = history.repository.index(backup).bases(0)
-        assert found in ({0: base}, {})
-        assert is_delta(history.names(backup)[0]) == (block < 8)  # nine blocks of sixteen
+        names.append(history.names(backup)[0])
+        below = history.repository.index(backup).chains(0).get(0, ())
+        if block == 8:  # nine blocks of sixteen
+            assert not is_delta(names[-1])
+            assert below == ()
+        elif block == 4:
+            assert below == (names[0],)
+        else:
+            assert below[0] == names[-2]
+            assert below[-1] == names[0]
+            assert len(below) == block % 4 + 1
     for backup, data in history.made:
         assert restored(history.repository, backup, tmp_path / "image") == data
+
+
+def test_only_small_deltas_are_laid_over_others(history: History, tmp_path: Path) -> None:
+    for blocks, links in ((2, 2), (3, 1)):
+        backup = history.back_up((CHUNK - blocks * BLOCK, blocks * BLOCK))
+        assert len(history.repository.index(backup).chain(0)) == links
+        assert restored(history.repository, backup, tmp_path / "image") == history.made[-1][1]
+
+
+def test_what_was_zeroes_is_a_delta_over_nothing_and_zeroes_stay_nothing(history: History, tmp_path: Path) -> None:
+    history.disk.write(2 * CHUNK, bytes(CHUNK))
+    assert history.names(history.back_up())[2] == ZERO
+    history.disk.write(2 * CHUNK + BLOCK, bytes(BLOCK))
+    assert history.names(history.back_up())[2] == ZERO
+    backup = history.back_up((2 * CHUNK, 10))
+    assert history.repository.index(backup).chain(2) == (ZERO,)
+    assert check(history.repository, read_share=1).problems == []
+    assert restored(history.repository, backup, tmp_path / "image") == history.made[-1][1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=4)),
+                max_size=6))
+def test_an_index_gives_back_its_chains(drawn: list[tuple[int, list[bytes]]]) -> None:
+    saved: dict[bytes, bytes] = {}
+
+    def save(content: bytes) -> bytes:
+        saved[name := without_bit(b"%32d" % len(saved))] = content
+        return name
+
+    builder, model = IndexBuilder(6 * CHUNK, CHUNK, None, save), {}
+    for number, names in drawn:
+        chain = (*map(with_bit, names[:-1]), without_bit(names[-1]))
+        builder.set(number, pack_name(names[0]), chain)
+        model[number] = chain
+    index = Index(6 * CHUNK, CHUNK, builder.finish(), lambda name, length: saved[name])
+    assert dict(index.chains(0)) == model
+    assert all(index.chain(number) == chain for number, chain in model.items())
+    for content in saved.values():
+        assert is_whole(content, 6 * 32)
+        assert not is_whole(content[:-32], 6 * 32) or not model
+        assert not is_whole(content + BASE, 6 * 32)
+        assert not is_whole(content + with_bit(BASE), 6 * 32)
 
 
 def test_a_base_stays_as_long_as_a_delta_needs_it(history: History, tmp_path: Path) -> None:
@@ -289,13 +338,14 @@ def test_a_delta_under_the_name_of_another_is_refused(history: History) -> None:
 
 def test_a_place_that_the_pack_has_not_is_refused(history: History) -> None:
     name = history.names(history.made[1][0])[0]
-    with pytest.raises(DamagedError, match="it has no delta 1"):
-        history.repository.chunk_reader().fetch(in_pack(name, 1), memoryview(bytearray(CHUNK)))
+    with pytest.raises(DamagedError, match="it has no delta 2"):
+        history.repository.chunk_reader().fetch(in_pack(name, 2), memoryview(bytearray(CHUNK)))
 
 
 def test_deltas_share_objects(history: History, tmp_path: Path) -> None:
     backup = history.back_up(*((number * CHUNK + 5 * BLOCK, 3 * BLOCK) for number in (0, 1, 3, 5)))
-    deltas = [name for name in history.names(backup) if is_delta(name)]
+    before = history.names(history.made[1][0])
+    deltas = [name for name in history.names(backup) if is_delta(name) and name not in before]
     assert [place_of(name) for name in deltas] == [0, 1, 2, 3]
     assert len({objects_of(name) for name in deltas}) == backup.statistics["chunks_new"] == 1
     history.repository.remove_backups([made.id for made, _ in history.made[:-1]])
@@ -316,7 +366,7 @@ def test_a_pack_is_no_larger_than_a_chunk(history: History, tmp_path: Path) -> N
 
 def test_a_parent_whose_delta_is_damaged_makes_a_full_backup(history: History) -> None:
     object_path(history.repository, history.names(history.made[1][0])[0]).write_bytes(b"no object")
-    backup = history.back_up((BLOCK, 9))
+    backup = history.back_up((BLOCK, 3 * BLOCK))  # too much for another delta over it
     assert (backup.kind, "cannot be built upon" in backup.note) == ("full", True)
 
 

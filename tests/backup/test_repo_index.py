@@ -61,32 +61,34 @@ changes = st.dictionaries(st.integers(0, 39), st.integers(-5, 5))  # a negative 
 @given(st.lists(changes, max_size=4), st.integers(1, 40))
 def test_a_history_of_indexes_is_a_history_of_dictionaries(history: list[dict[int, int]], count: int) -> None:
     segments, parent, model = Segments(), None, dict.fromkeys(range(count), ZERO)
-    bases: dict[int, bytes] = {}
+    chains: dict[int, tuple[bytes, ...]] = {}
     for change in history:
         builder = segments.builder(count * CHUNK, parent)
         for number, value in sorted(change.items()):
             if number < count:
-                bases.pop(number, None)
+                chains.pop(number, None)
                 model[number] = ZERO if value == 0 else chunk_name(value) if value > 0 else delta_name(value)
                 if value < 0:
-                    bases[number] = chunk_name(100 + number)
-                builder.set(number, model[number], bases.get(number))
+                    chains[number] = (*(delta_name(-one) for one in range(100, 100 - value)), chunk_name(100 + number))
+                builder.set(number, model[number], chains.get(number, ()))
                 builder.settled(number)
         parent = segments.index(count * CHUNK, builder.finish())
         assert list(parent.names()) == [model[number] for number in range(count)]
         assert [parent.name(number) for number in range(count)] == list(model.values())
         assert list(parent.names(3, 7)) == list(model.values())[3:10]
-        found = {8 * n + place: base for n in range(-(-count // 8)) for place, base in parent.bases(n).items()}
-        assert found == bases
-        assert set(parent.needed()) | {ZERO} == {*model.values(), *bases.values(), ZERO}
+        found = {8 * n + place: chain for n in range(-(-count // 8)) for place, chain in parent.chains(n).items()}
+        assert found == chains
+        below = {name for chain in chains.values() for name in chain}
+        assert set(parent.needed()) | {ZERO} == {*model.values(), *below, ZERO}
 
 
-def test_a_delta_has_a_base_and_nothing_else_has() -> None:
-    builder = Segments().builder(CHUNK)
-    with pytest.raises(ValueError, match="base"):
-        builder.set(0, delta_name(1))
-    with pytest.raises(ValueError, match="base"):
-        builder.set(0, chunk_name(1), chunk_name(2))
+@pytest.mark.parametrize(("name", "chain"), [
+    (delta_name(1), ()), (delta_name(1), (delta_name(2),)), (chunk_name(1), (chunk_name(2),)),
+    (delta_name(1), (chunk_name(2), chunk_name(3))), (chunk_name(1), (delta_name(2), chunk_name(3))),
+])
+def test_a_chain_belongs_to_a_delta_and_ends_with_what_is_none(name: bytes, chain: tuple[bytes, ...]) -> None:
+    with pytest.raises(ValueError, match="chain"):
+        Segments().builder(CHUNK).set(0, name, chain)
 
 
 @pytest.mark.parametrize("cut", [-32, -1, 1, 32])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunks of which little changed: only that is read, and stored as a delta over what the parent has there.
 
-Which chunks these are is decided from the change map and the parent's index alone. A chunk whose parent holds a delta
-itself gets a new delta over the same base with both their data, so no chunk is ever made of more than two objects; once
-so much of it has changed that this saves little, it is read and stored whole. Where the parent has zeroes the rest of
-the chunk is known, and it is stored whole without being read.
+Which chunks these are is decided from the change map and the parent's index alone. A small delta is laid over whatever
+the parent has, so that nothing but the change is read and written. That makes chains, which a restore has to walk; so a
+delta that would make one too long, or that is not small, takes up what the deltas below it hold, and where that saves
+little the chunk is read and stored whole.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from stasis.block.copy.plan import merge, total
 
 if TYPE_CHECKING:
     from stasis.backup.repo import ChunkReader, ChunkWriter, Index, Repository, StoredChunk
+    from stasis.backup.repo.index import Chain
 
 __all__ = ["DeltaMaker", "Part", "split_changes"]
 
 LARGEST_SHARE = 2  # a delta holds at most the 2nd part of its chunk
+LAID_SHARE = 8  # and one that is laid over others the 8th
+LONGEST_CHAIN = 4  # deltas over one another
 ZERO = bytes(32)
 PACK_HEAD = 4
-Placed = tuple[int, bytes, bytes]
-"""Number of a chunk, and the names of its delta and of that one's base."""
+Made = tuple[int, Delta, "Chain"]
+"""A chunk's number and delta, and what that is laid over."""
+Placed = tuple[int, bytes, "Chain"]
+"""The same with the name of the delta."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,39 +93,45 @@ class DeltaMaker:
         self._reader: ChunkReader = repository.chunk_reader()
         self._room = memoryview(bytearray(repository.chunk_size))
 
-    def make(self, part: Part, data: memoryview) -> Delta | StoredChunk | None:
+    def make(self, part: Part, data: memoryview) -> Made | StoredChunk | None:
         """A delta of what was read of a part, or where the chunk went. None where it is to be read whole.
 
-        Raises DamagedError when the parent's delta is.
+        Raises DamagedError when what the parent has is.
         """
-        held, chunk = self._parent.name(part.number), part.number * self._parent.chunk_size
-        extents = [(offset - chunk, length) for offset, length in part.extents]
-        if held == ZERO:
-            return self._over_zeroes(extents, data, self._parent.chunk_length(part.number))
-        if is_delta(held):
-            delta = self._reader.delta(held).overlaid(extents, data, self._room)
-        else:
-            delta = make_delta(held, extents, data)
-        if len(delta.data) > _largest(self._parent, part.number):
-            return None
-        return delta
+        number, held = part.number, self._parent.name(part.number)
+        start, largest = number * self._parent.chunk_size, _largest(self._parent, number)
+        extents = [(offset - start, length) for offset, length in part.extents]
+        if held == ZERO and (len(data) > largest or not data.tobytes().strip(b"\0")):
+            return self._over_zeroes(extents, data, self._parent.chunk_length(number))
+        below = (held, *self._parent.chain(number)) if is_delta(held) else (held,)
+        if len(below) == 1 or (len(below) <= LONGEST_CHAIN and len(data) <= 2 * largest // LAID_SHARE):
+            return number, make_delta(held, extents, data), below
+        merged = self._merged(below[:-1]).overlaid(extents, data, self._room)
+        return None if len(merged.data) > largest else (number, merged, below[-1:])
 
-    def store(self, made: Sequence[tuple[int, Delta]]) -> Iterator[tuple[StoredChunk, list[Placed]]]:
+    def _merged(self, names: Sequence[bytes]) -> Delta:
+        """One delta for those that are laid over one another, the newest first."""
+        merged, *later = map(self._reader.delta, reversed(names))
+        for delta in later:
+            merged = merged.overlaid(delta.extents, delta.data, self._room)
+        return merged
+
+    def store(self, made: Sequence[Made]) -> Iterator[tuple[StoredChunk, list[Placed]]]:
         """Store deltas, as many in an object as are not more than a chunk; each object, and what it holds."""
-        pack: list[tuple[int, Delta]] = []
+        pack: list[Made] = []
         length = 0
-        for number, delta in made:
-            if pack and length + packed_length(delta) > self._parent.chunk_size - PACK_HEAD:
+        for one in made:
+            if pack and length + packed_length(one[1]) > self._parent.chunk_size - PACK_HEAD:
                 yield self._store_pack(pack)
                 pack, length = [], 0
-            pack.append((number, delta))
-            length += packed_length(delta)
+            pack.append(one)
+            length += packed_length(one[1])
         if pack:
             yield self._store_pack(pack)
 
-    def _store_pack(self, pack: Sequence[tuple[int, Delta]]) -> tuple[StoredChunk, list[Placed]]:
-        stored, names = self._writer.store_deltas([delta for _, delta in pack])
-        return stored, [(number, name, delta.base) for (number, delta), name in zip(pack, names, strict=True)]
+    def _store_pack(self, pack: Sequence[Made]) -> tuple[StoredChunk, list[Placed]]:
+        stored, names = self._writer.store_deltas([delta for _, delta, _ in pack])
+        return stored, [(number, name, below) for (number, _, below), name in zip(pack, names, strict=True)]
 
     def _over_zeroes(self, extents: Sequence[Extent], data: memoryview, length: int) -> StoredChunk:
         chunk = self._room[:length]

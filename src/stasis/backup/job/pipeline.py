@@ -19,7 +19,6 @@ from stasis.backup.job.plan import ChunkRange, chunk_extents
 from stasis.backup.job.reading import ReadErrors, read_chunks
 from stasis.backup.job.resume import ResumeFile
 from stasis.backup.job.work import Batch, open_ended, pack
-from stasis.backup.repo.delta import Delta
 from stasis.backup.source import Extent, PointInTimeSource
 from stasis.backup.sources.stream import StreamSource
 from stasis.block.copy.transfer import Crew
@@ -243,16 +242,16 @@ class _Lane:
             position += part.length
             if one is None:
                 whole.append(part.number)
-            elif isinstance(one, Delta):
-                made.append((part.number, one))
+            elif isinstance(one, tuple):
+                made.append(one)
             else:
                 task.builder.set(part.number, one.name)
                 done.count(one)
         for stored, placed in deltas.store(made):
             done.count(stored)
             done.deltas += len(placed)
-            for number, name, base in placed:
-                task.builder.set(number, name, base)
+            for number, name, below in placed:
+                task.builder.set(number, name, below)
         self._pipeline.count(done)
         return whole
 

@@ -19,7 +19,8 @@ from stasis.errors import DamagedError, NotFoundError
 
 __all__ = ["ChunkReader", "ChunkWriter", "Namer", "StoredChunk", "object_name"]
 
-PACKS_KEPT = 4
+DEEPEST = 64  # deltas over one another; writers make far fewer
+PACK_MEMORY = 4 << 20
 T = TypeVar("T")
 
 
@@ -102,15 +103,18 @@ class ChunkWriter:
 class ChunkReader:
     """Fetches chunks. A thread has one of its own."""
 
-    def __init__(self, store: Store, codec: Codec, namer: Namer) -> None:
+    def __init__(self, store: Store, codec: Codec, namer: Namer, pack_memory: int = PACK_MEMORY) -> None:
+        """pack_memory: bytes of deltas that are kept, since neighbours lie together and are asked for next."""
         self._store = store
         self._codec = codec
         self._namer = namer
+        self._pack_memory = pack_memory
         self._frame = memoryview(bytearray(0))
         self._head = memoryview(bytearray(HEADER_BYTES))
         self._tag = memoryview(bytearray(TAG_BYTES))
         self._room = memoryview(bytearray(0))
         self._packs: OrderedDict[bytes, list[memoryview]] = OrderedDict()
+        self._packs_length = 0
         self._readable = not codec.encrypted and not codec.compresses
 
     def fetch(self, name: bytes, into: memoryview) -> None:
@@ -150,7 +154,7 @@ class ChunkReader:
             self._decoded(where, partial(delta_.decode, packed))
 
     def _pack(self, name: bytes) -> list[memoryview]:
-        """The deltas of an object; the last few objects are kept, since neighbours lie together."""
+        """The deltas of an object; those used last are kept."""
         if name in self._packs:
             self._packs.move_to_end(name)
             return self._packs[name]
@@ -162,8 +166,10 @@ class ChunkReader:
         if self._namer.of_pack(content) != name:
             raise self._codec.damaged(where, "its content has another digest")
         self._packs[name] = self._decoded(where, lambda: delta_.decode_pack(content))
-        if len(self._packs) > PACKS_KEPT:
-            self._packs.popitem(last=False)
+        self._packs_length += sum(map(len, self._packs[name]))
+        while self._packs_length > self._pack_memory and len(self._packs) > 1:
+            _, forgotten = self._packs.popitem(last=False)
+            self._packs_length -= sum(map(len, forgotten))
         return self._packs[name]
 
     def _decoded(self, where: str, decode: Callable[[], T]) -> T:
@@ -173,12 +179,15 @@ class ChunkReader:
             raise self._codec.damaged(where, str(error)) from error
 
     def _fetch_delta(self, name: bytes, into: memoryview) -> None:
-        delta = self.delta(name)
-        self._fetch_whole(delta.base, into)
-        try:
-            delta.apply(into)
-        except ValueError as error:
-            raise self._codec.damaged(object_name(Kind.DELTA, name), str(error)) from error
+        laid: list[tuple[bytes, Delta]] = []
+        while is_delta(name):
+            if len(laid) == DEEPEST:
+                raise self._codec.damaged(object_name(Kind.DELTA, name), "too many deltas are laid over it")
+            laid.append((name, self.delta(name)))
+            name = laid[-1][1].base
+        self.fetch(name, into)
+        for over, delta in reversed(laid):
+            self._decoded(object_name(Kind.DELTA, over), partial(delta.apply, into))
 
     def _fetch_whole(self, name: bytes, into: memoryview) -> None:
         where = object_name(Kind.CHUNK, name)

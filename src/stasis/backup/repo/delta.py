@@ -2,7 +2,8 @@
 """Deltas: a chunk stored as what differs from another one, which is stored whole.
 
 An incremental backup of scattered small writes then reads, seals and stores what was written, and not the whole chunk
-around each write. A base is never a delta itself: two objects make any chunk.
+around each write. A base may be a delta itself, a few deep: what the parent has is then not even read. The last base is
+a chunk that is stored whole, or ZERO.
 
 Deltas that were made together share an object, a pack: a file for each would cost more than its data. A delta's name is
 the digest of its pack, marked by a bit, with its place in the pack in two of its bytes. So a name alone tells how and
@@ -91,7 +92,7 @@ class Delta:
     def overlaid(self, extents: Sequence[Extent], data: memoryview, room: memoryview) -> Delta:
         """This delta with other data over it. room: memory of a whole chunk to work in."""
         self.apply(room)
-        make_delta(self.base, extents, data).apply(room)
+        apply_extents(extents, data, room)
         both = merge([*self.extents, *extents])
         joined = b"".join(room[offset : offset + length] for offset, length in both)
         return make_delta(self.base, both, memoryview(joined))
@@ -108,15 +109,14 @@ def apply_extents(extents: Sequence[Extent], data: memoryview, chunk: memoryview
 
 
 def make_delta(base: bytes, extents: Sequence[Extent], data: memoryview) -> Delta:
-    """A delta over `base`. Raises ValueError for what none can be: unordered or empty extents, other data, a base that
-    is a delta."""
+    """A delta over `base`. Raises ValueError for what none can be: unordered or empty extents, or other data."""
     end = 0
     for offset, length in extents:
         if offset < end or length <= 0:
             raise ValueError("its extents do not ascend")
         end = offset + length
-    if not extents or total(extents) != len(data) or is_delta(base) or not any(base):
-        raise ValueError("it does not fit its base or its data")
+    if not extents or total(extents) != len(data):
+        raise ValueError("it does not fit its data")
     return Delta(base, tuple(extents), data)
 
 

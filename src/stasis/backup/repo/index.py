@@ -4,8 +4,8 @@
 Segments are content-addressed objects like chunks. A later backup shares those in which nothing changed, so that an
 incremental backup writes as much index as it has changes, and memory holds a few segments whatever the size.
 
-Behind its names a segment has the name of the base of each delta among them, in their order: what a backup needs can be
-told from its segments alone.
+Behind its names a segment has the chain of each delta among them, in their order: the names of the deltas that it is
+laid over, and of what those are laid over. What a backup needs can be told from its segments alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ UNKNOWN_SIZE = 1 << 62
 
 Load = Callable[[bytes, int], bytes]  # name of a segment, and how long its names are; its content
 Save = Callable[[bytes], bytes]  # the content; the name of the segment
+Chain = tuple[bytes, ...]
+"""Names of what a delta is laid over: deltas, the newest first, then a chunk that is stored whole or ZERO."""
 
 
 class Index:
@@ -40,6 +42,7 @@ class Index:
         self._load = load
         self._cache: OrderedDict[bytes, bytes] = OrderedDict()
         self._lock = threading.Lock()
+        self._chains: tuple[int, Mapping[int, Chain]] = -1, {}
 
     def name(self, number: int) -> bytes:
         """Name of the chunk `number`; ZERO where it holds nothing but zeroes."""
@@ -69,7 +72,7 @@ class Index:
         return self._segments
 
     def needed(self) -> Iterator[bytes]:
-        """Names of all that the chunks are made of, bases of deltas included."""
+        """Names of all that the chunks are made of, chains of deltas included."""
         for number in range(len(self._segments)):
             yield from _split(self._content(number))
 
@@ -77,11 +80,18 @@ class Index:
         """All names of a segment, one behind the other."""
         return self._content(number)[: segment_length(self.count, number)]
 
-    def bases(self, number: int) -> Mapping[int, bytes]:
-        """Base of each delta in a segment, by the place of its name."""
-        length = segment_length(self.count, number)
-        content = self._content(number)
-        return dict(zip(_deltas(content[:length]), _split(content[length:]), strict=True))
+    def chains(self, number: int) -> Mapping[int, Chain]:
+        """What each delta in a segment is laid over, by the place of its name."""
+        if (last := self._chains)[0] != number:
+            length = segment_length(self.count, number)
+            content = self._content(number)
+            last = self._chains = number, dict(zip(_deltas(content[:length]), _chains(content[length:]), strict=True))
+        return last[1]
+
+    def chain(self, number: int) -> Chain:
+        """What the chunk `number` is laid over, which is a delta."""
+        segment, place = divmod(number, NAMES_PER_SEGMENT)
+        return self.chains(segment)[place]
 
     def _content(self, number: int) -> bytes:
         name = self._segments[number]
@@ -125,12 +135,12 @@ class IndexBuilder:
         same = self._parent.chunk_length(last) == length or self._parent.name(last) == ZERO
         return None if same else last
 
-    def set(self, number: int, name: bytes, base: bytes | None = None) -> None:
-        """Put a chunk in its place; `base` is given with a delta. Raises ValueError when its segment is settled."""
+    def set(self, number: int, name: bytes, chain: Chain = ()) -> None:
+        """Put a chunk in its place; `chain` is given with a delta. Raises ValueError when its segment is settled."""
         if not 0 <= number < self.count or len(name) != NAME_BYTES:
             raise IndexError(number)
-        if is_delta(name) != (base is not None):
-            raise ValueError("a base belongs to a delta")
+        if [is_delta(one) for one in (name, *chain)] != [True] * len(chain) + [False]:
+            raise ValueError("a chain belongs to a delta, and ends where it needs nothing more")
         segment, place = divmod(number, NAMES_PER_SEGMENT)
         with self._lock:
             if segment in self._done:
@@ -139,7 +149,7 @@ class IndexBuilder:
                 self._open[segment] = self._inherited(segment)
             if number == self._misfit:
                 self._misfit = None
-            self._open[segment].set(place, name, base)
+            self._open[segment].set(place, name, chain)
 
     def name(self, number: int) -> bytes:
         """What stands in a place now: what was set, or as in the parent. ValueError when its segment is settled."""
@@ -192,7 +202,7 @@ class IndexBuilder:
         if self._parent is not None and number < len(self._parent.segment_names()):
             old = self._parent.segment(number)[: len(segment.names)]
             segment.names[: len(old)] = old
-            segment.bases.update(self._parent.bases(number))
+            segment.chains.update(self._parent.chains(number))
         return segment
 
     def _saved(self, segment: _OpenSegment) -> bytes:
@@ -204,20 +214,24 @@ class _OpenSegment:
 
     def __init__(self, names: bytearray) -> None:
         self.names = names
-        self.bases: dict[int, bytes] = {}
+        self.chains: dict[int, Chain] = {}
 
-    def set(self, place: int, name: bytes, base: bytes | None) -> None:
+    def set(self, place: int, name: bytes, chain: Chain) -> None:
         self.names[place * NAME_BYTES : (place + 1) * NAME_BYTES] = name
-        if base is not None:
-            self.bases[place] = base
+        if chain:
+            self.chains[place] = chain
 
     def content(self) -> bytes:
-        return b"".join((self.names, *(self.bases[place] for place in _deltas(self.names))))
+        return b"".join((self.names, *(name for place in _deltas(self.names) for name in self.chains[place])))
 
 
 def is_whole(content: bytes, length: int) -> bool:
     """Whether this is the content of a segment whose names take `length` bytes."""
-    return len(content) == length + NAME_BYTES * sum(1 for _ in _deltas(content[:length]))
+    rest = content[length:]
+    ends = sum(byte < DELTA_BIT for byte in rest[NAME_BYTES - 1 :: NAME_BYTES])
+    ended = not rest or rest[-1] < DELTA_BIT
+    return (len(content) >= length and len(rest) % NAME_BYTES == 0 and ended
+            and ends == sum(1 for _ in _deltas(content[:length])))
 
 
 def _deltas(names: bytes | bytearray) -> Iterator[int]:
@@ -225,6 +239,15 @@ def _deltas(names: bytes | bytearray) -> Iterator[int]:
     last_bytes = names[NAME_BYTES - 1 :: NAME_BYTES]
     if last_bytes and max(last_bytes) >= DELTA_BIT:
         yield from (place for place, byte in enumerate(last_bytes) if byte >= DELTA_BIT)
+
+
+def _chains(names: bytes) -> Iterator[Chain]:
+    chain: list[bytes] = []
+    for name in _split(names):
+        chain.append(name)
+        if not is_delta(name):
+            yield tuple(chain)
+            chain = []
 
 
 def _split(names: bytes) -> Iterator[bytes]:

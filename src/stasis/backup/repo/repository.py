@@ -35,6 +35,7 @@ __all__ = ["Repository"]
 
 SHORTEST_PREFIX = 4
 BUFFER_MEMORY = 96 << 20
+PACK_MEMORY = 32 << 20
 
 
 class Repository:
@@ -119,7 +120,7 @@ class Repository:
 
     def chunk_reader(self) -> ChunkReader:
         """Fetches chunks; for one thread."""
-        return ChunkReader(self.store, self.codec(), self.chunk_name)
+        return ChunkReader(self.store, self.codec(), self.chunk_name, PACK_MEMORY // self.parallelism)
 
     def has_chunk(self, name: bytes) -> bool:
         """Whether a chunk is stored, or is ZERO and need not be."""
@@ -134,7 +135,7 @@ class Repository:
         return IndexBuilder(size, self.chunk_size, parent, self._save_segment)
 
     def segment(self, name: bytes) -> bytes:
-        """A segment: the names of chunks one behind the other, then those of bases. Raises DamagedError."""
+        """A segment: the names of chunks one behind the other, then chains. Raises DamagedError."""
         where = object_name(Kind.SEGMENT, name)
         names = self._load(Kind.SEGMENT, where)
         if self._keys.digest(Kind.SEGMENT, names) != name:
