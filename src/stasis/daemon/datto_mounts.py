@@ -23,6 +23,7 @@ from stasis.errors import StasisError
 from stasis.linux import blockdev, mounts
 
 if TYPE_CHECKING:
+    from stasis.daemon.datto_pins import PinWatch
     from stasis.daemon.served import ServedDevice
     from stasis.datto.record import TracerRecord
     from stasis.datto.registry import Backend, Registry
@@ -51,8 +52,9 @@ class MountWatch:
     """A thread that looks whenever the kernel says that mounts changed (proc_pid_mountinfo(5): POLLPRI)."""
 
     def __init__(self, registry: Registry, backend: Backend, devices: Mapping[str, ServedDevice],
-                 lock: threading.RLock) -> None:
+                 lock: threading.RLock, pins: PinWatch) -> None:
         self._registry, self._backend, self._devices, self._lock = registry, backend, devices, lock
+        self._pins = pins
         self._seen: dict[int, _Seen] = {}
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="datto-mounts", daemon=True)
@@ -95,6 +97,7 @@ class MountWatch:
                 self._follow(record, device.name, is_in_use(str(nodes.path_of(device.node))))
             except (StasisError, OSError) as error:
                 log.warning("tracer %d does not follow the mounts of %s: %s", minor, device.name, error)
+        self._pins.look(self._devices)
 
     def _follow(self, record: TracerRecord, device: str, in_use: bool) -> None:
         seen = self._seen.setdefault(record.minor, _Seen())

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from errno import ENODEV, ENOTBLK
 from typing import Any, Protocol
 
-from stasis.daemon import datto_group, statefile
+from stasis.daemon import datto_group, nodes, statefile
 from stasis.daemon import record as records
 from stasis.daemon.channel import Channel
 from stasis.daemon.datto_live import LiveTracers
 from stasis.daemon.datto_mounts import MountWatch
 from stasis.daemon.datto_nodes import TracerNodes
+from stasis.daemon.datto_pins import PinWatch
 from stasis.daemon.paths import Directories
 from stasis.daemon.record import OriginKey
 from stasis.daemon.served import ServedDevice
@@ -30,6 +31,8 @@ __all__ = ["Devices", "TracerKeeper"]
 
 PLUGIN = "datto"
 MODULE = "stasis.datto.hosted"
+MAKES_FILES = ("prepare", "snapshot")
+"""Requests that need to know where the device is mounted: the COW file may lie on it."""
 SLOW = 600.0
 """Seconds for a request that may have to make a file of many gigabytes."""
 
@@ -60,7 +63,7 @@ class TracerKeeper:
         self._load()
         self.live.wake()
         self.nodes = TracerNodes(directories, self.registry, self, devices.devices, self.lock)
-        self.mounts = MountWatch(self.registry, self, devices.devices, self.lock)
+        self.mounts = MountWatch(self.registry, self, devices.devices, self.lock, PinWatch(directories, self))
         self._thread = threading.Thread(target=self._keep_current, name="datto-info", daemon=True)
         self._thread.start()
 
@@ -175,6 +178,8 @@ class TracerKeeper:
         if served is None:
             raise NotFoundError(f"{device} is not served any more", errno=ENODEV)
         served.require()
+        if request in MAKES_FILES:
+            fields["node"] = nodes.path_of(served.node)
         try:
             with Channel.connect(self._directories.worker_control(device), device, timeout=SLOW) as channel:
                 answer = channel.call(f"{PLUGIN}.{request}", **fields)

@@ -127,17 +127,16 @@ class Territory:
 NOTHING = Territory((), SECTOR)
 
 
-def check_extents(found: Iterable[FileExtent], size: int, device: int, path: str, *, unwritten: bool = False
+def check_extents(found: Iterable[FileExtent], size: int, device: int, path: str, *, allowed: int = 0
                   ) -> BlockMap:
     """The map of a file of `size` bytes on a device of `device` bytes.
 
-    With `unwritten` blocks that were allocated and not yet written are allowed. Raises StateError (EINVAL) or
+    `allowed`: FIEMAP flags that are no reason to refuse. Raises StateError (EINVAL) or
     UnsupportedError (EOPNOTSUPP) for what could not be written safely.
     """
     extents = sorted(found, key=lambda extent: extent.logical)
-    allowed = HARMLESS | (fiemap.FIEMAP_EXTENT_UNWRITTEN if unwritten else 0)
     for extent in extents:
-        _check_flags(extent, allowed, path)
+        _check_flags(extent, HARMLESS | allowed, path)
         if extent.physical <= 0 or extent.length <= 0 or extent.physical + extent.length > device:
             raise _refused(path, f"lies at byte {extent.physical}, which is not inside the device")
         if (extent.logical | extent.physical | extent.length) % SECTOR:

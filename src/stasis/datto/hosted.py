@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from errno import EBUSY, EINVAL, EIO, ENODEV, ENOENT, ENOTTY
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Any
 
 from stasis.block.control import Connection, Message
 from stasis.block.hold import Hold
-from stasis.block.intentlog import IntentLog
 from stasis.block.plugins import Host
 from stasis.block.serving import listen_inner
 from stasis.datto import series
 from stasis.datto.cowfile import CowFile
+from stasis.datto.filing import Files, Filing
 from stasis.datto.image import TracerImage
 from stasis.datto.layout import CACHE_DEFAULT
 from stasis.datto.resting import RestingRequests
@@ -32,7 +32,6 @@ from stasis.nbd.server import Server
 
 __all__ = ["Hosted", "attach"]
 
-Files = tuple[CowFile, IntentLog]
 
 
 def attach(host: Host, state: Mapping[str, Any] | None) -> Hosted:
@@ -50,7 +49,7 @@ class _Settings:
     cache: int
 
 
-class Hosted(RestingRequests):
+class Hosted(RestingRequests, Filing):
     """At most one tracer, of this worker's device."""
 
     def __init__(self, host: Host, state: Mapping[str, Any] | None) -> None:
@@ -62,6 +61,7 @@ class Hosted(RestingRequests):
         self._unfinished: Files | None = None
         self._is_busy = False
         self._refused: StasisError | None = None
+        self.open_places(state)
         if state is not None:
             self._resume(state)
 
@@ -80,7 +80,7 @@ class Hosted(RestingRequests):
         """Take up the file of an earlier worker. What forbids it is kept for `info`; the device is served anyway."""
         self._settings = settings = self._take_settings(state)
         try:
-            files = series.take_up(self._site(settings.directory), str(state["cow"]),
+            files = series.take_up(self._site(settings.directory), self.source(settings.directory, str(state["cow"])),
                                    index_only=state["mode"] != "snapshot", cache=settings.cache or CACHE_DEFAULT)
             self._begin(settings, files)
         except StasisError as error:
@@ -97,6 +97,7 @@ class Hosted(RestingRequests):
     def _begin(self, settings: _Settings, files: Files) -> None:
         """From here on every write is seen, by this file and no other. Between batches. OSError: nothing has begun."""
         self._settings, self._refused = settings, None
+        self.end_claim(files)
         try:
             series.forget_logs(settings.directory, self._log_path(files[0]))
         except OSError:
@@ -151,6 +152,7 @@ class Hosted(RestingRequests):
     def _discard(self, files: Files) -> None:
         """Files that were made and are not used."""
         cow, log = files
+        self.claimed(None)
         cow.unlink()
         series.forget_log(self._log_path(cow))
         cow.close()
@@ -288,29 +290,6 @@ class Hosted(RestingRequests):
             self._discard(self._pending)
         connection.reply()
 
-    def _make(self, connection: Connection, settings: _Settings, message: Message, uuid: bytes, seqid: int,
-              made: Callable[[Files], None], after: Callable[[], None] = lambda: None) -> None:
-        """Make files beside the loop, which allocating may hold up; `after` is done there too, once they exist."""
-        site, path, size = self._site(settings.directory), str(message["cow"]), int(message.get("size") or 0)
-        result: list[Files] = []
-
-        def job() -> None:
-            try:
-                series.refuse_origin(path, os.fstat(self._host.origin.fd))
-                result.append(series.make(site, path, uuid, seqid, size, settings.cache or CACHE_DEFAULT, after))
-            except StasisError as error:
-                raise OSError(error.errno or EIO, error.message) from error
-
-        def done(error: OSError | None) -> None:
-            self._is_busy = False
-            if error is not None:
-                connection.refuse(error.errno or EIO, error.strerror or str(error))
-            else:
-                made(result[0])
-
-        self._is_busy = True
-        self._host.background.run(job, done)
-
     def _do_incremental(self, connection: Connection, _message: Message) -> None:
         tracer = self._require()
         self._refuse_open()
@@ -321,7 +300,8 @@ class Hosted(RestingRequests):
         except OSError as error:
             tracer.fail(error.errno or EIO)
             raise
-        connection.reply(**self.describe())
+        # Behind the cut of a file that its file system has to make.
+        self._host.background.run(lambda: None, lambda _: connection.reply(**self.describe()))
 
     def _refuse_open(self) -> None:
         if self._server is not None and self._server.connections:
@@ -338,12 +318,19 @@ class Hosted(RestingRequests):
                 self._discard(files)
                 connection.refuse(tracer.error or EIO, "the tracer failed meanwhile")
                 return
+            try:
+                self.end_claim(files)
+            except OSError as error:
+                tracer.fail(error.errno or EIO)  # its log is gone, so that it could not be taken up again
+                connection.refuse(tracer.error, error.strerror or str(error))
+                return
             self._unfinished = done = tracer.follow(*files)
             self._serve_image()
-            self._host.background.run(lambda: done[0].finish(), finished)
+            self._host.background.run(lambda: self.hand_over(done[0]), finished)
 
         def finished(error: OSError | None) -> None:
             assert self._unfinished is not None
+            self.handed_over(self._unfinished[0])
             for file in self._unfinished:
                 file.close()
             self._unfinished = None
@@ -367,6 +354,7 @@ class Hosted(RestingRequests):
 
     def _do_autoexpand(self, connection: Connection, message: Message) -> None:
         step, reserved = int(message["step"]), int(message["reserved"])
+        self._require().check_growth()
         self._require().auto_expand = (step, reserved) if step else None
         connection.reply(**self.describe())
 

@@ -9,68 +9,28 @@ device that it serves itself could not even be killed.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from errno import EINVAL, EIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from stasis.block.plugins import Host
 from stasis.datto.claim import Claim
 from stasis.datto.extents import Territory, probes
+from stasis.datto.helper import Session
 from stasis.datto.layout import BLOCK_SIZE, Geometry, Header, default_size
 from stasis.datto.mapped import DeviceBlocks, MappedCowFile
 from stasis.datto.pinned import Pinned
-from stasis.datto.placing import token
+from stasis.datto.placing import temporary_name, token
 from stasis.errors import StasisError, StateError
 from stasis.linux import files
 
 __all__ = ["MappedSource", "Places", "new_header"]
 
 KEY_SIZE = 16
-END_WAIT = 5.0
-
-
-class _Session:
-    """One run of the helper process."""
-
-    def __init__(self, module: str) -> None:
-        self.process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def __enter__(self) -> _Session:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(END_WAIT if self.process.returncode is not None else None)
-        finally:
-            self.process.stdout.close()
-
-    def ask(self, **fields: Any) -> dict[str, Any]:
-        """The answer to a request. Raises the StasisError that it is, or another if the helper has ended."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps(fields).encode() + b"\n")
-            self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise StasisError("the process that works on the file system of the COW file has ended", errno=EIO,
-                              hint="the log of the device tells why")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise StasisError.from_dict(answer["error"])
-        return answer
 
 
 class Places:
@@ -80,7 +40,7 @@ class Places:
         """`claimed` has the export watch over a claim, or over none any more."""
         self._host, self._module, self._claimed = host, module, claimed
         self.directory: Path | None = None
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._is_ending = False
 
     # -- making one -------------------------------------------------------------------------------------
@@ -100,11 +60,12 @@ class Places:
                             header.seqid, header.fsize, tuple((a, b, c) for a, b, c in answer["stretches"]))
             return self._claim(session, pinned, header, geometry, cache)
 
-    def _claim(self, session: _Session, pinned: Pinned, header: Header, geometry: Geometry, cache: int
+    def _claim(self, session: Session, pinned: Pinned, header: Header, geometry: Geometry, cache: int
                ) -> MappedCowFile:
-        assert self.directory is not None
+        directory = self._directory()
         claim = Claim(Territory(pinned.blocks.ranges(), BLOCK_SIZE))
         with contextlib.ExitStack() as undo:
+            undo.callback(self._clear_away, session, pinned)
             blocks = self._open_blocks(pinned)
             undo.callback(os.close, blocks.fd)
             undo.callback(self._claimed, None)
@@ -113,21 +74,30 @@ class Places:
             cow = MappedCowFile(pinned, blocks, geometry, header, cache, self, fresh=True)
             cow.write_header()
             cow.sync()
-            undo.callback(pinned.forget, self.directory)
-            pinned.save(self.directory)
+            undo.callback(pinned.forget, directory)
+            pinned.save(directory)
+            session.ask(settle=True)
             session.ask(keep=True)
             claim.require(pinned.path)
             undo.pop_all()
         return cow
 
-    def _try(self, session: _Session, blocks: DeviceBlocks, pinned: Pinned, claim: Claim) -> None:
-        """What the file system wrote must be found on the device, then what we write there through the file system,
-        and then still on the device. Only after that is anything written for good."""
+    def _clear_away(self, session: Session, pinned: Pinned) -> None:
+        """After a failure: what the helper did not take away itself, because it was killed."""
+        session.end()
+        for path in (temporary_name(pinned.path, session.process.pid), pinned.path):
+            with contextlib.suppress(OSError):
+                self._do("forget", replace(pinned, path=path))
+
+    def _try(self, session: Session, blocks: DeviceBlocks, pinned: Pinned, claim: Claim) -> None:
+        """What the file system wrote must be found on the device, then what we write there through the file system.
+        Only after that anything is written for good, and while the claim is not broken."""
         key, answer = os.urandom(KEY_SIZE), os.urandom(KEY_SIZE)
         places = probes(pinned.blocks, pinned.size)
         session.ask(token=key.hex())
         claim.is_filling = False
         _compare(blocks, places, key, pinned.path)
+        claim.require(pinned.path)
         for offset, length in places:
             blocks.write(memoryview(token(answer, offset, length)), offset)
         session.ask(token=answer.hex())
@@ -140,17 +110,17 @@ class Places:
         # A descriptor of its own: what the kernel tells it of failed writes is not kept from the origin's.
         return DeviceBlocks(files.reopen(self._host.origin.buffered_fd, os.O_RDWR), pinned.blocks)
 
-    def _open_session(self) -> _Session:
-        self._session = session = _Session(self._module)
+    def _open_session(self) -> Session:
+        self._session = session = Session(self._module)
         if self._is_ending:
-            session.process.kill()
+            session.kill()
         return session
 
     def cancel(self) -> None:
         """The worker ends: whatever waits for a file system is not waited for."""
         self._is_ending = True
         if self._session is not None:
-            self._session.process.kill()
+            self._session.kill()
 
     # -- what MappedCowFile asks for ---------------------------------------------------------------------
 

@@ -10,34 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from stasis.datto.extents import BlockMap, check_extents, probes
+from stasis.datto.fitness import check_file_system, check_inode
 from stasis.datto.opening import check_place
 from stasis.errors import BusyError, NotFoundError, StasisError, StateError, StorageError, UnsupportedError
 from stasis.linux import blockdev, fiemap, files, immutable, mounts
 
-__all__ = ["Channel", "create", "forget", "release", "token", "truncate", "verify"]
-
-FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs")
-"""What dattobd names as supported; of others it is not known that blocks of a file stay where they are."""
+__all__ = ["Channel", "create", "forget", "release", "temporary_name", "token", "truncate", "verify"]
 
 FILL = 4 << 20
-UNFIT_FLAGS = {
-    immutable.FS_ENCRYPT_FL: "is encrypted",
-    immutable.FS_VERITY_FL: "is sealed by fs-verity",
-    immutable.FS_COMPR_FL: "is compressed",
-    immutable.FS_JOURNAL_DATA_FL: "goes through the file system's journal",
-    immutable.FS_DAX_FL: "is mapped directly (DAX)",
-    immutable.FS_INLINE_DATA_FL: "lies inside its inode",
-}
-UNFIT_EXTENDED = {
-    immutable.FS_XFLAG_REALTIME: "lies on the real-time device",
-    immutable.FS_XFLAG_DAX: "is mapped directly (DAX)",
-}
 
 
 class Channel(Protocol):
@@ -50,20 +37,24 @@ class Channel(Protocol):
         ...
 
 
+def temporary_name(path: str, pid: int) -> str:
+    """The name of a file that the helper with this pid has not finished."""
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{pid}.new")
+
+
+def _remove_stale(path: str) -> None:
+    """Remove what helpers left that were killed together with their workers."""
+    for name in glob.glob(glob.escape(temporary_name(path, 0)).replace(".0.new", ".*.new")):
+        pid = name.split(".")[-2]
+        if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
+            with contextlib.suppress(OSError), _opened(name) as fd:
+                immutable.set_immutable(fd, False)
+                os.unlink(name)
+
+
 def token(key: bytes, offset: int, length: int) -> bytes:
     """What is written at a place of the file to find it again on the device."""
     return hashlib.shake_128(key + offset.to_bytes(8, "little")).digest(length)
-
-
-def file_system_of(device: int) -> tuple[str, str]:
-    """(kind, options) of the mounted file system with this st_dev. NotFoundError."""
-    with open("/proc/self/mountinfo", errors="surrogateescape") as file:
-        for line in file:
-            before, _, behind = line.partition(" - ")
-            if before.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
-                kind, _, options = behind.split()[:3]
-                return kind, options
-    raise NotFoundError(f"no file system is mounted from device {os.major(device)}:{os.minor(device)}")
 
 
 # -- making one ---------------------------------------------------------------------------------------------
@@ -90,6 +81,8 @@ def create(channel: Channel, path: str, size: int, node: str, in_use: int) -> No
         file.pin(blocks)
         channel.send(filled=True)
         file.compare(blocks, bytes.fromhex(channel.receive()["token"]))
+        channel.send(compared=True)
+        channel.receive()
         file.settle(blocks)
         channel.send(pinned=True)
         channel.receive()
@@ -103,8 +96,9 @@ class _File:
 
     def __init__(self, path: str, size: int, node: str) -> None:
         self.path, self.size, self._node = path, size, node
-        self._name = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.new")
-        _check_file_system(path)
+        self._name = temporary_name(path, os.getpid())
+        check_file_system(path)
+        _remove_stale(path)
         try:
             self.fd = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
@@ -123,15 +117,29 @@ class _File:
         """Take the space, and see where it lies. What was allocated is not written yet."""
         self._try_flag()
         try:
-            files.allocate(self.fd, 0, self.size)
+            self._take_space()
         except OSError as error:
             raise StorageError(f"{self.path} cannot have {self.size} bytes: {error.strerror}",
                                errno=error.errno or errno.EIO,
                                hint="-f MIB asks for less; it must hold the index and what will be overwritten"
                                ) from error
         os.fsync(self.fd)
-        _check_inode(self.fd, self.path)
-        return self.blocks(unwritten=True)
+        check_inode(self.fd, self.path)
+        return self.blocks(fiemap.FIEMAP_EXTENT_UNWRITTEN)
+
+    def _take_space(self) -> None:
+        try:
+            files.allocate(self.fd, 0, self.size)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._write_zeroes()  # ext2 and ext3 cannot allocate without writing
+
+    def _write_zeroes(self) -> None:
+        zeroes = memoryview(bytes(FILL))
+        for start in range(0, self.size, FILL):
+            _write(self.fd, zeroes[: min(FILL, self.size - start)], start)
+            files.start_writeback(self.fd, start, FILL)
 
     def _try_flag(self) -> None:
         try:
@@ -141,17 +149,14 @@ class _File:
             raise UnsupportedError(f"{self.path} cannot be protected from changes: {error.strerror}",
                                    errno=error.errno or errno.EOPNOTSUPP, hint="name a file on another disk") from error
 
-    def blocks(self, *, unwritten: bool = False) -> BlockMap:
-        return blocks_of(self.fd, self.size, self._node, self.path, unwritten=unwritten)
+    def blocks(self, allowed: int = 0) -> BlockMap:
+        return blocks_of(self.fd, self.size, self._node, self.path, allowed=allowed)
 
     def fill(self, blocks: BlockMap, key: bytes) -> None:
         """Write every byte: zeroes, and tokens where the map will be tried. Unwritten extents are none afterwards."""
         tokens = dict(probes(blocks, self.size))
-        zeroes = bytes(FILL)
         try:
-            for start in range(0, self.size, FILL):
-                _write(self.fd, memoryview(zeroes)[: min(FILL, self.size - start)], start)
-                files.start_writeback(self.fd, start, FILL)
+            self._write_zeroes()
             for offset, length in tokens.items():
                 _write(self.fd, memoryview(token(key, offset, length)), offset)
             os.fsync(self.fd)
@@ -194,7 +199,7 @@ class _File:
 # -- one that is there ---------------------------------------------------------------------------------------
 
 
-def blocks_of(fd: int, size: int, node: str, path: str, *, unwritten: bool = False) -> BlockMap:
+def blocks_of(fd: int, size: int, node: str, path: str, *, allowed: int = 0) -> BlockMap:
     """Where the file lies on the device of `node`. Raises what `check_extents` raises."""
     try:
         found = list(fiemap.extents(fd, 0, size, flags=fiemap.FIEMAP_FLAG_SYNC))
@@ -202,18 +207,21 @@ def blocks_of(fd: int, size: int, node: str, path: str, *, unwritten: bool = Fal
         raise UnsupportedError(f"the file system of {path} does not tell where it lies: {error.strerror}",
                                errno=error.errno or errno.EOPNOTSUPP, hint="name a file on another disk") from error
     with _opened(node) as device:
-        blocks = check_extents(found, size, blockdev.size(device), path, unwritten=unwritten)
+        blocks = check_extents(found, size, blockdev.size(device), path, allowed=allowed)
     block = os.fstatvfs(fd).f_frsize
     return blocks.cut(-(-size // block) * block)  # what lies behind the end may go to others
 
 
 def verify(path: str, inode: int, blocks: BlockMap, node: str) -> None:
-    """Whether the file still is the one that was pinned, and lies where it did. StateError (EINVAL)."""
+    """Whether the file still is the one that was pinned, and lies where it did. StateError (EINVAL).
+
+    A clone of it may share its blocks by now: it is the clone that shows what is written to them.
+    """
     with _pinned(path, inode, node) as fd:
         if not immutable.file_flags(fd) & immutable.FS_IMMUTABLE_FL:
             raise StateError(f"the protection of {path} was taken off", errno=errno.EINVAL,
                              hint="begin a new series, and leave the file alone while it is in use")
-        if blocks_of(fd, blocks.length, node, path).cut(blocks.length) != blocks:
+        if blocks_of(fd, blocks.length, node, path, allowed=fiemap.FIEMAP_EXTENT_SHARED).cut(blocks.length) != blocks:
             raise StateError(f"{path} was moved on its device", errno=errno.EINVAL, hint="begin a new series")
 
 
@@ -288,42 +296,12 @@ def drop_below(node: str) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------
-
-
-def _check_file_system(path: str) -> None:
-    directory = os.path.dirname(path)
-    kind, options = file_system_of(os.stat(directory).st_dev)
-    if kind not in FILE_SYSTEMS:
-        raise UnsupportedError(f"{path} lies on the device that it is to protect, in a {kind} file system",
-                               errno=errno.EINVAL, hint="there it must be ext4 or xfs; or name a file on another disk")
-    if "data=journal" in options.split(","):
-        raise UnsupportedError(f"the file system of {path} writes all data to its journal first (data=journal)",
-                               errno=errno.EINVAL, hint="mount it with data=ordered, or name a file on another disk")
-    block = os.statvfs(directory).f_frsize
-    if not 512 <= block <= 4096:
-        raise UnsupportedError(f"the file system of {path} has blocks of {block} bytes", errno=errno.EINVAL,
-                               hint="up to 4096 are possible; or name a file on another disk")
-
-
 def _relative(path: str) -> str:
     """The path as seen from its mount point, with a slash in front, as dattobd tells and takes it."""
     top = os.path.dirname(path)
     while not os.path.ismount(top):
         top = os.path.dirname(top)
     return "/" + os.path.relpath(path, top)
-
-
-def _check_inode(fd: int, path: str) -> None:
-    flags = immutable.file_flags(fd)
-    extended = 0
-    with contextlib.suppress(OSError):  # ext2 and ext3 before Linux 5.x have none
-        extended = immutable.extended_flags(fd)
-    unfit = [text for flag, text in UNFIT_FLAGS.items() if flags & flag]
-    unfit += [text for flag, text in UNFIT_EXTENDED.items() if extended & flag]
-    if unfit:
-        raise UnsupportedError(f"{path} {unfit[0]}: its blocks cannot be written under the file system",
-                               errno=errno.EOPNOTSUPP, hint="name another directory, or a file on another disk")
 
 
 def _holders(path: str) -> str:
