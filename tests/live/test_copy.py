@@ -288,6 +288,23 @@ def test_a_raw_device_that_never_rests_is_refused(raw: tuple[str, Path, DiffTrac
     assert "--pre-snapshot" in raised.value.hint
 
 
+def test_swap_on_the_device_is_named(raw: tuple[str, Path, DiffTracker], repository: Repository, tmp_path: Path,
+                                     disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel swaps out to it whatever is frozen."""
+    other = tmp_path / "swapfile"
+    other.write_bytes(b"")
+    inside = disk.directory / "swapfile"
+    inside.write_bytes(b"")
+    monkeypatch.setattr("stasis.linux.mounts.swaps", lambda: [raw[0], str(inside), str(other)])
+    fd, numbers = os.open(raw[0], os.O_RDWR | os.O_DSYNC), iter(range(1 << 30))
+    setup = Setup(LiveOptions(max_freeze=5, on_busy="fail"),
+                  at_freeze=lambda: os.pwrite(fd, b"%d" % next(numbers), 4096) and None)
+    with pytest.raises(BusyError) as raised:
+        back_up(repository, tmp_path / "state", [raw, of(disk)], setup)
+    os.close(fd)
+    assert f"swapped out to {raw[0]} and {inside} counts" in raised.value.hint
+
+
 # -- places that cannot be read ---------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "mounts",
     "mounts_of",
     "relatives",
+    "swaps",
     "unescape",
     "unmount",
 ]
@@ -152,14 +153,15 @@ def holders_of(rdev: int, skip: Iterable[int] = ()) -> list[str]:
 def _kernel_users(rdev: int) -> Iterator[str]:
     for mount in mounts_of(rdev):
         yield f"mounted on {mount.target}" + (" (read-only)" if mount.read_only else "")
-    yield from ("used as swap" for path in _swap_paths() if _block_number(path) == rdev)
+    yield from ("used as swap" for path in swaps() if _block_number(path) == rdev)
     yield from _stacked(rdev)
     for loop in _loops():
         if _block_number(loop.backing) == rdev:
             yield f"backing file of {loop.node}"
 
 
-def _swap_paths() -> list[str]:
+def swaps() -> list[str]:
+    """Files and block devices that are used as swap (proc_swaps(5))."""
     return [unescape(line.split()[0]) for line in _lines("/proc/swaps")[1:]]
 
 
@@ -195,7 +197,7 @@ def file_uses(path: str) -> list[str]:
     """What the kernel uses a regular file for: loop devices and swap, as phrases for messages."""
     inode = _inode(path)
     found = [f"backing file of {loop.node}" for loop in _loops() if _inode(loop.backing) == inode]
-    found += ["used as swap" for path in _swap_paths() if _inode(path) == inode]
+    found += ["used as swap" for path in swaps() if _inode(path) == inode]
     return found
 
 

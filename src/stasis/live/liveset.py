@@ -237,8 +237,13 @@ class LiveSet:
     def _refuse_disturbance(self) -> None:
         for source in self.sources:
             if source.was_written:
-                raise _Disturbed(f"{source.path} was written to while it should have rested",
-                                 hint="bring what writes to rest with --pre-snapshot; no change is lost")
+                raise _Disturbed(f"{source.path} was written to while it should have rested", hint=self._calming())
+
+    def _calming(self) -> str:
+        if swaps := self.stack.swaps:
+            return (f"what is swapped out to {' and '.join(swaps)} counts: turn it off for the time of the backup "
+                    "(swapoff), or put it on another disk; no change is lost")
+        return "bring what writes to rest with --pre-snapshot; no change is lost"
 
     # -- after --------------------------------------------------------------------------------------------------------
 

@@ -84,6 +84,12 @@ class Stack:
         here = mount_below(path, self._sight.mounts)
         return next((one for one in self.file_systems if here is not None and one.device == here.device), None)
 
+    @property
+    def swaps(self) -> list[str]:
+        """What lies there and is used as swap: the kernel writes to it while file systems are frozen."""
+        return [path for path in mounts.swaps()
+                if _block_number(path) in self.levels or (_block_number(path) is None and self.holds(path))]
+
     def is_current(self) -> bool:
         """Whether the same file systems are still mounted."""
         self._sight = _Sight()
