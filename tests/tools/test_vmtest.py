@@ -57,9 +57,9 @@ def test_kernel_that_is_not_set_up_says_what_to_run(vmtest: ModuleType, wanted: 
 
 
 def test_disk_with_limits(vmtest: ModuleType, tmp_path: Path) -> None:
-    path, throttle = vmtest.new_disk("64M,iops=1000,bps=32M", tmp_path / "disk")
-    assert Path(path).stat().st_size == 64 << 20
-    assert throttle == ",throttling.iops-total=1000,throttling.bps-total=32M"
+    drive = vmtest.new_disk("64M,iops=1000,bps=32M", tmp_path / "disk")
+    assert Path(drive.path).stat().st_size == 64 << 20
+    assert drive.throttle == ",throttling.iops-total=1000,throttling.bps-total=32M"
     with pytest.raises(vmtest.Failure, match="SIZE"):
         vmtest.new_disk("64M,speed=1", tmp_path / "disk")
 
