@@ -163,6 +163,21 @@ def test_a_device_that_is_gone_after_the_boot_is_named(node: str, state: Path, m
     assert said.startswith("not tracked: ")
 
 
+def test_another_disk_under_the_old_kernel_name_is_not_taken_for_it(
+    node: str, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk that was named by its serial number is not plugged in, and another one got its place in /dev."""
+    monkeypatch.setattr(lasting, "APPEAR_SECONDS", 0.0)
+    link = tmp_path / "by-id"
+    link.symlink_to(node)
+    tracking.start(str(link), state).close()
+    lasting.save(state)
+    reboot(state, monkeypatch)
+    link.unlink()
+    for _, said in (*lasting.resume_early(state), *lasting.resume(state)):
+        assert said == f"not tracked: there is no device {link}"
+
+
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
 def test_a_file_system_tells_whether_it_was_mounted(kind: str, tmp_path: Path) -> None:
     if subprocess.run(["which", MAKE[kind][0]], capture_output=True, check=False).returncode:

@@ -81,7 +81,7 @@ def attach(files: DeviceFile, record: Record, *, write: bool = True) -> Record:
 
     Its record is written before the lock is given up, unless the state directory cannot be written yet.
     """
-    who = identity.identify(record.given if os.path.exists(record.given) else record.identity.path)
+    who = identity.identify(record.given)  # never by its old name of the kernel, which may be another disk's by now
     bio_based, state = identity.takes_bios(who), files.directory.parent.parent
     with pins.locked():
         hooks = _loaded(pins.directory_of(state))
