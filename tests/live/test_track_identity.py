@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stasis.errors import NotFoundError
 from stasis.live import identity, tracking
 from stasis.live.tracker import Tracker
 from tests.live.writers import MIB, bpf_works, loop_device, state_directory, zram_device
@@ -50,6 +51,24 @@ def test_a_zram_disk_that_was_reset_is_lost_and_stays_so(state: Path) -> None:
             tracker.begin_generation("test")
             tracker.check()
         tracking.stop(node, state)
+
+
+def test_a_name_that_leads_to_another_disk_is_a_loss(state: Path, tmp_path: Path) -> None:
+    """As a label or a volume's link: what is tracked is what the user named, and that is what a backup reads."""
+    link = tmp_path / "link"
+    with loop_device(tmp_path / "one", SIZE) as one, loop_device(tmp_path / "two", SIZE) as two:
+        link.symlink_to(one)
+        tracking.start(str(link), state).close()
+        link.unlink()
+        link.symlink_to(two)
+        assert tracking.inspect(str(link), state).lost == f"{link} leads to {two} now"
+        with pytest.raises(NotFoundError):  # a new generation would be of the other disk
+            Tracker.open(one, state)
+        with Tracker.open(str(link), state) as tracker:
+            tracker.begin_generation("test")
+            tracker.check()
+            assert tracker.identity.path == two
+        tracking.stop(str(link), state)
 
 
 def test_what_is_counted_of_a_disk_only_grows(state: Path, tmp_path: Path) -> None:

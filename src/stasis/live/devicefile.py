@@ -37,6 +37,12 @@ class Record:
     """Missed runs of the programs that note writes in flight, when tracking began."""
 
     @property
+    def leads_elsewhere(self) -> str:
+        """The device that the given path leads to now if it is another one; empty if not, and if it leads nowhere."""
+        now = os.path.realpath(self.given)
+        return now if now != self.identity.path and os.path.exists(now) else ""
+
+    @property
     def this_boot(self) -> bool:
         """Whether the kernel's part is of this boot."""
         return self.boot == process.boot_id()
@@ -74,7 +80,7 @@ def find(state: Path, device: str) -> str:
     real = os.path.realpath(device)
     for name in known:
         record = DeviceFile(state, name).read()
-        if device == record.given or real == record.identity.path:
+        if device == record.given or (real == record.identity.path and not record.leads_elsewhere):
             return name
     raise NotFoundError(f"{device} is not tracked", hint=f"stasis track start {device}")
 

@@ -157,6 +157,8 @@ class Tracker:
         return ""
 
     def _lost_device(self) -> str:
+        if now := self._record.leads_elsewhere:
+            return f"{self._record.given} leads to {now} now"
         try:
             different = self.identity.difference(identity.identify(self.identity.path))
         except StasisError as error:
