@@ -13,8 +13,9 @@ from stasis.errors import UsageError
 __all__ = ["format_size", "parse_seconds", "parse_size"]
 
 _FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,20}))?\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
-_TIME = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s|m)?", re.ASCII)
+# Compiled when a size is read first: every command imports this, few read one.
+_SIZE = r"([0-9]{1,20})(?:\.([0-9]{1,20}))?\s*([KMGT]?)(?:i?B)?"
+_TIME = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s|m)?"
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0}
 _LARGEST = (1 << 63) - 1  # loff_t: no file or device is larger
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -25,7 +26,7 @@ def parse_size(text: str) -> int:
 
     A fraction must come out as whole bytes: `1.5K` is 1536, `0.3` is refused. Raises UsageError.
     """
-    match = _SIZE.fullmatch(text.strip())
+    match = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         raise UsageError(f"{text[:80]!r} is not a size", hint="Write a number with K, M, G or T, as in 64K.")
     whole, fraction, unit = match[1], match[2] or "", match[3].upper()
@@ -39,7 +40,7 @@ def parse_size(text: str) -> int:
 
 def parse_seconds(text: str) -> float:
     """Seconds meant by `text`: a number with `ms`, `s` (or nothing) or `m`. Raises UsageError."""
-    match = _TIME.fullmatch(text.strip())
+    match = re.fullmatch(_TIME, text.strip(), re.ASCII)
     if match is None:
         raise UsageError(f"{text[:80]!r} is not a time", hint="Write a number with ms, s or m, as in 200ms.")
     return float(match[1]) * _SECONDS[match[2] or "s"]

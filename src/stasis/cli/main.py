@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import stasis
-from stasis.cli.options import Parser, add_directories
+from stasis.cli.options import Parser, RawHelp, add_directories
 from stasis.errors import ExitCode, StasisError
 
 __all__ = ["build_parser", "main"]
@@ -33,11 +33,12 @@ first steps:
 def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser of the whole command line; where it is known, at least what these words of one need."""
     parser = Parser(prog="stasis", description="Snapshot block devices while they are written, and know what changed.",
-                    epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+                    epilog=EPILOG, formatter_class=RawHelp)
     parser.add_argument("--version", action="version", version=f"stasis {stasis.__version__}",
                         help="print the version")
     add_directories(parser)
-    groups = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    groups = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser,
+                                   prog=parser.prog)
     for name in words[:1] if words and words[0] in GROUPS else [*GROUPS, "extras"]:
         module = importlib.import_module(f"stasis.cli.{name}")
         wanted = [word for word in words[1:2] if word in getattr(module, "COMMANDS", ())]

@@ -13,7 +13,6 @@ import ctypes
 import errno
 import mmap
 import os
-import socket
 from collections.abc import Iterable
 from itertools import takewhile
 from types import TracebackType
@@ -22,6 +21,8 @@ from typing import TYPE_CHECKING, Self
 from stasis.linux.pidfd import Pidfd
 
 if TYPE_CHECKING:
+    import socket
+
     from stasis.process.files.descriptor import Descriptor
     from stasis.process.files.opening import FileSet
 
@@ -107,6 +108,8 @@ def _release(slot: _Slot) -> None:
         if error.errno not in (errno.ESRCH, errno.EBADF):
             raise
         return  # the process ended meanwhile
+    import socket
+
     with socket.socket(fileno=fd) as sock:
         end_repair(sock, reuse=bool(slot.reuse))
 
@@ -149,6 +152,8 @@ def let_all_live(files: FileSet, tables: Iterable[tuple[int, int]]) -> None:
                 places.setdefault(entry.id, (pid, entry.fd))
     if not places:
         return
+    import socket
+
     from stasis.process.files.inet import is_connection, let_live
 
     for number, (pid, fd) in places.items():

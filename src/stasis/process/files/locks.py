@@ -34,12 +34,12 @@ F_OFD_SETLK = 37  # include/uapi/linux/fcntl.h
 FLOCK = struct.Struct("<hh4xqqi4x")
 """struct flock: type, whence, start, len, pid."""
 # fs/locks.c, lock_get_status: a line of fdinfo
-LOCK = re.compile(r"^lock:\t\d+: (\w+) +(\w+) +(\w+) +(-?\d+) \S+ (\d+) (\d+|EOF)$", re.MULTILINE)
+LOCK = r"(?m)^lock:\t\d+: (\w+) +(\w+) +(\w+) +(-?\d+) \S+ (\d+) (\d+|EOF)$"
 
 
 def check_locks(descriptor: Descriptor, *, keep: bool, findings: Findings) -> None:
     """Note locks that are not to be kept, or that cannot be."""
-    for kind, mode, _, _, _, _ in LOCK.findall(descriptor.info):
+    for kind, mode, _, _, _, _ in re.findall(LOCK, descriptor.info):
         if mode in BREAKING:
             findings.add(descriptor.pid, descriptor.where, "somebody waits for its lease to be given up", passes=True)
         elif kind not in KINDS:
@@ -57,7 +57,7 @@ class LockWriter:
 
     def keep(self, descriptor: Descriptor, number: int) -> None:
         """The locks that show at a descriptor; `number` is the id of its description."""
-        for kind, _, type_, _, start, end in LOCK.findall(descriptor.info):
+        for kind, _, type_, _, start, end in re.findall(LOCK, descriptor.info):
             holder = (descriptor.pid, descriptor.status.st_dev, descriptor.status.st_ino)
             key = (kind, type_, start, end, holder if KINDS[kind] == FL_POSIX else number)
             if key in self._written:

@@ -61,9 +61,11 @@ class OpenEnum(IntEnum):
 class Field:
     """One field of a message. `show` says how people want to read it, see jsonform."""
 
-    __slots__ = ("default", "kind", "name", "number", "of", "repeated", "required", "show")
+    __slots__ = ("_of", "default", "kind", "name", "number", "repeated", "required", "show")
 
-    def __init__(self, number: int, kind: str, default: Any, factory: Any, show: str, of: type[Any] | None) -> None:
+    def __init__(
+        self, number: int, kind: str, default: Any, factory: Any, show: str, of: type[Any] | str | None
+    ) -> None:
         self.name = ""
         self.number = number
         self.kind = kind
@@ -71,13 +73,22 @@ class Field:
         self.required = default is _MISSING and not self.repeated
         self.default = default
         self.show = show
-        self.of = of
+        self._of = of
+
+    @property
+    def of(self) -> type[Any] | None:
+        """The class of a message or an enumeration. Its module may be imported for it, when it is needed first."""
+        if isinstance(self._of, str):
+            from stasis.process.images.kinds import schema_class
+
+            self._of = schema_class(self._of)
+        return self._of
 
     def bind(self, cls: type[Message], name: str) -> None:
         """Give the field its name, and the class the value that instances without the field show."""
         self.name = name
-        if self.kind == "message" and self.of is None:
-            self.of = cls
+        if self.kind == "message" and self._of is None:
+            self._of = cls
         if self.required or self.repeated:
             delattr(cls, name)
         else:
@@ -132,9 +143,10 @@ def enumeration(number: int, of: type[OpenEnum], *, default: Any = _MISSING, fac
     return Field(number, "enum", default, factory, "", of)
 
 
-def message(number: int, of: type[Message] | None, *, default: Any = _MISSING, factory: Any = _MISSING,
+def message(number: int, of: type[Message] | str | None, *, default: Any = _MISSING, factory: Any = _MISSING,
             show: str = "") -> Any:
-    """A message within a message; `of` None is the class that is being declared."""
+    """A message within a message; `of` None is the class that is being declared, a text as `sockets.InetSkEntry` one of
+    another module that is imported for it when it comes."""
     return Field(number, "message", default, factory, show, of)
 
 

@@ -93,7 +93,7 @@ def prepare(plan: TaskPlan, crew: Crew) -> dict[str, Any]:
     assert plan.fs is not None
     assert plan.ids is not None
     assert plan.mm is not None
-    files, report = crew.files, crew.sock.fileno()
+    files, report = crew.files, crew.reports.writer
     take_terminal(plan.pid, crew, first=False)
     os.umask(plan.fs.umask or 0)
     os.chdir(files.map_path(files.file_name(plan.fs.cwd_id)))

@@ -14,7 +14,6 @@ import errno
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 from stasis.errors import BusyError, PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import process, procfs
 from stasis.linux.clone3 import fork_as
-from stasis.process.restore.crew import LARGEST_REPORT, Crew, Gate, collect, live_with
+from stasis.process.restore.crew import Crew, Gate, Reports, collect, live_with
 from stasis.process.restore.outfit import Ready, enter_namespaces, open_everything, prepare, share_memory, take_terminal
 
 if TYPE_CHECKING:
@@ -43,10 +42,7 @@ class Nursery:
     """What the processes that are made and the restorer have in common; a context manager for the restorer."""
 
     def __init__(self, root: TaskPlan, files: FileSet, chain: list[ImageSet], links: Mapping[str, str]) -> None:
-        self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for sock in (self.ours, theirs):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REPORT)
-        self.crew = Crew(root, files, chain, theirs, {stage: Gate() for stage in STAGES}, links)
+        self.crew = Crew(root, files, chain, Reports(), {stage: Gate() for stage in STAGES}, links)
 
     def be_first(self, started: int) -> NoReturn:
         """In a process that is the first of its pid namespace and whose parent is outside: its life, from the moment
@@ -61,14 +57,14 @@ class Nursery:
 
     def leave(self) -> None:
         """In a process that is made: keep nothing that is the restorer's."""
-        self.ours.close()
+        self.crew.reports.close_reader()
         for gate in self.crew.gates.values():
             gate.leave()
 
     def close(self) -> None:
         """Nobody waits any more."""
-        self.ours.close()
-        self.crew.sock.close()
+        self.crew.reports.close_reader()
+        self.crew.reports.close_writer()
         for gate in self.crew.gates.values():
             gate.close()
 
@@ -84,15 +80,16 @@ def spawn(nursery: Nursery, *, has_root: bool = False) -> dict[int, Ready]:
 
     To be called within `adopting`. Raises StasisError; the processes made so far are there still.
     """
-    crew, ours = nursery.crew, nursery.ours
+    crew = nursery.crew
+    reports = crew.reports
     helper = 0 if has_root else _make_root(nursery)
     first = helper or crew.root.pid
-    crew.sock.close()
+    reports.close_writer()
     for stage, gate in crew.gates.items():
-        gate.open(len(collect(ours, first, stage)))
+        gate.open(len(collect(reports, first, stage)))
     if helper:
         os.waitpid(helper, 0)
-    found = [Ready(report) for report in collect(ours, first, "ready") if "files" in report]
+    found = [Ready(report) for report in collect(reports, first, "ready") if "files" in report]
     return {ready.pid: ready for ready in found}
 
 
@@ -260,7 +257,7 @@ def _live(plan: TaskPlan, crew: Crew, parent: int, maker_pid: int) -> None:
 
 def _move_up(crew: Crew) -> None:
     """Have our descriptors where they are in nobody's way."""
-    crew.sock = socket.socket(fileno=crew.files.move(crew.sock.detach()))
+    crew.reports.writer = crew.files.move(crew.reports.writer)
     for gate in crew.gates.values():
         gate.reader = crew.files.move(gate.reader)
 

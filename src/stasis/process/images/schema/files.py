@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from stasis.process.images.message import (
     HEX,
     Message,
@@ -18,19 +20,21 @@ from stasis.process.images.message import (
     uint64,
 )
 from stasis.process.images.schema.common import FownEntry, Timeval
-from stasis.process.images.schema.events import (
-    BpfmapFileEntry,
-    EventfdFileEntry,
-    EventpollFileEntry,
-    FanotifyFileEntry,
-    InotifyFileEntry,
-    PidfdEntry,
-    SignalfdEntry,
-    TimerfdEntry,
-)
-from stasis.process.images.schema.memory import MemfdFileEntry
-from stasis.process.images.schema.sockets import InetSkEntry, NetlinkSkEntry, PacketSockEntry, UnixSkEntry
-from stasis.process.images.schema.terminals import TtyFileEntry
+
+if TYPE_CHECKING:
+    from stasis.process.images.schema.events import (
+        BpfmapFileEntry,
+        EventfdFileEntry,
+        EventpollFileEntry,
+        FanotifyFileEntry,
+        InotifyFileEntry,
+        PidfdEntry,
+        SignalfdEntry,
+        TimerfdEntry,
+    )
+    from stasis.process.images.schema.memory import MemfdFileEntry
+    from stasis.process.images.schema.sockets import InetSkEntry, NetlinkSkEntry, PacketSockEntry, UnixSkEntry
+    from stasis.process.images.schema.terminals import TtyFileEntry
 
 __all__ = [
     "ExtFileEntry",
@@ -175,25 +179,25 @@ class FileEntry(Message):
     type: FdTypes = enumeration(1, FdTypes)
     id: int = uint32(2)
     reg: RegFileEntry | None = message(3, RegFileEntry, default=None)
-    isk: InetSkEntry | None = message(4, InetSkEntry, default=None)
+    isk: InetSkEntry | None = message(4, "sockets.InetSkEntry", default=None)
     nsf: NsFileEntry | None = message(5, NsFileEntry, default=None)
-    psk: PacketSockEntry | None = message(6, PacketSockEntry, default=None)
-    nlsk: NetlinkSkEntry | None = message(7, NetlinkSkEntry, default=None)
-    efd: EventfdFileEntry | None = message(8, EventfdFileEntry, default=None)
-    epfd: EventpollFileEntry | None = message(9, EventpollFileEntry, default=None)
-    sgfd: SignalfdEntry | None = message(10, SignalfdEntry, default=None)
+    psk: PacketSockEntry | None = message(6, "sockets.PacketSockEntry", default=None)
+    nlsk: NetlinkSkEntry | None = message(7, "sockets.NetlinkSkEntry", default=None)
+    efd: EventfdFileEntry | None = message(8, "events.EventfdFileEntry", default=None)
+    epfd: EventpollFileEntry | None = message(9, "events.EventpollFileEntry", default=None)
+    sgfd: SignalfdEntry | None = message(10, "events.SignalfdEntry", default=None)
     tunf: TunfileEntry | None = message(11, TunfileEntry, default=None)
-    tfd: TimerfdEntry | None = message(12, TimerfdEntry, default=None)
-    ify: InotifyFileEntry | None = message(13, InotifyFileEntry, default=None)
-    ffy: FanotifyFileEntry | None = message(14, FanotifyFileEntry, default=None)
+    tfd: TimerfdEntry | None = message(12, "events.TimerfdEntry", default=None)
+    ify: InotifyFileEntry | None = message(13, "events.InotifyFileEntry", default=None)
+    ffy: FanotifyFileEntry | None = message(14, "events.FanotifyFileEntry", default=None)
     ext: ExtFileEntry | None = message(15, ExtFileEntry, default=None)
-    usk: UnixSkEntry | None = message(16, UnixSkEntry, default=None)
+    usk: UnixSkEntry | None = message(16, "sockets.UnixSkEntry", default=None)
     fifo: FifoEntry | None = message(17, FifoEntry, default=None)
     pipe: PipeEntry | None = message(18, PipeEntry, default=None)
-    tty: TtyFileEntry | None = message(19, TtyFileEntry, default=None)
-    memfd: MemfdFileEntry | None = message(20, MemfdFileEntry, default=None)
-    bpf: BpfmapFileEntry | None = message(21, BpfmapFileEntry, default=None)
-    pidfd: PidfdEntry | None = message(22, PidfdEntry, default=None)
+    tty: TtyFileEntry | None = message(19, "terminals.TtyFileEntry", default=None)
+    memfd: MemfdFileEntry | None = message(20, "memory.MemfdFileEntry", default=None)
+    bpf: BpfmapFileEntry | None = message(21, "events.BpfmapFileEntry", default=None)
+    pidfd: PidfdEntry | None = message(22, "events.PidfdEntry", default=None)
 
 
 class FdinfoEntry(Message):
