@@ -8,9 +8,11 @@ freeze: a hook notes how far they were. STASIS_LONG=1 makes it ten times the bac
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sqlite3
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +37,7 @@ from tests.live.writers import bpf_works, state_directory
 from tests.runner import Stasis
 from tests.system.helpers import LONG
 
-pytestmark = [pytest.mark.root, pytest.mark.tool("mkfs.ext4", "mkfs.xfs", "git", "tar"),
+pytestmark = [pytest.mark.root, pytest.mark.tool("mkfs.ext4", "mkfs.xfs", "git", "tar", "fio"),
               pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices")]
 
 BACKUPS = {"ext4": 20, "xfs": 20, "btrfs": 20} if LONG else {"ext4": 2, "xfs": 1, "btrfs": 1}
@@ -119,7 +121,34 @@ class Archive:
         tool("tar", "-df", self._archive, "-C", self._where / str(finished - 1 if newest < finished else newest - 1))
 
 
-PROGRAMS = (Database, Commits, Archive)
+class Blocks:
+    """fio writes blocks at random places past the page cache, many at a time; each bears its place and its digest.
+
+    Its own check knows the last run only, so the headers are read here (struct verify_header in fio's verify.h).
+    """
+
+    name = "fio"
+    HEADER = struct.Struct("<HHIQQ16x16s")  # magic, kind, length, seed, offset; what is not of use; MD5 of the rest
+
+    def __init__(self, where: Path) -> None:
+        self._path = where / "blocks"
+
+    def work(self, number: int) -> None:
+        how = ("--rw=randwrite", "--randrepeat=0", "--norandommap", "--io_size=1m") if number else ("--rw=write",)
+        tool("fio", "--name=job", f"--filename={self._path}", "--size=2m", "--bs=4k", "--direct=1", "--iodepth=16",
+             "--ioengine=libaio", "--verify=md5", "--do_verify=0", "--verify_state_save=0", "--end_fsync=1", *how)
+
+    def check(self, finished: int) -> None:
+        data = self._path.read_bytes() if finished else b""
+        assert len(data) == (2 * MIB if finished else 0)
+        for place in range(0, len(data), 4096):
+            block = data[place : place + 4096]
+            magic, _, length, _, offset, digest = self.HEADER.unpack_from(block)
+            assert (magic, length, offset) == (0xACCA, 4096, place)
+            assert hashlib.md5(block[self.HEADER.size :]).digest() == digest
+
+
+PROGRAMS = (Database, Commits, Archive, Blocks)
 
 
 @contextlib.contextmanager
@@ -129,7 +158,7 @@ def working(disk: Disk, notes: Path) -> Iterator[None]:
         for kind in PROGRAMS:
             program, path = kind(disk.directory), notes / kind.name
 
-            def work(number: int, program: Database | Commits | Archive = program, path: Path = path) -> None:
+            def work(number: int, program: Database | Commits | Archive | Blocks = program, path: Path = path) -> None:
                 program.work(number)
                 new = path.with_suffix(".new")
                 new.write_text(str(number + 1))
