@@ -48,24 +48,25 @@ dbdctl destroy "$minor"
 
 CREATE = """\
 # A backup client's hook before a backup: a snapshot of what is mounted at $2, mounted in its turn. The first time it
-# begins a series, later it goes on from incremental mode and says which file has the changes.
+# begins a series, later it goes on from incremental mode and says which file has the changes. The COW file lies on the
+# very file system, as the module demands.
 set -eu
-id=$1 mountpoint=$2 notes=$3 first=$4
+id=$1 mountpoint=$2 notes=$3 first=$4 cow=$2/.cow-$1
 device=$(df -P "$mountpoint" | awk 'NR == 2 { print $1 }')
 kind=$(df -P -T "$mountpoint" | awk 'NR == 2 { print $2 }')
 if [ -e "$notes/minor" ]; then
     minor=$(cat "$notes/minor") before=$(cat "$notes/cow")
-    dbdctl transition-to-snapshot "$notes/cow-$id" "$minor"
+    dbdctl transition-to-snapshot "$cow" "$minor"
     echo "CHANGES=$before"
 else
     minor=$first
-    while ! dbdctl setup-snapshot "$device" "$notes/cow-$id" "$minor" 2> "$notes/log"; do
+    while ! dbdctl setup-snapshot "$device" "$cow" "$minor" 2> "$notes/log"; do
         grep -q "Device or resource busy" "$notes/log"
         minor=$((minor + 1))
     done
     echo "$minor" > "$notes/minor"
 fi
-echo "$notes/cow-$id" > "$notes/cow"
+echo "$cow" > "$notes/cow"
 options=ro
 case $kind in
     ext*) options=$options,noload ;;
