@@ -132,9 +132,10 @@ def _kill_worker(stasis: Stasis) -> None:
 
 def test_a_series_goes_on_over_an_end_of_everything(stasis: Stasis, datto: Datto, origin: tuple[str, str],
                                                     disks: list[Disk], tmp_path: Path) -> None:
-    """Unmounted, the daemon ended, as at a shutdown; then the daemon alone, as at a boot."""
+    """Unmounted, the daemon ended, as at a shutdown; then the daemon alone, as at a boot. The COW file is on the disk
+    itself."""
     _, node = origin
-    image, size, cow = disks[1].path, disks[2].size, tmp_path / "cow"
+    image, size, cow = disks[1].path, disks[2].size, tmp_path / "mnt" / ".cow"
     with mounted(node, tmp_path / "mnt") as target:
         datto.dbdctl("setup-snapshot", "-f", "200", node, f"{cow}0", "0")
         run("dd", "if=/dev/datto0", f"of={image}", "bs=1M", "conv=fsync")
