@@ -214,10 +214,10 @@ class SourceSet:
     def prepare(self) -> None:
         """Make the snapshot that `take` takes, so that what it needs starts while other things are done.
 
-        Raises BusyError and StorageError.
+        `take` does it where nobody did. Raises BusyError and StorageError.
         """
         names = [wanted.device.name for wanted in self._wanted if wanted.device and wanted.snapshot is None]
-        if names:
+        if names and self._made is None:
             self._make(names)
 
     def begin_live(self, repository: Repository, options: CreateOptions, progress: Progress) -> Precopy | None:
@@ -248,10 +248,11 @@ class SourceSet:
                 ("the run directory", str(self.directories.run))]
 
     def take(self) -> list[PointInTimeSource]:
-        """Take the snapshot that was prepared, at rest with the live devices, and open everything.
+        """Take the snapshot, at rest with the live devices, and open everything.
 
         Raises BusyError, StorageError and what else `take` raises.
         """
+        self.prepare()
         if self._live is None:
             taken = self._take()
         else:
