@@ -114,4 +114,6 @@ def is_attached(node: str, path: str) -> bool:
         backing = Path(f"/sys/block/{os.path.basename(node)}/loop/backing_file").read_text()
     except OSError:
         return False
-    return backing.removesuffix("\n") == os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    # A file whose FUSE server died is shown as deleted.
+    shown = backing.removesuffix("\n").removesuffix(" (deleted)")
+    return shown == os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dattobd's way of working with the COW file on the protected file system itself: nothing is missed, and nobody's data
+are harmed, whatever is done to the file. STASIS_LONG=1 makes it many rounds under fio."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from errno import EBUSY, EFBIG, EINVAL, EISDIR, ENOSPC, EOPNOTSUPP, ESTALE
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.helpers import await_true, kill
+from tests.runner import Stasis
+from tests.system.helpers import LONG, MIB, tool
+from tests.system.ondevice import Volume, blank_in, is_immutable, volume
+
+pytestmark = [pytest.mark.root, pytest.mark.tool("nbdfuse", "losetup", "mkfs.ext4", "mkfs.xfs", "nbdcopy", "fio",
+                                                 "e4defrag", "xfs_fsr")]
+
+ROUNDS = 25 if LONG else 1
+
+
+@pytest.fixture(autouse=True)
+def _directories(stasis: Stasis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STASIS_RUN_DIR", str(stasis.run_dir))
+    monkeypatch.setenv("STASIS_STATE_DIR", str(stasis.state_dir))
+
+
+@pytest.fixture
+def disk(stasis: Stasis, short_dir: Path, seed: int) -> Iterator[Volume]:
+    with volume(stasis, short_dir, "ext4", seed) as disk:
+        yield disk
+
+
+def _fio(disk: Volume) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ["fio", "--name=load", f"--directory={disk.mount}", "--size=4M", "--rw=randwrite", "--bs=4k",
+         "--ioengine=psync",
+         "--fsync=16", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0"],
+        stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_series_on_the_file_system_that_it_protects(stasis: Stasis, short_dir: Path, seed: int, kind: str) -> None:
+    with volume(stasis, short_dir, kind, seed) as disk:
+        copy, shot = short_dir / "copy", short_dir / "shot"
+        disk.fill(10)
+        disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+        files = disk.files()
+        disk.note_territory(disk.mount / ".cow0")
+        first = disk.copy_image(copy)
+        for number in range(ROUNDS):
+            cow, following = disk.mount / f".cow{number}", disk.mount / f".cow{number + 1}"
+            load = _fio(disk) if LONG else None
+            disk.be_unpleasant(cow)
+            disk.fill(8)
+            assert load is None or load.wait() == 0
+            assert disk.copy_image(shot) == first  # byte for byte, as often as it is read
+            assert blank_in(first, cow)
+            disk.check_copy(copy, files)
+            disk.must("transition-to-incremental", 0)
+            assert is_immutable(cow)
+            disk.be_unpleasant(cow)
+            disk.fill(8)
+            disk.unmount()
+            disk.check_origin()
+            await_true(lambda: disk.info()["state"] == 0)
+            disk.mounted()
+            disk.fill(4)
+            await_true(lambda: disk.info()["state"] == 2)
+            files = disk.files()
+            disk.must("transition-to-snapshot", following, 0)
+            assert not is_immutable(cow)
+            disk.note_territory(following)
+            disk.update(cow, copy)
+            first = disk.copy_image(shot)
+            assert disk.same(copy.read_bytes(), first)
+            disk.check_copy(copy, files)
+            copy.write_bytes(first)
+            disk.foreign.clear()
+            disk.note_territory(following)
+            cow.unlink()
+        disk.must("destroy", 0)
+        assert not following.exists()
+
+
+def test_the_file_s_own_writes_are_no_changes(disk: Volume) -> None:
+    """dattobd counts the blocks of its own COW file: a tenth of the device without anybody having written."""
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    disk.must("transition-to-incremental", 0)
+    disk.must("transition-to-snapshot", disk.mount / ".cow1", 0)
+    listed = disk.stasis.json("datto", "changes", disk.mount / ".cow0")
+    assert sum(extent["length"] for extent in listed) < MIB  # inodes, bitmaps and the journal
+    size = (disk.mount / ".cow1").stat().st_size
+    assert size > 6 * MIB
+    disk.note_territory(disk.mount / ".cow1")
+    own = disk.foreign
+    assert not [extent for extent in listed for start, end in own
+                if extent["offset"] < end and start < extent["offset"] + extent["length"]]
+    disk.must("destroy", 0)
+
+
+def test_it_survives_its_daemon_and_a_new_attachment(disk: Volume, short_dir: Path) -> None:
+    disk.fill(6)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    first = disk.copy_image(short_dir / "a")
+    disk.fill(4)
+    pid = disk.stasis.daemon_pid()
+    assert pid is not None
+    kill(pid)
+    disk.fill(4)
+    assert disk.info()["state"] == 3
+    assert disk.copy_image(short_dir / "b") == first
+    disk.unmount()
+    disk.detach()
+    assert disk.info()["state"] == 1
+    disk.attach()
+    disk.mounted()
+    assert is_immutable(disk.mount / ".cow0")
+    disk.fill(4)
+    await_true(lambda: disk.info()["state"] == 3)
+    assert disk.copy_image(short_dir / "b") == first
+    disk.must("destroy", 0)
+    assert not (disk.mount / ".cow0").exists()
+
+
+@pytest.mark.expects_errors("died; starting it again", "does not go on", "cannot be connected again")
+def test_it_survives_the_death_of_its_worker(disk: Volume, short_dir: Path) -> None:
+    """nbdfuse loses its server with the worker, so the file system has to be mounted again."""
+    disk.fill(6)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    first = disk.copy_image(short_dir / "a")
+    disk.fill(6)
+    pid = disk.stasis.json("device", "show", "disk")["pid"]
+    kill(pid)
+    await_true(lambda: disk.stasis.json("device", "show", "disk")["pid"] not in (None, pid))
+    disk.unmount()
+    disk.detach()
+    disk.attach()
+    disk.mounted()
+    disk.fill(6)
+    assert (disk.info()["state"], disk.info()["error"]) == (3, 0)
+    assert disk.copy_image(short_dir / "b") == first
+    disk.must("destroy", 0)
+
+
+def test_a_full_file_fails_the_tracer_and_goes(disk: Volume) -> None:
+    disk.must("setup-snapshot", "-f", "1", disk.node, disk.mount / ".cow0", 0)
+    disk.fill(30)
+    files = disk.files()
+    await_true(lambda: disk.info()["error"] == -EFBIG)
+    await_true(lambda: not (disk.mount / ".cow0").exists())
+    assert disk.files() == files
+    disk.must("destroy", 0)
+
+
+def test_whoever_takes_the_blocks_away_keeps_them(disk: Volume) -> None:
+    """The protection taken off and the file removed by root: who gets its blocks must find there what he wrote."""
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    tool("chattr", "-i", disk.mount / ".cow0")
+    (disk.mount / ".cow0").unlink()
+    written = {}
+    for number in range(40):
+        written[f"n{number}"] = os.urandom(MIB)
+        (disk.mount / f"n{number}").write_bytes(written[f"n{number}"])
+        tool("sync", "-f", disk.mount)
+        if disk.info()["error"]:
+            break
+    assert disk.info()["error"] == -ESTALE
+    disk.fill(4)
+    disk.unmount()
+    disk.mounted()
+    assert {name: (disk.mount / name).read_bytes() for name in written} == written
+    disk.must("destroy", 0)
+
+
+def test_protection_that_was_left_behind_is_taken_off(disk: Volume) -> None:
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    disk.unmount()
+    await_true(lambda: disk.info()["state"] == 1)
+    disk.must("destroy", 0)
+    disk.mounted()
+    await_true(lambda: not is_immutable(disk.mount / ".cow0"))
+    tool("chattr", "+i", disk.mount / ".cow0")  # as a crash leaves it
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 1)
+    disk.must("destroy", 1)
+
+
+def test_refusals_say_what_is_wrong_and_change_nothing(disk: Volume, short_dir: Path) -> None:
+    def refused(errno: int, *arguments: str | Path) -> str:
+        before = sorted(disk.mount.iterdir())
+        status, said = disk.dbdctl(*arguments)
+        assert status == 255
+        assert f"{os.strerror(errno)}\n" in said
+        assert sorted(disk.mount.iterdir()) == before
+        return said
+
+    (disk.mount / "directory").mkdir()
+    refused(EISDIR, "setup-snapshot", disk.node, disk.mount / "directory", 0)
+    refused(ENOSPC, "setup-snapshot", "-f", "500", disk.node, disk.mount / ".cow", 0)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow", 0)
+    assert "grow" in refused(EOPNOTSUPP, "expand-cow-file", 1, 0)
+    assert "grow" in refused(EOPNOTSUPP, "reconfigure-auto-expand", 1, 0)
+    assert disk.info()["error"] == 0
+    disk.must("transition-to-incremental", 0)
+    refused(EBUSY, "transition-to-snapshot", disk.mount / ".cow", 0)
+    refused(EINVAL, "transition-to-incremental", 0)
+    assert disk.info()["state"] == 2
+    disk.must("transition-to-snapshot", short_dir / "elsewhere", 0)
+    disk.must("destroy", 0)
