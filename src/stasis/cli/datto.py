@@ -135,6 +135,8 @@ def show(arguments: argparse.Namespace) -> None:
         ("COW file", tracer.cow),
         ("its size", output.size_text(tracer.cow_size) if tracer.cow_size else None),
         ("filled", f"{tracer.filled} %"),
+        ("image", tracer.node),
+        ("kept blocks", tracer.point or None),
         ("grows by itself", f"by {step} MiB while {reserved} MiB stay free" if step else None),
         ("series", tracer.uuid or None),
         ("number in it", tracer.seqid or None),

@@ -52,6 +52,9 @@ class TracerNodes:
         """Make the nodes that are missing, and connect those whose worker is another by now."""
         with self._making:
             with self._lock:
+                for record in self._registry.tracers.values():
+                    if record.error and record.state.is_unverified:
+                        self._abandon(record)  # its image is not served again
                 wanted = [minor for minor, record in self._registry.tracers.items() if self._is_wanted(record)]
             for minor in wanted:
                 self._settle_one(minor)
