@@ -4,9 +4,11 @@
 It is run with the disk as its own root: all that it loads comes from there, its state directory and its working
 directory lie there, and another process creates, renames and deletes files there all the time.
 
-    rootdisk.py DEVICE FOLDER FREEZE     FOLDER, on another file system, gets repository, lists and restored image
+    rootdisk.py DEVICE FOLDER FREEZE             FOLDER, on another file system, gets repository, lists and image
+    rootdisk.py DEVICE FOLDER FREEZE SIGNAL      ends itself so when all is frozen
 
-Prints one line of JSON per backup: {"image", "list", "kind", "attempts", "milliseconds", "consistency", "warnings"}.
+Prints one line of JSON per backup: {"image", "list", "kind", "attempts", "milliseconds", "consistency", "warnings"};
+in the second case the process id of who writes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,14 +70,14 @@ def entries(top: str, deep: str) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def written(where: Path) -> Iterator[None]:
+def written(where: Path) -> Iterator[int]:
     """Somebody works in a folder until the end."""
     where.mkdir(exist_ok=True)
     with subprocess.Popen([sys.executable, "-c", WRITER], cwd=where, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "busy\n"
-            yield
+            yield process.pid
         finally:
             process.kill()
 
@@ -119,10 +122,25 @@ def back_up(device: str, folder: Path, top: str, deep: str, freeze: str) -> dict
             "warnings": made["warnings"]}
 
 
+def end(device: str, folder: Path, freeze: str, deep: str, number: int) -> None:
+    """Be stopped or killed while all is frozen."""
+    from stasis.live.source import LiveSource
+
+    stasis("repo", "init", str(folder / "repo"), "--no-encryption")
+    stasis("track", "start", device)
+    with written(Path("/", deep)) as writer:
+        print(json.dumps(writer), flush=True)
+        LiveSource.switch = lambda _: os.kill(os.getpid(), number)  # type: ignore[method-assign]
+        stasis("backup", "create", device, "--repo", str(folder / "repo"), "--max-freeze", freeze)
+
+
 def main() -> None:
     """Two backups: one of everything, one of what changed."""
     device, folder, freeze = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     deep = f"{os.environ['STASIS_STATE_DIR'].strip('/')}-files"
+    if len(sys.argv) > 4:
+        end(device, folder, freeze, deep, signal.Signals[sys.argv[4]])
+        return
     stasis("repo", "init", str(folder / "repo"), "--no-encryption")
     stasis("track", "start", device)
     try:

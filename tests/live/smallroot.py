@@ -57,9 +57,10 @@ sys.stdin.read(1)
 
 @dataclass
 class SmallRoot:
-    """Run programs with `command`: they have the disk as their root."""
+    """Run programs with `command`: they have the disk as their root, which we see at `top`."""
 
     node: str
+    top: Path
     command: list[str]
     environment: dict[str, str]
 
@@ -107,7 +108,8 @@ def small_root(where: Path) -> Iterator[SmallRoot]:
                            "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR"),
                            **{name: value for name, value in os.environ.items() if name.startswith("STASIS_TEST")}}
             python = os.path.realpath(sys.executable)
-            yield SmallRoot(node, ["nsenter", "-t", str(pid), "-m", "--", python], environment)
+            command = ["nsenter", "-t", str(pid), "-m", "--", python]
+            yield SmallRoot(node, Path(f"/proc/{pid}/root"), command, environment)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import pytest
 from stasis.linux import freeze, memlock, mounts
 from tests.live.disks import fast_folder, loop, mounted, tool
 from tests.live.rootdisk import COVERED, HASHED_FIELDS, entries
-from tests.live.smallroot import small_root
+from tests.live.smallroot import SmallRoot, small_root
 from tests.live.writers import bpf_works
 from tests.system.helpers import LONG
 
@@ -47,23 +48,55 @@ def check(made: dict[str, Any], kind: str, where: Path, fstype: str = "ext4") ->
     assert {name: what for name, what in found.items() if expected[name] not in (what, COVERED)} == {}
 
 
+SCRIPT = str(Path(__file__).with_name("rootdisk.py"))
+
+
+def own_directories(environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "STASIS_STATE_DIR": STATE, "STASIS_RUN_DIR": f"/run{STATE}"}
+
+
 def backups(command: list[str], node: str, folder: Path, environment: dict[str, str],
             limit: str) -> Iterator[dict[str, Any]]:
-    script = Path(__file__).with_name("rootdisk.py")
-    environment = {**environment, "STASIS_STATE_DIR": STATE, "STASIS_RUN_DIR": f"/run{STATE}"}
-    done = subprocess.run([*command, str(script), node, str(folder), limit], capture_output=True, text=True,
-                          env=environment, check=False)
+    done = subprocess.run([*command, SCRIPT, node, str(folder), limit], capture_output=True, text=True,
+                          env=own_directories(environment), check=False)
     assert done.returncode == 0, done.stderr
     return (json.loads(line) for line in done.stdout.splitlines())
 
 
-def test_the_disk_that_everything_runs_from(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRoot]:
+    with small_root(tmp_path_factory.mktemp("root")) as made:
+        yield made
+
+
+def test_the_disk_that_everything_runs_from(root: SmallRoot, tmp_path: Path) -> None:
     """No module has been compiled there before: one that is first loaded in the freeze would wait for its end."""
-    with fast_folder(tmp_path) as folder, small_root(tmp_path) as root:
+    with fast_folder(tmp_path) as folder:
         full, incremental = backups(root.command, root.node, folder, root.environment, "20s")
         for made, kind in ((full, "full"), (incremental, "incremental")):
             assert made["attempts"] == 1
             check(made, kind, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"] if LONG else ["SIGSTOP"])
+def test_who_copies_the_disk_that_all_runs_from_may_end_there(root: SmallRoot, tmp_path: Path, how: str) -> None:
+    """The watchdog's program lies on the frozen disk as well; it thaws, and who writes goes on."""
+    with fast_folder(tmp_path) as folder:
+        command = [*root.command, SCRIPT, root.node, str(folder), "500ms", how]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+                              env=own_directories(root.environment)) as process:
+            try:
+                assert process.stdout is not None
+                writer = json.loads(process.stdout.readline())
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+                for name in "ab":
+                    (root.top / name).write_text("returns when it is thawed")
+            finally:
+                process.kill()
+                process.wait()
+                os.kill(writer, signal.SIGKILL)
+        subprocess.run([*root.command, "-m", "stasis", "track", "stop", root.node], check=True,
+                       env=own_directories(root.environment))
 
 
 @pytest.fixture
