@@ -20,16 +20,18 @@ __all__ = [
     "make_root",
     "move",
     "new_filesystem",
+    "reconfigure",
     "set_attributes",
 ]
 
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT, SYS_MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
-SYS_PIVOT_ROOT, SYS_UMOUNT2 = 155, 166
+SYS_FSPICK, SYS_PIVOT_ROOT, SYS_UMOUNT2 = 433, 155, 166
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, AT_SYMLINK_NOFOLLOW = -100, 0x1000, 0x8000, 0x100
 # include/uapi/linux/mount.h
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC = 1, 1
-FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 0, 1, 6
+FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE, FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
+FSPICK_CLOEXEC, FSPICK_EMPTY_PATH = 1, 8
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH, MOVE_MOUNT_SET_GROUP = 4, 0x40, 0x100
 MNT_DETACH = 2
 ATTRIBUTES = struct.Struct("<4Q")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
@@ -110,13 +112,29 @@ def set_attributes(
           ctypes.addressof(argument), len(raw))  # fmt: skip
 
 
+def reconfigure(mount: int, flag: str) -> None:
+    """Set an option of the file system of a mount, as "ro"."""
+    empty, word = _text(""), _text(flag)
+    context = _call("fspick", flag, SYS_FSPICK, mount, ctypes.addressof(empty), FSPICK_CLOEXEC | FSPICK_EMPTY_PATH)
+    try:
+        _call(f"fsconfig({flag})", flag, SYS_FSCONFIG, context, FSCONFIG_SET_FLAG, ctypes.addressof(word))
+        _call("fsconfig(RECONFIGURE)", flag, SYS_FSCONFIG, context, FSCONFIG_CMD_RECONFIGURE)
+    finally:
+        os.close(context)
+
+
 def make_root(directory: int) -> None:
     """Make the mount that `directory` is the root of our root, and have nothing of the old one left in sight."""
-    os.fchdir(directory)
     dot = _text(".")
-    _call("pivot_root", ".", SYS_PIVOT_ROOT, ctypes.addressof(dot), ctypes.addressof(dot))
-    detach(".")  # the old one lies over the new one
-    os.chdir("/")
+    old = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fchdir(directory)
+        _call("pivot_root", ".", SYS_PIVOT_ROOT, ctypes.addressof(dot), ctypes.addressof(dot))
+        os.fchdir(old)
+        detach(".")
+        os.chdir("/")
+    finally:
+        os.close(old)
 
 
 def detach(path: str) -> None:

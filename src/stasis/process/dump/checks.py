@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-
 from stasis.linux import procfs, ptrace
 from stasis.linux.kcmp import Kcmp, compare
 from stasis.process.cgroups import check_groups
@@ -47,8 +45,6 @@ def _check_dead(task: Task, findings: Findings) -> None:
 
 def _check_task(task: Task, findings: Findings, *, is_first: bool) -> None:
     fields = procfs.status(task.pid)
-    if os.readlink(f"/proc/{task.pid}/root") != "/":
-        findings.add(task.pid, "root directory", "another root directory than ours is not supported yet")
     if 0 in (task.stat.session, task.stat.pgrp) and not is_first:  # the first process may have that of its parent
         findings.add(task.pid, "session", "its session or process group is of another pid namespace")
     if int(fields["Pid"]) != ns_pid(fields):

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from stasis.linux.kcmp import Kcmp, compare
+from stasis.linux.mountinfo import MountInfo, mount_table
 from stasis.process.images.schema.tasks import TaskKobjIdsEntry
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Home:
     """The namespaces of the dumper, which are not those of a worker that has entered others for it."""
 
     _ids: dict[str, int] | None = None
+    _mounts: list[MountInfo] | None = None
 
     @classmethod
     def ids(cls) -> dict[str, int]:
@@ -87,6 +89,11 @@ class Home:
         return namespace_ids(os.getpid()) if cls._ids is None else cls._ids
 
     @classmethod
+    def mounts(cls) -> list[MountInfo]:
+        """What is mounted there."""
+        return mount_table() if cls._mounts is None else cls._mounts
+
+    @classmethod
     def leave(cls) -> None:
         """In a worker, before it enters others."""
-        cls._ids = namespace_ids(os.getpid())
+        cls._ids, cls._mounts = namespace_ids(os.getpid()), mount_table()

@@ -13,13 +13,14 @@ been outside.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from stasis.errors import PermissionDeniedError, StasisError
 from stasis.linux import process, procfs
@@ -27,29 +28,38 @@ from stasis.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, FLAGS, enter, mou
 from stasis.process.dump.ids import Home
 from stasis.process.findings import Finding
 from stasis.process.images.imageset import ImageSet
+from stasis.process.roots import anchored
 
 if TYPE_CHECKING:
     from stasis.process.dump.job import DumpResult
 
-__all__ = ["check_inside", "dump_inside", "flags_for"]
+__all__ = ["Entering", "check_inside", "dump_inside", "entering"]
 
 FAILED = 1
 PATIENCE = 10.0
 ENTERED = ("net", "ipc", "uts")
 
 
-def flags_for(pid: int) -> int:
-    """CLONE_NEW* of the namespaces that a dump of this process has to enter; 0 where it is done from where we are."""
+class Entering(NamedTuple):
+    """What a worker for a dump enters: CLONE_NEW* of namespaces; `anchored`: it reaches files through an anchor in the
+    mount namespace."""
+
+    flags: int
+    anchored: bool = False
+
+
+def entering(pid: int) -> Entering | None:
+    """For a dump of this process; None where it is done from where we are."""
     try:
-        found = sum(FLAGS[name] for name in ENTERED if _differs(pid, name))
+        found = Entering(sum(FLAGS[name] for name in ENTERED if _differs(pid, name)), _differs(pid, "mnt"))
         if not _differs(pid, "pid"):
-            return found
+            return found if any(found) else None
         if _inner_pid(pid) == 1:
-            return found | CLONE_NEWPID
+            return found._replace(flags=found.flags | CLONE_NEWPID)
         roots = [os.stat(f"/proc/{who}/root/") for who in (pid, "self")]
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return 0  # told by whoever tries to trace it
-    return CLONE_NEWPID | CLONE_NEWNS if os.path.samestat(*roots) else 0
+        return None  # told by whoever tries to trace it
+    return Entering(CLONE_NEWPID | CLONE_NEWNS) if os.path.samestat(*roots) else None
 
 
 def _differs(pid: int, name: str) -> bool:
@@ -61,9 +71,9 @@ def _inner_pid(pid: int) -> int:
     return int(procfs.status(pid)["NSpid"].split()[-1])
 
 
-def check_inside(pid: int, flags: int, look: Callable[[int], list[Finding]]) -> list[Finding]:
+def check_inside(pid: int, way: Entering, look: Callable[[int], list[Finding]]) -> list[Finding]:
     """What `look`, called with the inner pid, finds."""
-    found = _run(pid, flags, lambda inner: [list(_fields(finding)) for finding in look(inner)])
+    found = _run(pid, way, lambda inner: [list(_fields(finding)) for finding in look(inner)])
     return [Finding(*fields) for fields in found or ()]
 
 
@@ -72,7 +82,7 @@ def _fields(finding: Finding) -> tuple[int, str, str, str, bool]:
 
 
 def dump_inside(
-    pid: int, flags: int, images: str | os.PathLike[str], work: Callable[[int, str], DumpResult], *, ends: bool
+    pid: int, way: Entering, images: str | os.PathLike[str], work: Callable[[int, str], DumpResult], *, ends: bool
 ) -> DumpResult:
     """What came of `work`, which dumps the inner pid into the directory; the process `ends` with it. The pids of the
     result are the inner ones."""
@@ -81,7 +91,7 @@ def dump_inside(
     path = os.path.abspath(images)
     pidfd = process.pidfd_open(pid)
     try:
-        warnings = _run(pid, flags, lambda inner: work(inner, path).warnings)
+        warnings = _run(pid, way, lambda inner: work(inner, path).warnings)
         if ends:
             select.select([pidfd], [], [], PATIENCE)
     finally:
@@ -98,14 +108,14 @@ def dump_inside(
         )  # fmt: skip
 
 
-def _run(pid: int, flags: int, work: Callable[[int], Any]) -> Any:
+def _run(pid: int, way: Entering, work: Callable[[int], Any]) -> Any:
     """What `work`, called with the inner pid, returned within the namespaces of a process; None where it was killed."""
-    inner = _inner_pid(pid) if flags & CLONE_NEWPID else pid
+    inner = _inner_pid(pid) if way.flags & CLONE_NEWPID else pid
     reader, writer = os.pipe()
     helper = os.fork()
     if helper == 0:
         os.close(reader)
-        _enter(pid, flags, lambda: work(inner), writer)
+        _enter(pid, way, lambda: _anchored(inner, way, work), writer)
     os.close(writer)
     with open(reader, "rb") as told:
         report = told.readline()
@@ -118,22 +128,28 @@ def _run(pid: int, flags: int, work: Callable[[int], Any]) -> Any:
     return answer["found"]
 
 
-def _enter(pid: int, flags: int, work: Callable[[], Any], tell: int) -> NoReturn:
+def _anchored(inner: int, way: Entering, work: Callable[[int], Any]) -> Any:
+    with anchored(inner) if way.anchored else contextlib.nullcontext():
+        return work(inner)
+
+
+def _enter(pid: int, way: Entering, work: Callable[[], Any], tell: int) -> NoReturn:
     """A namespace of pids is that of processes that are made from then on: so another one does the work."""
     status = FAILED
     process.set_parent_death_signal(signal.SIGKILL)
     try:
         where = os.getcwd()
-        is_private = not flags & CLONE_NEWNS
+        is_private = not way.flags & CLONE_NEWNS
         if is_private:
             Home.leave()
             unshare(CLONE_NEWNS)
-        enter(pid, flags)
+        if way.flags:
+            enter(pid, way.flags)
         os.chdir(where)
         worker = os.fork()
         if worker == 0:
             process.set_parent_death_signal(signal.SIGKILL)
-            if is_private and flags & CLONE_NEWPID:
+            if is_private and way.flags & CLONE_NEWPID:
                 mount_proc()
             os.write(tell, json.dumps({"found": work()}).encode() + b"\n")
             os._exit(0)

@@ -23,7 +23,7 @@ from stasis.process.cgroups import GroupTable
 from stasis.process.dump import mm
 from stasis.process.dump.checks import check_tree
 from stasis.process.dump.ids import FIRST_ID, Home, ObjectIds, namespace_ids, own_kinds
-from stasis.process.dump.inside import check_inside, dump_inside, flags_for
+from stasis.process.dump.inside import check_inside, dump_inside, entering
 from stasis.process.dump.losses import losses
 from stasis.process.dump.pages import Look, dump_private_pages, dump_shared_pages
 from stasis.process.dump.predump import continued
@@ -99,8 +99,8 @@ class DumpResult:
 
 def check(pid: int, *, timeout: float = 10.0, files: FileOptions | None = None) -> list[Finding]:
     """What of a process tree a dump could not keep; it is stopped for a moment. Raises what `Tree.freeze` raises."""
-    if flags := flags_for(pid):
-        return check_inside(pid, flags, lambda inner: _check(inner, timeout, files))
+    if way := entering(pid):
+        return check_inside(pid, way, lambda inner: _check(inner, timeout, files))
     return _check(pid, timeout, files)
 
 
@@ -118,9 +118,9 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     chosen = options or DumpOptions()
     if chosen.track and not chosen.leave_running:
         raise UsageError("only a tree that is left running can be watched", hint="leave it running, or do not track it")
-    if flags := flags_for(pid):
+    if way := entering(pid):
         ends = not chosen.leave_running and not chosen.leave_stopped
-        return dump_inside(pid, flags, images, lambda inner, path: _dump(inner, path, chosen), ends=ends)
+        return dump_inside(pid, way, images, lambda inner, path: _dump(inner, path, chosen), ends=ends)
     return _dump(pid, images, chosen)
 
 

@@ -17,6 +17,7 @@ from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.events import FhEntry, InotifyFileEntry, InotifyWdEntry
 from stasis.process.images.schema.files import FdTypes, FileEntry
+from stasis.process.roots import reach
 
 __all__ = ["Inotifies"]
 
@@ -83,7 +84,7 @@ def _path(pid: int, device: int, kind: int, handle: bytes) -> str | None:
         if fields[2] != wanted:
             continue
         with contextlib.suppress(OSError):
-            mount = os.open(fields[4].decode("unicode_escape"), os.O_RDONLY | os.O_CLOEXEC)
+            mount = os.open(reach(fields[4].decode("unicode_escape")), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 fd = inotify.open_by_handle(mount, kind, handle, os.O_PATH | os.O_CLOEXEC)
             finally:

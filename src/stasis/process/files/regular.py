@@ -18,6 +18,7 @@ from stasis.process.files.ghosts import DELETED, allocated
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.images.schema.common import FownEntry
 from stasis.process.images.schema.files import FdTypes, FileEntry, RegFileEntry
+from stasis.process.roots import reach
 
 __all__ = ["NO_OWNER", "STATELESS_DEVICES", "RegularFiles", "open_by_entry", "path_entry"]
 
@@ -65,10 +66,10 @@ class RegularFiles(FileKind):
         return fd
 
 
-def _is_at(pid: int, link: str, status: os.stat_result) -> bool:
-    """Whether a path still leads to the file, from the root of the process."""
+def _is_at(link: str, status: os.stat_result) -> bool:
+    """Whether a path still leads to the file."""
     try:
-        return os.path.samestat(os.stat(f"/proc/{pid}/root{link}"), status)
+        return os.path.samestat(os.stat(reach(link)), status)
     except OSError:
         return False
 
@@ -81,7 +82,7 @@ def why_lost(pid: int, link: str, status: os.stat_result, ghost_limit: int) -> t
             option = f"--ghost-limit {allocated(status) // 1024}K"
             return f"the file was deleted and occupies {size}, more than is taken along", option
         return "", ""
-    if _is_at(pid, current_name(pid, link, status), status):
+    if _is_at(current_name(pid, link, status), status):
         return "", ""
     if link.endswith(DELETED):
         return "the file lost the name it was opened by, and its other names are not in the same directory", ""
@@ -90,14 +91,14 @@ def why_lost(pid: int, link: str, status: os.stat_result, ghost_limit: int) -> t
 
 def current_name(pid: int, link: str, status: os.stat_result) -> str:
     """The path by which a file can be reached; for a deleted one the path it had."""
-    name = link.removesuffix(DELETED) if link.endswith(DELETED) and not _is_at(pid, link, status) else link
+    name = link.removesuffix(DELETED) if link.endswith(DELETED) and not _is_at(link, status) else link
     if status.st_nlink == 0 or name == link:
         return name
     directory = os.path.dirname(name)
     try:
-        with os.scandir(f"/proc/{pid}/root{directory}") as entries:
+        with os.scandir(reach(directory)) as entries:
             for entry in entries:
-                if entry.inode() == status.st_ino and _is_at(pid, os.path.join(directory, entry.name), status):
+                if entry.inode() == status.st_ino and _is_at(os.path.join(directory, entry.name), status):
                     return os.path.join(directory, entry.name)
     except OSError:
         return name  # the directory is gone, too

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from stasis.errors import BusyError
 from stasis.linux.sockdiag import UnixSocket, unix_sockets
 from stasis.process.images.schema.sockets import FilePermsEntry, UnixSkEntry
+from stasis.process.roots import reach
 
 __all__ = ["bind", "file_perms", "reason_against"]
 
@@ -27,7 +28,7 @@ def reason_against(found: UnixSocket) -> str:
 def _status(found: UnixSocket) -> os.stat_result | None:
     """The socket's file, if it has its name still."""
     try:
-        status = os.stat(found.name.rstrip(b"\0"))
+        status = os.stat(reach(os.fsdecode(found.name.rstrip(b"\0"))))
     except OSError:
         return None
     return status if found.file is not None and status.st_ino & 0xFFFFFFFF == found.file[1] else None

@@ -22,11 +22,10 @@ from stasis.process.images.schema.ipc import IpcDescEntry, IpcMsg, IpcMsgEntry, 
 from stasis.process.namespaces.identities import Identities
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.setwriter import ImageSetWriter
+    from stasis.process.namespaces.own import Settings
 
 __all__ = ["check", "make", "remove_marked", "write"]
 
@@ -117,7 +116,7 @@ def _write_segments(number: int, out: ImageSetWriter, identities: Identities) ->
             libc.syscall(SYS_SHMDT, start, 0, 0, 0, 0, 0)
 
 
-def make(number: int, chain: list[ImageSet], links: Mapping[str, str]) -> None:
+def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
     """A namespace with all that the images say is in it."""
     unshare(FLAGS["ipc"])
     images = chain[0]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.setwriter import ImageSetWriter
+    from stasis.process.namespaces.own import Settings
 
 __all__ = ["check", "make", "write"]
 
@@ -130,16 +131,15 @@ def _split(text: bytes) -> list[bytes]:
     return found
 
 
-def make(number: int, chain: list[ImageSet], links: Mapping[str, str]) -> None:
-    """A namespace with all that the images say is in it. `links`: how the other ends of veth devices are called in
-    the namespace that we come from, as NAME or NAME@BRIDGE."""
+def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
+    """A namespace with all that the images say is in it."""
     images = chain[0]
     home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         with RouteNetlink() as before:
             unshare(FLAGS["net"])
             with RouteNetlink() as netlink:
-                _fill(images, number, netlink, _Outside(before, home, links))
+                _fill(images, number, netlink, _Outside(before, home, settings.links))
     except OSError as error:
         raise StasisError(f"the network namespace cannot be filled: {error}", errno=error.errno or 0) from error
     finally:

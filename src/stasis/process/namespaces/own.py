@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stasis.process.dump.ids import NAMESPACES, Home, namespace_ids, own_kinds, own_kinds_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
@@ -23,11 +23,19 @@ if TYPE_CHECKING:
     from stasis.process.images.setwriter import ImageSetWriter
     from stasis.process.tree import Task
 
-__all__ = ["check_namespaces", "make_namespaces", "write_namespaces"]
+__all__ = ["Settings", "check_namespaces", "make_namespaces", "write_namespaces"]
 
-MODULES = {"pid": "pids", "uts": "uts", "ipc": "ipc", "net": "net"}
+MODULES = {"pid": "pids", "uts": "uts", "ipc": "ipc", "net": "net", "mnt": "mnt"}
 """In the order in which they are made; a kind that is not here is refused."""
 FOR_CHILDREN = {"pid": "pid_for_children", "time": "time_for_children"}
+
+
+class Settings(NamedTuple):
+    """What the caller of a restore decides. `links`: what the other ends of network devices of the tree are called in
+    the namespace that we come from, as NAME or NAME@BRIDGE. `map_path`: where a path outside is now."""
+
+    links: Mapping[str, str]
+    map_path: Callable[[str], str]
 
 
 def check_namespaces(root: Task, living: Sequence[Task], findings: Findings) -> None:
@@ -65,13 +73,12 @@ def write_namespaces(root: int, out: ImageSetWriter) -> list[str]:
     return warnings
 
 
-def make_namespaces(ids: TaskKobjIdsEntry, chain: list[ImageSet], links: Mapping[str, str]) -> None:
-    """In the first process of a restore: go into namespaces of our own, with what the images say is in them. `links`:
-    network devices inside, and what their other ends are called outside."""
+def make_namespaces(ids: TaskKobjIdsEntry, chain: list[ImageSet], settings: Settings) -> None:
+    """In the first process of a restore: go into namespaces of our own, with what the images say is in them."""
     own = own_kinds_of(chain[0], ids)
     for name in MODULES:
         if name in own:
-            _module(name).make(getattr(ids, NAMESPACES[name]), chain, links)
+            _module(name).make(getattr(ids, NAMESPACES[name]), chain, settings)
 
 
 def _module(name: str) -> Any:

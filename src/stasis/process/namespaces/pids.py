@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from stasis.linux import process, procfs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.setwriter import ImageSetWriter
+    from stasis.process.namespaces.own import Settings
 
 __all__ = ["check", "make", "write"]
 
@@ -48,5 +47,5 @@ def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
     return []
 
 
-def make(number: int, chain: list[ImageSet], links: Mapping[str, str]) -> None:
+def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
     """It is there already."""

@@ -10,11 +10,10 @@ from stasis.linux.namespaces import FLAGS, unshare
 from stasis.process.images.schema.namespaces import UtsnsEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.setwriter import ImageSetWriter
+    from stasis.process.namespaces.own import Settings
 
 __all__ = ["check", "make", "write"]
 
@@ -33,7 +32,7 @@ def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
     return []
 
 
-def make(number: int, chain: list[ImageSet], links: Mapping[str, str]) -> None:
+def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
     """A namespace with these names."""
     found: UtsnsEntry = chain[0].one("utsns", number)
     unshare(FLAGS["uts"])

@@ -47,9 +47,9 @@ def enter_namespaces(crew: Crew) -> None:
     assert ids is not None
     if not own_kinds_of(crew.files.images, ids):
         return
-    from stasis.process.namespaces.own import make_namespaces
+    from stasis.process.namespaces.own import Settings, make_namespaces
 
-    make_namespaces(ids, crew.chain, crew.links)
+    make_namespaces(ids, crew.chain, Settings(crew.links, crew.files.map_path))
 
 
 def open_everything(crew: Crew) -> None:
@@ -102,6 +102,8 @@ def prepare(plan: TaskPlan, crew: Crew) -> dict[str, Any]:
     files.set_owners(plan.ids.files_id)
     images = _pages_files(plan, crew)
     files.place(plan.ids.files_id, [report, *(fd for _, _, fd in (*mapped, *images)), *shared.values()])
+    if (root := files.file_name(plan.fs.root_id)) != "/":
+        os.chroot(files.map_path(root))
     told: dict[str, Any] = {"pid": os.getpid(), "report": report, "files": mapped, "shared": list(shared.items()),
                             "images": images}  # fmt: skip
     if (ours := crew.inheritance) is None:
@@ -113,7 +115,8 @@ def prepare(plan: TaskPlan, crew: Crew) -> dict[str, Any]:
 def _pages_files(plan: TaskPlan, crew: Crew) -> list[tuple[int, int, int]]:
     """(device, inode, descriptor) of the files that have its pages, where it is to live in other namespaces."""
     assert plan.ids is not None
-    if not own_kinds_of(crew.files.images, plan.ids):
+    assert plan.fs is not None
+    if not own_kinds_of(crew.files.images, plan.ids) and crew.files.file_name(plan.fs.root_id) == "/":
         return []
     found = []
     for images in crew.chain:
