@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -56,6 +57,8 @@ def _errno(call: Callable[[], object]) -> int:
 
 def _next(client: api.Client, directory: Path, number: int, image: Path) -> int:
     """On to snapshot `number`, and the image with it; how many blocks that were."""
+    if client.datto_info(0).state == 3:
+        client.datto_to_incremental(0)
     tracer = client.datto_to_snapshot(0, directory / f"cow{number}")
     assert (tracer.state, tracer.seqid, tracer.live) == (3, number, True)
     before = str(directory / f"cow{number - 1}")
@@ -126,6 +129,24 @@ def _end(live: Stasis, client: api.Client, number: int) -> None:
         await_true(lambda: live.daemon_pid() is None)
     elif number % 3 == 2:
         kill(pid)
+
+
+def test_it_waits_after_a_boot_until_its_map_is_taken_up(live: Stasis, node: str, tmp_path: Path) -> None:
+    with api.connect(live.run_dir, live.state_dir) as client:
+        client.datto_setup_live(0, node, tmp_path / "cow1", tmp_path / "image")
+        client.datto_to_snapshot(0, tmp_path / "cow2")
+        client.stop()
+        await_true(lambda: live.daemon_pid() is None)
+    record = live.state_dir / "live" / os.path.basename(node) / "device.json"
+    before = record.read_text()
+    record.write_text(json.dumps({**json.loads(before), "boot": "another"}))
+    with api.connect(live.run_dir, live.state_dir) as client:
+        assert [(tracer.state_name, tracer.error) for tracer in client.datto_list()] == [("unverified snapshot", 0)]
+        assert _errno(lambda: client.datto_to_incremental(0)) == errno.EINVAL
+        record.write_text(before)
+        assert client.datto_list()[0].state_name == "active snapshot"
+        assert live.json("datto", "changes", tmp_path / "cow1") == []
+        assert _next(client, tmp_path, 3, tmp_path / "image") == 0
 
 
 def test_what_needs_old_contents_is_refused(client: api.Client, node: str, tmp_path: Path) -> None:

@@ -54,6 +54,10 @@ class LiveTracers:
         """End the copies that run; series go on when a daemon begins."""
         for running in list(self._running):
             running.terminate()
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
     def owns(self, minor: int) -> bool:
         """Whether this minor is that of a live device."""
@@ -148,6 +152,8 @@ class LiveTracers:
         handler: Callable[..., None] | None = getattr(self, f"_do_{request}", None)
         if handler is None:
             raise StateError(f"tracer {minor} is of a live device and keeps no old contents", errno=EINVAL)
+        if minor not in self._files and request not in ("info", "drop"):
+            raise BusyError(f"the COW file of tracer {minor} is not open", hint="the daemon is ending; try again")
         handler(record, **fields)
         return self._describe(record)
 
@@ -222,8 +228,8 @@ class LiveTracers:
                 record.device = f"{LIVE}{record.minor}"
                 try:
                     self._take_up(record)
-                except _NotYetError:
-                    continue
+                except (_NotYetError, BusyError):
+                    continue  # the daemon before may still be ending
                 except (StasisError, OSError) as error:
                     record.error, record.reason = -EINVAL, f"{error}; {GONE}"
                     log.warning("tracer %d of %s cannot go on: %s", record.minor, record.bdev, error)
