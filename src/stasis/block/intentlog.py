@@ -78,6 +78,11 @@ class IntentLog:
         self._write(new)
         os.fdatasync(self.fd)
 
+    def add_all(self, regions: Iterable[int]) -> None:
+        """`add`, for a batch of writes whose regions are mostly set; those behind the last one are left out."""
+        if not self._touched.issuperset(regions):
+            self.add({region for region in regions if region < len(self.regions)})
+
     def rename_generation(self, generation: bytes) -> None:
         """Enter another generation, durably."""
         self.generation = generation

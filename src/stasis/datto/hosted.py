@@ -178,6 +178,7 @@ class Hosted(RestingRequests, Filing):
 
     def tick(self) -> None:
         if self.tracer is not None and not self.tracer.error:
+            self.tracer.catch_up()
             try:
                 self.tracer.check()
             except OSError:
@@ -188,7 +189,7 @@ class Hosted(RestingRequests, Filing):
         if tracer is None or tracer.error or self._is_busy:
             return
         log, cow = tracer.log, tracer.cow
-        if regions := log.start_clearing():
+        if tracer.catch_up() and (regions := log.start_clearing()):
             self._host.background.run(cow.sync, lambda error: None if error else log.clear(regions))
 
     def generation_changed(self) -> None:
@@ -231,6 +232,7 @@ class Hosted(RestingRequests, Filing):
         if self._refused is not None:
             fields |= {"error": -(self._refused.errno or EIO), "reason": str(self._refused)}
         if self.tracer is not None:
+            self.tracer.catch_up()
             header = self.tracer.cow.header
             fields |= {
                 "error": -self.tracer.error, "mode": "incremental" if header.is_index_only else "snapshot",

@@ -114,11 +114,13 @@ class MappedCowFile(CowFile):
     """A COW file on the device. `pinned` says where, `owner` does what only the file system can do."""
 
     can_grow = False
+    can_wait = False
 
     def __init__(self, pinned: Pinned, blocks: DeviceBlocks, geometry: Geometry, header: Header, cache: int,
                  owner: Owner, *, fresh: bool) -> None:
         self.path, self.fd, self.geometry, self.header = pinned.path, blocks.fd, geometry, header
         self.pinned, self._blocks, self._owner = pinned, blocks, owner
+        self._waiting = []
         self.index = MappedIndex(blocks, geometry, cache, fresh=fresh)
         self.territory = Territory(blocks.blocks.ranges(), BLOCK_SIZE)
 

@@ -84,6 +84,9 @@ class RestingRequests(Plugin):
     def _do_rest(self, connection: Connection, _message: Message) -> None:
         """Leave the file complete and clean, beside the loop. A write meanwhile is the end of the rest."""
         tracer = self._require()
+        tracer.catch_up()  # nothing is entered while it rests
+        if tracer.error:
+            raise OSError(EINVAL, "the tracer has failed")
         if tracer.error:
             raise OSError(EINVAL, "the tracer has failed")
         resting = self._host.export.observer = Resting(self, tracer)

@@ -124,9 +124,10 @@ def _missed(site: Site, cow: str, reason: str) -> StateError:
 
 def _reopen(site: Site, source: cow_opening.Source, log: IntentLog, is_clean: bool, index_only: bool, cache: int
             ) -> CowFile:
-    # Without a break of the machine the page cache has everything that was entered.
+    # Without a break of the machine the page cache has everything that was entered; in incremental mode, though,
+    # blocks may have waited for that in the worker that died.
     same_boot = site.opening is not None and site.opening.same_boot
-    if is_clean or same_boot:
+    if is_clean or (same_boot and not index_only):
         return cow_opening.reopen(source, site.size, index_only=index_only, cache=cache, unclean=not is_clean)
     if not index_only:
         raise StateError(f"{source.path} lost old contents when the machine stopped", errno=EINVAL,
