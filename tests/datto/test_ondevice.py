@@ -32,6 +32,7 @@ from stasis.datto.pinned import Pinned
 from stasis.errors import StasisError
 from stasis.linux import immutable, loop, reflink
 from tests.system.helpers import LONG, MIB, tool
+from tests.system.ondevice import unmount
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("losetup", "mkfs.ext4", "mkfs.xfs")]
 
@@ -89,7 +90,7 @@ def _disk(directory: Path, kind: str, make: tuple[str, ...] = (), options: tuple
             places.directory = directory
             yield Disk(node, image, mount, directory, places, claims)
         finally:
-            tool("umount", mount)
+            unmount(mount)
         tool(*CHECK[kind], node)
     finally:
         origin.close()
@@ -196,7 +197,7 @@ def test_it_is_taken_up_by_its_blocks_alone(disk: Disk) -> None:
     cow.close()  # as the death of a worker leaves it
     pinned = Pinned.find(disk.directory, "/.cow")
     assert pinned == Pinned.find(disk.directory, str(disk.mount / ".cow")) == cow.pinned
-    tool("umount", disk.mount)
+    unmount(disk.mount)
     again = reopen(MappedSource(disk.places, cow.pinned), disk.image.stat().st_size, index_only=False, cache=MIB,
                    unclean=True)
     assert again.header.changed_blocks == 1
@@ -307,7 +308,7 @@ def test_a_path_above_the_device_in_another_way_is_refused(disk: Disk, short_dir
                              disk.node, 0)
         assert caught.value.errno == EINVAL
     finally:
-        tool("umount", short_dir / "above")
+        unmount(short_dir / "above")
 
 
 # -- protection ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from stasis.cli import dbdctl, update_img
 from stasis.datto.extents import Territory
 from stasis.linux import fiemap, immutable
 from tests.runner import Stasis
-from tests.system.helpers import MIB, tool
+from tests.system.helpers import MIB, tool, wait_until
 
 SIZES = {"ext4": 64 * MIB, "xfs": 300 * MIB}
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-b", "4096"], "xfs": ["mkfs.xfs", "-q"]}
@@ -82,7 +82,7 @@ class Volume:
         tool("mount", self.node, self.mount)
 
     def unmount(self) -> None:
-        tool("umount", self.mount)
+        unmount(self.mount)
 
     def fill(self, count: int, longest: int = 600_000) -> None:
         """Make files, write over others, remove some; durable at the end."""
@@ -140,12 +140,18 @@ class Volume:
         try:
             assert {path.name: path.read_bytes() for path in where.glob("f*")} == files
         finally:
-            tool("umount", where)
+            unmount(where)
         tool(*CHECK[self.kind], scratch)
         scratch.unlink()
 
     def check_origin(self) -> None:
         tool(*CHECK[self.kind], self.node)
+
+
+def unmount(mount: Path) -> None:
+    """Other programs look at mounts too, and then it is busy for a moment."""
+    command = ["umount", str(mount)]
+    wait_until(lambda: not subprocess.run(command, capture_output=True).returncode, f"unmounting {mount}")
 
 
 def is_immutable(path: Path) -> bool:

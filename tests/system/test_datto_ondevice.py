@@ -48,7 +48,7 @@ def test_a_series_on_the_file_system_that_it_protects(stasis: Stasis, short_dir:
     with volume(stasis, short_dir, kind, seed) as disk:
         copy, shot = short_dir / "copy", short_dir / "shot"
         disk.fill(10)
-        disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+        disk.must("setup-snapshot", "-f", 20, disk.node, disk.mount / ".cow0", 0)
         files = disk.files()
         disk.note_territory(disk.mount / ".cow0")
         first = disk.copy_image(copy)

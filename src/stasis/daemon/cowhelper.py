@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stasis.datto import placing
-from stasis.errors import BusyError, StateError
+from stasis.errors import StateError
 from stasis.live.stack import Stack
 
 __all__ = ["main"]
@@ -41,7 +41,7 @@ class _Pipes:
 
 def _is_here(path: str, node: str) -> bool:
     """Whether a path lies directly on the node's file system. StateError (EINVAL) if it lies above it in another way:
-    whoever writes there waits for the worker, and the worker would wait for it."""
+    whoever writes there waits for the worker, and the worker would wait for it. BusyError if that cannot be seen."""
     try:
         mine = os.stat(os.path.dirname(os.path.realpath(path))).st_dev
         device = os.stat(node).st_rdev
@@ -49,7 +49,7 @@ def _is_here(path: str, node: str) -> bool:
         return False  # what is wrong with it is said where files elsewhere are made
     if mine == device:
         return True
-    with contextlib.suppress(BusyError), Stack([device]) as above:
+    with Stack([device]) as above:
         if above.holds(os.path.dirname(os.path.realpath(path))) is not None:
             raise StateError(f"{path} lies on the device that it is to protect, but not directly", errno=errno.EINVAL,
                              hint="put it on an ext4 or xfs on the device itself, or on another disk")

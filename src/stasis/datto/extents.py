@@ -103,7 +103,7 @@ class Territory:
 
     def inside(self, start: int, end: int) -> Iterator[Range]:
         """The parts of a range that belong to the file."""
-        for number in range(max(0, bisect_right(self._starts, start) - 1), len(self.ranges)):
+        for number in range(max(0, bisect_right(self._starts, start) - 1), len(self.ranges) if start < end else 0):
             low, high = self.ranges[number]
             if low >= end:
                 return

@@ -122,8 +122,10 @@ class Filing(Plugin):
     def end_claim(self, files: Files) -> None:
         """The file is the tracer's from here on, which watches it. OSError if somebody else wrote to its blocks: it is
         gone then."""
-        claim = self._claim
+        claim, cow = self._claim, files[0]
         self.claimed(None)
+        if isinstance(cow, MappedCowFile):
+            cow.watch(None)
         try:
             if claim is not None:
                 claim.require(files[0].path)
@@ -133,6 +135,14 @@ class Filing(Plugin):
 
     # -- giving them back --------------------------------------------------------------------------------------
 
+    def guard(self, cow: CowFile) -> None:
+        """The file is going to be finished beside the loop; its blocks are watched until `handed_over`."""
+        if isinstance(cow, MappedCowFile):
+            claim = Claim(cow.territory)
+            claim.is_filling = False
+            cow.watch(claim)
+            self.claimed(claim)
+
     def hand_over(self, cow: CowFile) -> None:
         """Finish a file, beside the loop: from here on it is a file like any other. OSError."""
         cow.finish()
@@ -141,6 +151,8 @@ class Filing(Plugin):
     def handed_over(self, cow: CowFile) -> None:
         """In the loop, after that."""
         if isinstance(cow, MappedCowFile):
+            if self._claim is cow.claim:  # and not already that of the next file
+                self.claimed(None)
             self._places.mark(cow.pinned)
 
     def stopping(self) -> None:

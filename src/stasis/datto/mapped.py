@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 from array import array
+from contextlib import nullcontext
 from errno import EIO
 from typing import Protocol
 
+from stasis.block.origin import Request
+from stasis.datto.claim import Claim
 from stasis.datto.cowfile import CowFile
 from stasis.datto.extents import BlockMap, Territory
 from stasis.datto.index import Index
@@ -47,6 +50,8 @@ class DeviceBlocks:
         self.fd, self.blocks = fd, blocks
         self.is_sealed = False
         """Set for good once nothing more may be written."""
+        self.claim: Claim | None = None
+        """Set while they are written beside the loop."""
 
     def read(self, place: memoryview, offset: int) -> None:
         """Fill `place` from byte `offset` of the file. OSError."""
@@ -60,6 +65,10 @@ class DeviceBlocks:
         """Write `data` to byte `offset` of the file. OSError; EIO once it is sealed."""
         if self.is_sealed:
             raise OSError(EIO, "the COW file is not ours any more")
+        with nullcontext() if self.claim is None else self.claim.held():
+            self._write(data, offset)
+
+    def _write(self, data: memoryview, offset: int) -> None:
         for physical, position, length in self.blocks.pieces(offset, len(data)):
             source = data[position : position + length]
             done = os.pwritev(self.fd, [source], physical)
@@ -120,9 +129,18 @@ class MappedCowFile(CowFile):
                  owner: Owner, *, fresh: bool) -> None:
         self.path, self.fd, self.geometry, self.header = pinned.path, blocks.fd, geometry, header
         self.pinned, self._blocks, self._owner = pinned, blocks, owner
-        self._waiting = []
         self.index = MappedIndex(blocks, geometry, cache, fresh=fresh)
         self.territory = Territory(blocks.blocks.ranges(), BLOCK_SIZE)
+        self._waiting: list[Request] = []
+
+    @property
+    def claim(self) -> Claim | None:
+        """What `watch` was told last."""
+        return self._blocks.claim
+
+    def watch(self, claim: Claim | None) -> None:
+        """From here on it is written beside the loop, under a claim; None: in the loop again, or no more."""
+        self._blocks.claim = claim
 
     def close(self) -> None:
         self._blocks.is_sealed = True

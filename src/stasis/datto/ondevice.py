@@ -70,6 +70,7 @@ class Places:
             undo.callback(os.close, blocks.fd)
             undo.callback(self._claimed, None)
             self._claimed(claim)
+            blocks.claim = claim
             self._try(session, blocks, pinned, claim)
             cow = MappedCowFile(pinned, blocks, geometry, header, cache, self, fresh=True)
             cow.write_header()
