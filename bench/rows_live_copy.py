@@ -50,7 +50,7 @@ class _Place:
         """The statistics of one more backup."""
         with Repository.open(str(self.folder / "repo"), Secrets.none()) as repository:
             job = BackupJob([str(self.node)], run_dir=self.folder / "run", state_dir=self.folder / "state")
-            return dict(back_up(job, lambda: repository).backups[0].statistics)
+            return dict(back_up(job, repository).backups[0].statistics)
 
 
 @contextmanager

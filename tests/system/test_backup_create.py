@@ -54,7 +54,7 @@ def create(stasis: Stasis, *arguments: str | Path, code: ExitCode = ExitCode.OK)
 def back_up(stasis: Stasis, repository: Repository, *sources: str | Path, **fields: Any) -> CreateResult:
     """The same without the start of a command."""
     job = BackupJob([str(source) for source in sources], run_dir=stasis.run_dir, state_dir=stasis.state_dir, **fields)
-    return daemon_back_up(job, lambda: repository)
+    return daemon_back_up(job, repository)
 
 
 def contents(repository: Repository, backup: dict[str, Any]) -> bytes:
@@ -275,9 +275,10 @@ def test_hooks_run_around_the_snapshot(
     with pytest.raises(StorageError):
         back_up(stasis, opened, disk.name, storage=SnapshotStorage("memory", 4096), before=note, after=note)
     assert seen.read_text().endswith("disk taken\ndisk failed\n")  # nothing had been brought to rest yet
-    with monkeypatch.context() as patch, pytest.raises(StorageError):
+    with monkeypatch.context() as patch:
         patch.setattr(api.Client, "take", no_take)
-        back_up(stasis, opened, disk.name, after=note)
+        with pytest.raises(StorageError):
+            back_up(stasis, opened, disk.name, after=note)
     assert seen.read_text().endswith("disk taken\ndisk failed\ndisk failed\n")
     summary = create(stasis, disk.name, "--post-snapshot", "exit 7", code=ExitCode.FAILURE)
     assert "status 7" in summary["warnings"][0]

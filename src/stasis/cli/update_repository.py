@@ -23,4 +23,4 @@ def update_repository(minor: int, url: str) -> None:
     from stasis.daemon.backups import BackupJob, back_up
 
     with Repository.open(url, Secrets.from_environment(environment=os.environ)) as repository:
-        back_up(BackupJob(sources=[f"datto:{minor}"], kind="incremental"), lambda: repository, Progress())
+        back_up(BackupJob(sources=[f"datto:{minor}"], kind="incremental"), repository, Progress())

@@ -22,7 +22,7 @@ from stasis.live.options import LiveOptions
 if TYPE_CHECKING:
     from stasis.backup.repo import Repository
 
-__all__ = ["BackupJob", "back_up", "plan_backup"]
+__all__ = ["BackupJob", "back_up", "back_up_once_open", "plan_backup"]
 
 PURPOSE = "backup create"
 
@@ -72,14 +72,19 @@ def plan_backup(job: BackupJob, repository: Repository) -> list[Plan]:
         return plan(sources.planned(), repository, job.options(sources))
 
 
-def back_up(job: BackupJob, opened: Callable[[], Repository], progress: Progress | None = None) -> CreateResult:
+def back_up(job: BackupJob, repository: Repository, progress: Progress | None = None) -> CreateResult:
     """Take a snapshot of the sources and store it. Live devices are copied while they are written before that.
-
-    opened: waits for the repository. It is called once there is nothing left to do without one: opening is one long
-    computation, beside which the sources are made ready. Whoever opened it closes it.
 
     Whatever ends it, signals included, the snapshot is destroyed and the second hook has run. A hook that failed after
     the snapshot makes the exit code FAILURE, if it was OK. Raises what `SourceSet`, `Hooks` and `create` raise.
+    """
+    return back_up_once_open(job, lambda: repository, progress)
+
+
+def back_up_once_open(job: BackupJob, opened: Callable[[], Repository], progress: Progress | None = None,
+                      ) -> CreateResult:
+    """The same for a repository that is being opened: `opened` waits for it, and is called once nothing is left to do
+    without one. Opening is one long computation, beside which the sources are made ready. Whoever opened it closes it.
     """
     with interrupted_by_sigterm(), job.open_sources() as sources:
         sources.lock()

@@ -110,7 +110,7 @@ def _run(wanted: BackupSet, result: SetResult, progress: Progress, dry_run: bool
         if dry_run:
             result.plans = plan_backup(job, repository)
         else:
-            result.created = back_up(job, lambda: repository, progress)
+            result.created = back_up(job, repository, progress)
             result.warnings += result.created.warnings
         if result.exit_code != ExitCode.PARTIAL:  # an older backup may be the only one of what could not be read
             _thin_out(wanted, result, repository, progress, dry_run)

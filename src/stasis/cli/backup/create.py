@@ -102,14 +102,14 @@ def create(arguments: argparse.Namespace) -> int:
     _check(arguments)
     with report(arguments) as reporter:
         with _opening(arguments) as opened:
-            from stasis.daemon.backups import back_up, plan_backup
+            from stasis.daemon.backups import back_up_once_open, plan_backup
 
             job = _job(arguments)
             if arguments.dry_run:
                 plans = plan_backup(job, opened())
                 reporter.finish({"dry_run": True, "plans": [plan.as_dict() for plan in plans]}, _plan_text(plans))
                 return 0
-            result = back_up(job, opened, reporter.progress)
+            result = back_up_once_open(job, opened, reporter.progress)
         for warning in result.warnings:
             reporter.warn(warning)
         reporter.finish(_fields(result), "\n".join(_sentence(backup) for backup in result.backups))
