@@ -2,6 +2,7 @@
 # One command per job. `make demo` and `make test` do all set-up by themselves on a fresh Debian 12.
 
 PYTHON ?= python3
+PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 VENV := .venv
 STAMP := $(VENV)/installed
 S3_STAMP := build/s3server/installed
@@ -25,9 +26,9 @@ help: ## Show this list
 demo: $(STAMP) ## Snapshot and copy two disks under load, in about a minute, without root
 	@$(RUN) tools/demo.py $(DEMO_OPTIONS)
 
-test: $(STAMP) $(S3_STAMP) ## Run the test suite (TESTS=... and PYTEST_OPTIONS=... narrow it)
+test: $(STAMP) $(S3_STAMP) ## Run the test suite (TESTS=... and PYTEST_OPTIONS=... narrow it, PROCESSES=0: one by one)
 	@$(RUN) -m compileall -q src # what is started thousands of times need not be compiled each time
-	@$(RUN) -m pytest $(PYTEST_OPTIONS) $(TESTS)
+	@$(RUN) -m pytest -n $(PROCESSES) --dist worksteal $(PYTEST_OPTIONS) $(TESTS)
 
 bench: $(STAMP) ## Measure against nbdkit and qemu-storage-daemon; writes bench/results/
 	@$(RUN) bench/run.py $(BENCH_OPTIONS)

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import hypothesis.core
@@ -43,7 +44,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PATH"] += os.pathsep + "/usr/sbin" + os.pathsep + "/sbin"  # mkfs, losetup for ordinary users
     hypothesis.settings.load_profile(os.environ.get("STASIS_HYPOTHESIS_PROFILE", "default"))
     if hypothesis.core.global_force_seed is None:
-        hypothesis.core.global_force_seed = random.SystemRandom().randrange(1 << 32)
+        drawn = random.SystemRandom().randrange(1 << 32)
+        hypothesis.core.global_force_seed = getattr(config, "workerinput", {}).get("seed", drawn)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Processes that share the tests (pytest-xdist) have one seed, the one that is printed."""
+    node.workerinput["seed"] = hypothesis.core.global_force_seed
 
 
 def pytest_report_header() -> str:
