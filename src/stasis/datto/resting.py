@@ -17,6 +17,7 @@ from stasis.block.control import Connection, Message
 from stasis.block.origin import Request
 from stasis.block.plugins import Host, Plugin
 from stasis.datto import series
+from stasis.datto.cowfile import CowFile
 from stasis.datto.tracer import Tracer
 
 __all__ = ["Resting", "RestingRequests"]
@@ -59,6 +60,12 @@ class RestingRequests(Plugin):
     @abstractmethod
     def _end_image(self) -> None: ...
 
+    @abstractmethod
+    def guard(self, cow: CowFile) -> None: ...
+
+    @abstractmethod
+    def handed_over(self, cow: CowFile) -> None: ...
+
     @property
     def rests(self) -> bool:
         """Whether the tracer is dormant."""
@@ -85,8 +92,6 @@ class RestingRequests(Plugin):
         """Leave the file complete and clean, beside the loop. A write meanwhile is the end of the rest."""
         tracer = self._require()
         tracer.catch_up()  # nothing is entered while it rests
-        if tracer.error:
-            raise OSError(EINVAL, "the tracer has failed")
         if tracer.error:
             raise OSError(EINVAL, "the tracer has failed")
         resting = self._host.export.observer = Resting(self, tracer)
@@ -122,10 +127,12 @@ class RestingRequests(Plugin):
         self._end_image()
         series.forget_log(tracer.log.path)
         self._host.export.observer, self.tracer = None, None
+        self.guard(tracer.cow)
 
         def closed(error: OSError | None) -> None:
             if error is not None:
                 print(f"ERROR {tracer.cow.path} was not left in order: {error}", file=sys.stderr, flush=True)
+            self.handed_over(tracer.cow)
             tracer.close()
             connection.reply()
 
