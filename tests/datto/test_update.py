@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from stasis.datto.cowreader import CowReader
 from stasis.datto.layout import HEADER_AREA, SECTION_BLOCKS, Geometry
@@ -184,6 +184,7 @@ RANGES = st.lists(st.tuples(st.integers(0, 3 * SECTION_BLOCKS * 8 - 1), st.integ
 """Offset and length in sectors of 512 bytes."""
 
 
+@settings(max_examples=25)
 @given(RANGES, st.sets(st.integers(0, 3 * SECTION_BLOCKS - 1), max_size=30))
 def test_what_is_marked_soon_is_what_would_be_marked_at_once(ranges: list[tuple[int, int]], before: set[int]) -> None:
     size = 3 * SECTION_BLOCKS * BLOCK - 700
