@@ -117,6 +117,8 @@ def test_it_survives_its_daemon_and_a_new_attachment(disk: Volume, short_dir: Pa
     disk.unmount()
     disk.detach()
     assert disk.info()["state"] == 1
+    disk.must("destroy", 0)
+    disk.must("reload-snapshot", disk.image, "/.cow0", 0)  # as seen from its mount point
     disk.attach()
     disk.mounted()
     assert is_immutable(disk.mount / ".cow0")
