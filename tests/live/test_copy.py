@@ -274,6 +274,23 @@ def test_a_raw_device_is_as_after_a_power_cut(raw: tuple[str, Path, DiffTracker]
     assert backup.stored[0][70_000:70_010] == b"not synced"
 
 
+def test_what_a_raw_device_has_in_its_page_cache_at_the_freeze_is_copied(
+    raw: tuple[str, Path, DiffTracker], repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was written after the last round, and nobody synced it."""
+    original, fd = LiveSet.converge, os.open(raw[0], os.O_RDWR)
+
+    def converge(group: LiveSet) -> None:
+        original(group)
+        os.pwrite(fd, b"only in memory", 80_000)
+
+    monkeypatch.setattr(LiveSet, "converge", converge)
+    backup = back_up(repository, tmp_path / "state", [raw])
+    os.close(fd)
+    assert backup.stored[0][80_000:80_014] == b"only in memory"
+    assert backup.stored == backup.contents
+
+
 def test_a_raw_device_that_never_rests_is_refused(raw: tuple[str, Path, DiffTracker], repository: Repository,
                                                   tmp_path: Path) -> None:
     """Two states in one copy are no copy: it says who writes, and what to do."""

@@ -78,17 +78,23 @@ def test_the_disk_that_everything_runs_from(root: SmallRoot, tmp_path: Path) -> 
             check(made, kind, tmp_path)
 
 
-@pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"] if LONG else ["SIGSTOP"])
+ENDS = {"SIGSTOP": ("5s", os.CLD_STOPPED), "SIGKILL": ("20s", os.CLD_KILLED)}
+
+
+@pytest.mark.parametrize("how", ENDS if LONG else ["SIGSTOP"])
 def test_who_copies_the_disk_that_all_runs_from_may_end_there(root: SmallRoot, tmp_path: Path, how: str) -> None:
     """The watchdog's program lies on the frozen disk as well; it thaws, and who writes goes on."""
     with fast_folder(tmp_path) as folder:
-        command = [*root.command, SCRIPT, root.node, str(folder), "500ms", how]
+        limit, expected = ENDS[how]
+        command = [*root.command, SCRIPT, root.node, str(folder), limit, how]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                               env=own_directories(root.environment)) as process:
             try:
                 assert process.stdout is not None
                 writer = json.loads(process.stdout.readline())
-                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+                ended = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+                assert ended is not None
+                assert ended.si_code == expected
                 for name in "ab":
                     (root.top / name).write_text("returns when it is thawed")
             finally:

@@ -188,6 +188,30 @@ def test_a_stack_is_frozen_from_its_top(disk: Disk, tmp_path: Path) -> None:
         write(disk)
 
 
+def test_a_loop_device_is_where_its_file_is_also_without_a_name(disk: Disk, tmp_path: Path) -> None:
+    image = _formatted_image(disk.directory)
+    with loop(image) as node, mounted(node, tmp_path / "inner") as directory:
+        image.unlink()
+        with Stack([os.stat(disk.node).st_rdev]) as stack:
+            assert [one.target for one in stack.file_systems] == [str(directory), str(disk.directory)]
+
+
+@pytest.mark.tool("unshare")
+def test_a_path_of_another_namespace_is_no_path_of_ours(disk: Disk) -> None:
+    """The file lies in a memory file system that is mounted on the disk there, where we see an empty directory."""
+    hidden = disk.directory / "hidden"
+    hidden.mkdir()
+    script = (f"mount --make-rprivate / && mount -t tmpfs none {hidden} && truncate -s 16M {hidden}/image "
+              f"&& node=$(losetup --find --show {hidden}/image) && echo $node && read x; losetup -d $node")
+    with subprocess.Popen(["unshare", "--mount", "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout is not None
+        number = os.stat(process.stdout.readline().strip()).st_rdev
+        with Stack([os.stat(disk.node).st_rdev]) as stack:
+            assert number not in stack.levels
+        process.communicate("\n")
+
+
 def test_mounts_of_other_namespaces_are_found(disk: Disk, tmp_path: Path) -> None:
     with loop(_formatted_image(tmp_path)) as node:
         (tmp_path / "apart").mkdir()

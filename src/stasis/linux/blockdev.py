@@ -16,6 +16,7 @@ __all__ = [
     "is_read_only",
     "logical_block_size",
     "minimum_io_size",
+    "node",
     "physical_block_size",
     "reread_partitions",
     "size",
@@ -104,6 +105,19 @@ def disk_sequence(fd: int) -> int | None:
 def sysfs_path(rdev: int) -> Path:
     """The directory of a device number (st_rdev) in sysfs; it need not exist."""
     return SYSFS / f"{os.major(rdev)}:{os.minor(rdev)}"
+
+
+def node(rdev: int) -> str | None:
+    """A path in /dev of a device number: by the kernel's name for it, as /dev/block is udev's; None without."""
+    try:
+        lines = (sysfs_path(rdev) / "uevent").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition("=")
+        if name == "DEVNAME" and os.path.exists(path := f"/dev/{value}") and os.stat(path).st_rdev == rdev:
+            return path
+    return None
 
 
 def write_counters(fd: int) -> tuple[int, int] | None:

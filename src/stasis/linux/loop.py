@@ -8,9 +8,10 @@ from pathlib import Path
 
 from stasis.linux import ioctl, libc
 
-__all__ = ["attach", "detach", "is_attached"]
+__all__ = ["attach", "detach", "file_system_of", "is_attached"]
 
 LOOP_CLR_FD = 0x4C01
+LOOP_GET_STATUS64 = 0x4C05
 LOOP_CONFIGURE = 0x4C0A  # since Linux 5.8
 LOOP_CTL_GET_FREE = 0x4C82
 
@@ -105,6 +106,20 @@ def detach(node: str) -> None:
         ioctl.call(device, "LOOP_CLR_FD", LOOP_CLR_FD)
     finally:
         os.close(device)
+
+
+def file_system_of(node: str) -> int:
+    """The st_dev of the file behind a loop device, whatever namespace it was opened in and whether it has a name.
+
+    ENXIO: it has none. Asks the file's own file system, which may wait for a server.
+    """
+    info = bytearray(LoopInfo64())
+    device = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        ioctl.call(device, "LOOP_GET_STATUS64", LOOP_GET_STATUS64, info)
+    finally:
+        os.close(device)
+    return int(LoopInfo64.from_buffer(info).lo_device)
 
 
 def is_attached(node: str, path: str) -> bool:

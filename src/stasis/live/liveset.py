@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, TypeVar
 
 from stasis.errors import BusyError
-from stasis.linux import freeze, memlock, mounts
+from stasis.linux import blockdev, freeze, memlock, mounts
 from stasis.live.freezer import FreezeExpired, Freezer, Frozen
 from stasis.live.options import LiveOptions
 from stasis.live.source import LiveSource
@@ -262,10 +262,18 @@ class LiveSet:
 
     def _flush_raw(self) -> None:
         """Write out the page cache of devices that programs write to without a file system."""
-        for device in self._raw:
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(f"/dev/block/{os.major(device)}:{os.minor(device)}", os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+        ours = {source.rdev: source.path for source in self.sources}
+        for path in (ours.get(device) or blockdev.node(device) for device in self._raw):
+            if path is None:
+                continue  # without a node nobody has it open
+            with contextlib.suppress(FileNotFoundError), _opened(path) as fd:  # it went: reading it will tell
+                os.fsync(fd)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from stasis.errors import BusyError
-from stasis.linux import blockdev, mountns, mounts
+from stasis.linux import blockdev, loop, mountns, mounts
 from stasis.linux.mountns import NamespaceMount
 from stasis.linux.mounts import unescape
 
@@ -80,8 +80,13 @@ class Stack:
         return frozenset(self._sight.climb([device])[1])
 
     def holds(self, path: str) -> FileSystem | None:
-        """The file system of the stack that a path lies on (the nearest parent that exists); None if none does."""
+        """The file system of the stack that a path lies on (the nearest parent that exists); None if none does.
+
+        What is written to an overlay goes to its upper directory.
+        """
         here = mount_below(path, self._sight.mounts)
+        if here is not None and (upper := _upper_directory(here)):
+            return self.holds(upper)
         return next((one for one in self.file_systems if here is not None and one.device == here.device), None)
 
     @property
@@ -117,8 +122,8 @@ class _Sight:
         loops = list(_loops())
         self._over_devices = [(node, number) for node, backing in loops
                               if (number := _block_number(backing)) is not None]
-        self._over_files = [(node, below.device) for node, backing in loops
-                            if _block_number(backing) is None and (below := mount_below(backing, self.mounts))]
+        self._over_files = [(node, below) for node, backing in loops if _block_number(backing) is None
+                            and (below := _below_file(node, backing, self.mounts)) is not None]
         self._upper: dict[int, list[int]] = {}
         self._mounted: dict[int, set[int]] = {}
 
@@ -180,6 +185,25 @@ def mount_below(path: str, known: Sequence[NamespaceMount]) -> NamespaceMount | 
     finally:
         os.close(fd)
     return next((mount for mount in known if mount.mount_id == number), None)
+
+
+def _below_file(node: int, backing: str, known: Sequence[NamespaceMount]) -> int | None:
+    """The superblock of the file behind a loop device; None if none of the mounts has it.
+
+    Its path may mean nothing here, as it was opened in another mount namespace or deleted since: the device is asked.
+    """
+    here = mount_below(backing, known)
+    if os.path.lexists(backing):
+        return None if here is None else here.device
+    path = blockdev.node(node)
+    try:
+        device = loop.file_system_of(path) if path else None
+    except OSError:
+        return None  # taken off in between
+    if device in {mount.device for mount in known}:
+        return device
+    # Files on btrfs have a number of their subvolume, which no mount shows: the path is all there is.
+    return here.device if here is not None and here.fstype == "btrfs" else None
 
 
 def _upper_directory(mount: NamespaceMount) -> str:
