@@ -49,7 +49,7 @@ class _Settings:
     cache: int
 
 
-class Hosted(RestingRequests, Filing):
+class Hosted(Filing, RestingRequests):
     """At most one tracer, of this worker's device."""
 
     def __init__(self, host: Host, state: Mapping[str, Any] | None) -> None:
@@ -327,6 +327,7 @@ class Hosted(RestingRequests, Filing):
                 connection.refuse(tracer.error, error.strerror or str(error))
                 return
             self._unfinished = done = tracer.follow(*files)
+            self.guard(done[0])
             self._serve_image()
             self._host.background.run(lambda: self.hand_over(done[0]), finished)
 
