@@ -7,12 +7,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from stasis.linux.kcmp import Kcmp, compare
-from stasis.linux.mountinfo import MountInfo, mount_table
 from stasis.process.images.schema.tasks import TaskKobjIdsEntry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from stasis.linux.mountinfo import MountInfo
     from stasis.process.images.imageset import ImageSet
 
 __all__ = ["FIRST_ID", "NAMESPACES", "Home", "ObjectIds", "namespace_ids", "own_kinds", "own_kinds_of"]
@@ -91,9 +91,13 @@ class Home:
     @classmethod
     def mounts(cls) -> list[MountInfo]:
         """What is mounted there."""
+        from stasis.linux.mountinfo import mount_table  # 9 ms, which a restore need not wait for
+
         return mount_table() if cls._mounts is None else cls._mounts
 
     @classmethod
     def leave(cls) -> None:
         """In a worker, before it enters others."""
+        from stasis.linux.mountinfo import mount_table
+
         cls._ids, cls._mounts = namespace_ids(os.getpid()), mount_table()
