@@ -72,7 +72,7 @@ class Index:
         self._make_room(1)
         data = bytearray(SECTION_SIZE)
         if self._has_entries[number]:
-            _read_all(self._fd, memoryview(data), HEADER_AREA + number * SECTION_SIZE)
+            self._read(memoryview(data), HEADER_AREA + number * SECTION_SIZE)
         view = self.sections[number] = memoryview(data).cast("Q")
         return view
 
@@ -164,7 +164,7 @@ class Index:
             view[place] = CHANGED
         step = len(places) if len(places) >= DENSE else 1  # what lies between is written as it is
         for first, last in zip(places[::step], places[step - 1 :: step], strict=True):
-            _write_all(self._fd, view[first : last + 1].cast("B"), HEADER_AREA + number * SECTION_SIZE + first * 8)
+            self._write(view[first : last + 1].cast("B"), HEADER_AREA + number * SECTION_SIZE + first * 8)
         self._has_entries[number] = 1
         return fresh
 
@@ -172,18 +172,18 @@ class Index:
         view = memoryview(values)
         self.section(number)[low : low + len(values)] = view
         self._has_entries[number] = 1
-        _write_all(self._fd, view.cast("B"), HEADER_AREA + number * SECTION_SIZE + low * 8)
+        self._write(view.cast("B"), HEADER_AREA + number * SECTION_SIZE + low * 8)
 
+    # -- the file -------------------------------------------------------------------------------------
 
-def _read_all(fd: int, place: memoryview, offset: int) -> None:
-    done = os.preadv(fd, [place], offset)
-    if done < len(place):
-        files.transfer_rest(os.preadv, fd, [place], offset, done)
+    def _read(self, place: memoryview, offset: int) -> None:
+        done = os.preadv(self._fd, [place], offset)
+        if done < len(place):
+            files.transfer_rest(os.preadv, self._fd, [place], offset, done)
 
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while len(data):
-        done = os.pwrite(fd, data, offset)
-        if not done:
-            raise OSError(EIO, "the COW file takes no more")
-        data, offset = data[done:], offset + done
+    def _write(self, data: memoryview, offset: int) -> None:
+        while len(data):
+            done = os.pwrite(self._fd, data, offset)
+            if not done:
+                raise OSError(EIO, "the COW file takes no more")
+            data, offset = data[done:], offset + done

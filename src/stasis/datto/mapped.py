@@ -18,7 +18,7 @@ from stasis.datto.claim import Claim
 from stasis.datto.cowfile import CowFile
 from stasis.datto.extents import BlockMap, Territory
 from stasis.datto.index import Index
-from stasis.datto.layout import BLOCK_SIZE, FLAG_CLEAN, FLAG_INDEX_ONLY, HEADER_AREA, SECTION_SIZE, Geometry, Header
+from stasis.datto.layout import BLOCK_SIZE, FLAG_CLEAN, FLAG_INDEX_ONLY, SECTION_BLOCKS, Geometry, Header
 from stasis.datto.pinned import Pinned
 from stasis.linux import files
 
@@ -99,31 +99,22 @@ class MappedIndex(Index):
         super().__init__(-1, geometry, cache, fresh=fresh)
         self._blocks = blocks
 
-    def _load(self, number: int) -> memoryview:
-        self._make_room(1)
-        data = bytearray(SECTION_SIZE)
-        if self._has_entries[number]:
-            self._blocks.read(memoryview(data), HEADER_AREA + number * SECTION_SIZE)
-        view = self.sections[number] = memoryview(data).cast("Q")
-        return view
+    def _read(self, place: memoryview, offset: int) -> None:
+        self._blocks.read(place, offset)
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        self._blocks.write(data, offset)
 
     def enter(self, block: int, value: int) -> int:
         before = self.entries(block, block + 1)[0]
-        self._set(*divmod(block, SECTION_SIZE // 8), array("Q", [value]))
+        self._set(*divmod(block, SECTION_BLOCKS), array("Q", [value]))
         return before
-
-    def _set(self, number: int, low: int, values: array[int]) -> None:
-        view = memoryview(values)
-        self._blocks.write(view.cast("B"), HEADER_AREA + number * SECTION_SIZE + low * 8)
-        self.section(number)[low : low + len(values)] = view
-        self._has_entries[number] = 1
 
 
 class MappedCowFile(CowFile):
     """A COW file on the device. `pinned` says where, `owner` does what only the file system can do."""
 
     can_grow = False
-    can_wait = False
 
     def __init__(self, pinned: Pinned, blocks: DeviceBlocks, geometry: Geometry, header: Header, cache: int,
                  owner: Owner, *, fresh: bool) -> None:
