@@ -95,6 +95,9 @@ def _add_file_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--file-locks", action="store_true", help="take file locks along")
     command.add_argument("--ghost-limit", metavar="SIZE", type=size, default=64 << 20,
                          help="take deleted files along that occupy at most this much (64M)")
+    command.add_argument("--link-remap", action="store_true",
+                         help="make a link for open files that lost their name and have others elsewhere; a restore "
+                              "takes it away")
     command.add_argument("--shell-job", action="store_true",
                          help="the terminal is the caller's; a restore takes that of its own caller")
     command.add_argument("--ext-unix-sk", action="store_true",
@@ -113,7 +116,7 @@ def _file_options(arguments: argparse.Namespace) -> FileOptions:
     return FileOptions(ghost_limit=arguments.ghost_limit, external_unix=arguments.ext_unix_sk,
                        shell_job=arguments.shell_job, file_locks=arguments.file_locks,
                        tcp=arguments.tcp, network_lock=arguments.network_lock,
-                       skip_in_flight=arguments.skip_in_flight)  # fmt: skip
+                       skip_in_flight=arguments.skip_in_flight, link_remap=arguments.link_remap)  # fmt: skip
 
 
 def _inherited(text: str) -> tuple[str, int]:

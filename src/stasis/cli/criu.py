@@ -31,8 +31,8 @@ __all__ = ["build_parser", "main"]
 FAILURE = 1
 COMMANDS = ("dump", "pre-dump", "restore", "check")
 NOT_IMPLEMENTED = (
-    "--link-remap", "--cgroup-root", "--external", "--freeze-cgroup", "--restore-sibling", "-S", "--join-ns", "-J",
-    "--lazy-pages", "--page-server", "--exec-cmd", "--root", "-r", "--auto-dedup", "--stream", "--evasive-devices",
+    "--join-ns", "-J", "--lazy-pages", "--page-server", "--exec-cmd", "--root", "-r", "--auto-dedup", "--stream",
+    "--evasive-devices",
     "--config", "--pre-dump-mode", "--empty-ns", "--lsm-profile", "--irmap-scan-path",
 )  # fmt: skip
 """Switches of criu that mean something which is not done here."""
@@ -42,6 +42,10 @@ ANYWAY = {
     "--display-stats": "figures are in stats-dump and stats-restore in any case",
 }
 """Switches whose meaning is what happens here."""
+OUTSIDE = r"(?:unix|file|tty)\[[^\]]+\]"
+"""What is left outside at a dump: sockets, files, terminals."""
+DEVICE = r"veth\[([^\]]+)\]:(.+)"
+"""The other end of a network device at a restore."""
 INHERITED = re.compile(r"fd\[(\d+)\]:(.+)")
 
 
@@ -106,11 +110,23 @@ def _add_dump(command: argparse.ArgumentParser) -> None:
                          help="how packets of kept connections are dropped (nftables)")
     command.add_argument("--skip-in-flight", action="store_true",
                          help="leave connections behind that a listener has not accepted yet")
+    command.add_argument("--link-remap", action="store_true",
+                         help="make links for open files that lost their names; the restore takes them away")
+    command.add_argument("--freeze-cgroup", metavar="DIR", default="",
+                         help="have this control group stand still while its processes are stopped")
+    command.add_argument("--external", metavar="RES", action="append", default=[], type=_outside,
+                         help="leave unix[INODE], file[MOUNT:INODE] or tty[RDEV:DEV] to the restore's --inherit-fd")
 
 
 def _add_restore(command: argparse.ArgumentParser) -> None:
     _add_common(command)
     command.add_argument("-d", "--restore-detached", action="store_true", help="do not wait for the first process")
+    command.add_argument("-S", "--restore-sibling", action="store_true",
+                         help="make the first process a child of this command's parent; with -d")
+    command.add_argument("--cgroup-root", metavar="[CONTROLLER:]/GROUP", action="append", default=[],
+                         type=_cgroup_root, help="put processes below this group instead of the one they were below")
+    command.add_argument("--external", metavar="veth[IN]:OUT", action="append", default=[], type=_device,
+                         help="what the other end of a network device is to be called; veth[IN]:OUT@BRIDGE")
     command.add_argument("--pidfile", metavar="FILE", help="write the first process's pid to this file")
     command.add_argument("--inherit-fd", metavar="fd[N]:RES", action="append", default=[], type=_inherited,
                          help="use descriptor N of this command for what the images call RES, as pipe:[4711]")
@@ -128,6 +144,29 @@ def _add_common(command: argparse.ArgumentParser) -> None:
                          choices=("none", "ignore", "soft"), help="none, ignore or soft (ignore; soft without MODE)")
     command.add_argument("--action-script", metavar="FILE", action="append", default=[],
                          help="run this program at each step, named by CRTOOLS_SCRIPT_ACTION; may be repeated")
+
+
+def _outside(text: str) -> str:
+    match = re.fullmatch(OUTSIDE, text)
+    if match is None:
+        raise UnsupportedError(f"--external {text} is not implemented",
+                               hint="there are unix[INODE], file[MOUNT:INODE] and tty[RDEV:DEV]")  # fmt: skip
+    return text
+
+
+def _device(text: str) -> tuple[str, str]:
+    match = re.fullmatch(DEVICE, text)
+    if match is None:
+        raise UnsupportedError(f"--external {text} is not implemented", hint="there is veth[IN]:OUT; files come by "
+                               "--inherit-fd")  # fmt: skip
+    return match[1], match[2]
+
+
+def _cgroup_root(text: str) -> tuple[str, str]:
+    controller, _, path = text.rpartition(":")
+    if not path.startswith("/"):
+        raise UsageError(f"{text!r} is no control group", hint="write [CONTROLLER:]/GROUP, as in cpu:/restored")
+    return controller, path
 
 
 def _inherited(text: str) -> tuple[str, int]:
@@ -161,12 +200,13 @@ def dump(arguments: argparse.Namespace) -> int:
         raise UnsupportedError("--network-lock iptables is not implemented", hint="use nftables or skip")
     files = _file_options(arguments)._replace(
         ghost_limit=arguments.ghost_limit, network_lock=arguments.network_lock,
-        skip_in_flight=arguments.skip_in_flight,
+        skip_in_flight=arguments.skip_in_flight, link_remap=arguments.link_remap,
+        outside=frozenset(arguments.external),
     )  # fmt: skip
     options = DumpOptions(
         leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped, timeout=arguments.timeout,
         parent=_previous(arguments), files=files, track=arguments.track_mem and arguments.leave_running,
-        hook=lambda action: _run_scripts(arguments, action, arguments.tree),
+        freeze_group=arguments.freeze_cgroup, hook=lambda action: _run_scripts(arguments, action, arguments.tree),
     )  # fmt: skip
     _note(arguments, dump_tree(arguments.tree, arguments.images_dir, options).warnings)
     _note(arguments, ["Dumping finished successfully"], level=3)
@@ -194,7 +234,12 @@ def restore(arguments: argparse.Namespace) -> int:
     from stasis.process.restore.job import RestoreOptions
     from stasis.process.restore.job import restore as restore_tree
 
+    if arguments.restore_sibling and not arguments.restore_detached:
+        raise UsageError("--restore-sibling needs --restore-detached", hint="its parent is to wait for it, not this")
+    if arguments.cgroup_root and arguments.manage_cgroups != "soft":
+        raise UsageError("--cgroup-root needs --manage-cgroups", hint="without it processes stay where the restorer is")
     options = RestoreOptions(
+        sibling=arguments.restore_sibling, cgroup_roots=dict(arguments.cgroup_root), links=dict(arguments.external),
         files=_file_options(arguments)._replace(inherited=dict(arguments.inherit_fd)),
         manage_cgroups=arguments.manage_cgroups == "soft",
         hook=lambda action, pid: _run_scripts(arguments, action, pid),

@@ -15,6 +15,7 @@ __all__ = [
     "allocate",
     "create_memfd",
     "data_extents",
+    "link_opened",
     "link_unnamed",
     "open_unnamed",
     "punch_hole",
@@ -158,8 +159,15 @@ def link_unnamed(fd: int, path: str) -> None:
 
     By way of /proc, as AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH (open(2), O_TMPFILE).
     """
-    source = f"/proc/self/fd/{fd}".encode()
-    libc.check(_linkat(AT_FDCWD, source, AT_FDCWD, os.fsencode(path), AT_SYMLINK_FOLLOW), "link", path)
+    link_opened(f"/proc/self/fd/{fd}", path)
+
+
+def link_opened(source: str, path: str) -> None:
+    """Give an open file one more name; `source` is its link in /proc, of whatever process. FileExistsError.
+
+    os.link does not follow such links: it calls link(2), whatever follow_symlinks says.
+    """
+    libc.check(_linkat(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(path), AT_SYMLINK_FOLLOW), "link", path)
 
 
 def sync_filesystem(path: str) -> None:

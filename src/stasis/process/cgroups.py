@@ -8,6 +8,8 @@ the restorer; the others come back in the groups of the same name, which are mad
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from stasis.linux import procfs
@@ -17,12 +19,14 @@ if TYPE_CHECKING:
 
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
+    from stasis.process.images.schema.inventory import CgMemberEntry
     from stasis.process.images.setwriter import ImageSetWriter
     from stasis.process.tree import Task
 
 __all__ = ["GroupTable", "check_groups", "join"]
 
 OUR_SET = 1
+NOTHING: Mapping[str, str] = MappingProxyType({})
 FROZEN = {"cgroup.freeze": "1", "freezer.state": "FROZEN"}
 
 Groups = tuple[tuple[str, str], ...]
@@ -68,23 +72,44 @@ class GroupTable:
         return OUR_SET
 
 
-def join(images: ImageSet, members: Iterable[tuple[int, int | None]]) -> list[str]:
+def join(
+    images: ImageSet, members: Iterable[tuple[int, int | None]], roots: Mapping[str, str] = NOTHING
+) -> list[str]:
     """Put processes, (pid, set) of each, into their groups. Returns what did not succeed, in sentences: a process is
-    then in the groups of the restorer."""
+    then in the groups of the restorer. `roots`: by the names of controllers, "" for all others, the group that takes
+    the place of the one that all of their groups were in."""
     ours = images.inventory.root_cg_set
     wanted = [(pid, number) for pid, number in members if number is not None and number != ours]
     if not wanted:
         return []
     sets = {found.id: found.ctls for entry in images.messages("cgroup") for found in entry.sets}
+    tops = _tops(sets[number] for _, number in wanted if number in sets)
     places = _hierarchies()
     here = dict(groups_of(os.getpid()))
     problems: dict[str, None] = {}
     for pid, number in wanted:
         for member in sets.get(number, ()):
             if member.path != here.get(member.name):
-                problem = _enter(pid, member.name, member.path, places)
+                path = _moved(member.name, member.path, tops.get(member.name, "/"), roots)
+                problem = _enter(pid, member.name, path, places)
                 problems.update({problem: None} if problem else {})
     return list(problems)
+
+
+def _tops(sets: Iterable[list[CgMemberEntry]]) -> dict[str, str]:
+    """Of each hierarchy the innermost group that all are in."""
+    found: dict[str, str] = {}
+    for member in (member for members in sets for member in members if member.path.startswith("/")):
+        found[member.name] = os.path.commonpath([found.get(member.name, member.path), member.path])
+    return found
+
+
+def _moved(name: str, path: str, top: str, roots: Mapping[str, str]) -> str:
+    root = next((roots[each] for each in (*name.split(","), name.removeprefix("name="), "") if each in roots), None)
+    if root is None or not path.startswith("/"):
+        return path
+    below = os.path.relpath(path, top)
+    return root if below == "." else os.path.join(root, below)
 
 
 def _hierarchies() -> dict[str, str]:

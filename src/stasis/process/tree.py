@@ -21,6 +21,7 @@ from stasis.process.seccomp import seize_options
 
 if TYPE_CHECKING:
     from stasis.linux.procfs import Stat
+    from stasis.process.freezer import GroupFreezer
 
 __all__ = ["Task", "TaskState", "Thread", "Tree"]
 
@@ -73,9 +74,14 @@ class Tree:
     All calls must come from one thread: the kernel takes a tracer to be a thread.
     """
 
-    def __init__(self, root: int, *, timeout: float = 10.0) -> None:
-        """`timeout`: seconds after which a tree that could not be stopped is let go."""
+    def __init__(
+        self, root: int, *, timeout: float = 10.0, group: GroupFreezer | None = None
+    ) -> None:
+        """`timeout`: seconds after which a tree that could not be stopped is let go. `group`: a control group that all
+        are in, which stands still while they are seized."""
         self.root_pid = root
+        self._group = group
+        self._waiting: list[tuple[Task, Thread]] = []
         self._timeout = timeout
         self._tasks: dict[int, Task] = {}
         self._deadline = 0.0
@@ -94,8 +100,11 @@ class Tree:
         """Stop everything. Raises StasisError that names what could not be stopped; nothing is stopped then."""
         self._deadline = time.monotonic() + self._timeout
         self._tasks.clear()
+        self._waiting.clear()
         try:
             self._add(self.root_pid, None)
+            if self._group is not None:
+                self._seize_all(self._group)
             if self.root.is_zombie and len(procfs.threads(self.root_pid)) > 1:
                 raise UnsupportedError(f"process {self.root_pid}: threads: the first one has ended while others run, "
                                        "which no image can say")  # fmt: skip
@@ -107,13 +116,21 @@ class Tree:
             self.thaw()
             raise
 
-    def _pass(self) -> bool:
+    def _seize_all(self, group: GroupFreezer) -> None:
+        """Seize all that there are while they stand still, and wait for their stops when they do no more."""
+        with group:
+            while self._pass(waits=False):
+                pass
+        for task, thread in self._waiting:
+            self._wait(task, thread)
+
+    def _pass(self, *, waits: bool = True) -> bool:
         """Look at all tasks once; tells whether anything new was found."""
         found = False
         for task in list(self._tasks.values()):
             if task.is_zombie:
                 continue
-            found |= self._stop_threads(task)
+            found |= self._stop_threads(task, waits=waits)
             for thread in list(task.threads):
                 for pid in procfs.children(task.pid, thread.tid):
                     if pid not in self._tasks:
@@ -132,7 +149,7 @@ class Tree:
             parent.children.append(task)
         return True
 
-    def _stop_threads(self, task: Task) -> bool:
+    def _stop_threads(self, task: Task, *, waits: bool) -> bool:
         """Seize and stop the threads that are new; tells whether there were any."""
         known = {thread.tid for thread in task.threads}
         try:
@@ -141,7 +158,10 @@ class Tree:
             new = []
         seized = [thread for tid in new if (thread := self._seize(task, tid)) is not None]
         for thread in seized:
-            self._wait(task, thread)
+            if waits:
+                self._wait(task, thread)
+            else:
+                self._waiting.append((task, thread))
         return bool(new)
 
     def _seize(self, task: Task, tid: int) -> Thread | None:
@@ -197,6 +217,8 @@ class Tree:
 
     def thaw(self) -> None:
         """Let every task go on as it was: those that were stopped stay so. Also after a failure half way."""
+        if self._group is not None:
+            self._group.put_back()
         for task in self._tasks.values():
             for thread in task.threads:
                 _let_go(thread)

@@ -33,9 +33,11 @@ from stasis.process.dump.tracking import Tracking
 from stasis.process.files.connections import Connections
 from stasis.process.files.descriptor import Descriptor
 from stasis.process.files.kinds import all_kinds
+from stasis.process.files.linkremap import LinkRemaps
 from stasis.process.files.options import FileOptions
 from stasis.process.files.table import FileTable, check_descriptors
 from stasis.process.findings import Finding, Findings
+from stasis.process.freezer import GroupFreezer
 from stasis.process.guardian import Guardian
 from stasis.process.images.codec import prepare
 from stasis.process.images.schema.files import FdinfoEntry, FileEntry
@@ -62,7 +64,8 @@ class DumpOptions:
     """How to dump. `timeout`: seconds to stop the tree in. Without `leave_running` or `leave_stopped` it is ended.
     `parent`: the set of a pre-dump, to write only what changed since. `pre_copy`: at most so many rounds of copying
     memory before the tree is stopped. `files`: what is done about open files that need a decision. `track`: what a tree
-    that is left running writes from then on is watched, so that another dump can continue this set. `hook` is called
+    that is left running writes from then on is watched, so that another dump can continue this set. `freeze_group`: the
+    directory of a control group that all are in, which stands still while they are seized. `hook` is called
     with "pre-dump" before the tree is stopped and with "post-dump" when all is written, before it is let go; what it
     raises undoes the dump. A tree that is left running goes on before, where there is none."""
 
@@ -73,6 +76,7 @@ class DumpOptions:
     pre_copy: int = 0
     files: FileOptions = field(default_factory=FileOptions)
     track: bool = False
+    freeze_group: str = ""
     hook: Callable[[str], None] | None = None
 
 
@@ -126,7 +130,8 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
 
 def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> DumpResult:
     """From where its pids are ours."""
-    journal, connections, roll = Journal(), Connections(chosen.files.network_lock), Roll()
+    journal, connections, roll, links = Journal(), Connections(chosen.files.network_lock), Roll(), LinkRemaps()
+    group = GroupFreezer(chosen.freeze_group, chosen.timeout) if chosen.freeze_group else None
     if chosen.hook is not None:
         chosen.hook("pre-dump")
     if chosen.pre_copy:
@@ -136,19 +141,20 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
     staging = staging_for(images)
     with (
         no_collection(),
-        Guardian(journal, partial(shutil.rmtree, staging, ignore_errors=True), roll.end, first=connections.release),
+        Guardian(journal, partial(shutil.rmtree, staging, ignore_errors=True), links.remove,
+                 group.put_back if group is not None else bool, roll.end, first=connections.release),
         ImageSetWriter(images, staging=staging, holds=True) as out,
         continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout, chosen.track) as (
             tracking, warnings,
         ),
-        Tree(pid, timeout=chosen.timeout) as tree,
-        connections,
+        Tree(pid, timeout=chosen.timeout, group=group) as tree,
+        connections, links,
     ):
         started = time.monotonic()
         seen = _Seen()
         findings, frozen = _stand_still(tree, seen, chosen.files)
         findings.refuse()
-        writing = _Dump(out, journal, seen, tracking, chosen, connections)
+        writing = _Dump(out, journal, seen, tracking, chosen, connections, links)
         for task in tree.tasks:
             writing.add(task)
         writing.finish(tree)
@@ -169,6 +175,7 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
             connections.release()
         out.commit()
         connections.keep()
+        links.keep()
         if chosen.track:
             tracking.keep_only({(task.pid, task.stat.start_time) for task in tree.tasks})
             tracking.since = connections.run_id
@@ -255,7 +262,7 @@ def _look(tree: Tree, seen: _Seen, files: FileOptions | None = None) -> Findings
         if task.is_zombie:
             continue
         seen.layouts[task.pid] = procfs.mappings(task.pid)
-        mm.check_mappings(task.pid, seen.layouts[task.pid], findings)
+        mm.check_mappings(task.pid, seen.layouts[task.pid], findings, files)
     seen.descriptors = check_descriptors([task.pid for task in tree.tasks if not task.is_zombie], findings, files)
     return findings
 
@@ -265,7 +272,7 @@ class _Dump:
 
     def __init__(
         self, out: ImageSetWriter, journal: Journal, seen: _Seen, tracking: Tracking,
-        options: DumpOptions, connections: Connections,
+        options: DumpOptions, connections: Connections, links: LinkRemaps,
     ) -> None:
         self.pages = 0
         self.pages_seconds = 0.0
@@ -280,7 +287,7 @@ class _Dump:
         self._connections = connections
         self.pages_in_parent = 0
         self._options = options
-        self._files = FileTable(out, options.files, connections, seen.descriptors)
+        self._files = FileTable(out, options.files, connections, seen.descriptors, links)
 
     def add(self, task: Task) -> None:
         """Write everything of a task."""

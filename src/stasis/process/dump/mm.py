@@ -71,7 +71,9 @@ class Vma(NamedTuple):
         return bool(self.entry.status & private) and self.entry.flags & MAP_TYPE != MAP_DROPPABLE
 
 
-def check_mappings(pid: int, mappings: Sequence[Mapping], findings: Findings) -> None:
+def check_mappings(
+    pid: int, mappings: Sequence[Mapping], findings: Findings, options: FileOptions | None = None
+) -> None:
     """Note what cannot be kept of an address space."""
     for mapping in mappings:
         where = f"memory at {mapping.start:#x} ({mapping.path or 'anonymous'})"
@@ -80,7 +82,7 @@ def check_mappings(pid: int, mappings: Sequence[Mapping], findings: Findings) ->
                 findings.add(pid, where, f"{what} is not supported yet")
                 break
         else:
-            _check_file(pid, mapping, where, findings)
+            _check_file(pid, mapping, where, findings, options or FileOptions())
         if "io" in mapping.flags and not mapping.path.startswith("[v"):
             findings.add(pid, where, "it is the memory of a device")
         if "gu" in mapping.flags and guards_of(pid, mapping) is None:
@@ -117,7 +119,7 @@ def _rings(remote: Remote, found: Sequence[Vma]) -> list[AioRingEntry]:
     return [ring_of(remote.memory, mapping) for mapping in mappings]
 
 
-def _check_file(pid: int, mapping: Mapping, where: str, findings: Findings) -> None:
+def _check_file(pid: int, mapping: Mapping, where: str, findings: Findings, options: FileOptions) -> None:
     """A deleted file is taken along, if it is not too large."""
     if mapping.path.startswith("/memfd:") and mapping.is_shared and "mw" in mapping.flags:
         from stasis.process.files.memfd import why_mapping_lost
@@ -128,7 +130,7 @@ def _check_file(pid: int, mapping: Mapping, where: str, findings: Findings) -> N
     is_file = kind_of(mapping) & (VmaStatus.FILE_SHARED | VmaStatus.FILE_PRIVATE)
     if is_file and mapping.path.endswith(DELETED) and not mapping.path.startswith("/memfd:"):
         link = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
-        reason, option = why_lost(pid, os.readlink(link), os.stat(link), FileOptions().ghost_limit)
+        reason, option = why_lost(pid, os.readlink(link), os.stat(link), options)
         if reason:
             findings.add(pid, where, reason, option)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from stasis.process.files.descriptor import Descriptor, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.files.pipes import F_GETPIPE_SZ, contents, fill
-from stasis.process.files.regular import current_name, path_entry, why_lost
+from stasis.process.files.regular import current_name, is_lost, path_entry, why_lost
 from stasis.process.images.schema.files import FdTypes, FifoEntry, FileEntry, PipeDataEntry
 
 if TYPE_CHECKING:
@@ -34,15 +34,18 @@ class Fifos(FileKind):
         return descriptor.kind == stat.S_IFIFO and descriptor.link.startswith("/")
 
     def check(self, descriptor: Descriptor, looking: Looking) -> None:
-        reason, option = why_lost(descriptor.pid, descriptor.link, descriptor.status, self.options.ghost_limit)
+        reason, option = why_lost(descriptor.pid, descriptor.link, descriptor.status, self.options)
         if reason:
             looking.findings.add(descriptor.pid, descriptor.where, reason, option)
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
         regular, pipe_id = saving.new_id(), descriptor.status.st_ino & 0xFFFFFFFF
-        if descriptor.is_deleted:
-            saving.ghosts.keep(regular, f"/proc/{descriptor.pid}/fd/{descriptor.fd}", descriptor.status)
         name = current_name(descriptor.pid, descriptor.link, descriptor.status)
+        source = f"/proc/{descriptor.pid}/fd/{descriptor.fd}"
+        if descriptor.is_deleted:
+            saving.ghosts.keep(regular, source, descriptor.status)
+        elif is_lost(descriptor.pid, descriptor.link, descriptor.status):
+            saving.ghosts.link(regular, source, name, descriptor.status, saving.new_id)
         entry = path_entry(regular, name, descriptor.status, descriptor.flags)
         entry.fown = owner(fd)
         saving.out.write("files", FileEntry(type=FdTypes.REG, id=regular, reg=entry))

@@ -13,6 +13,8 @@ from stasis.errors import StateError
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.common import Timeval
 from stasis.process.images.schema.files import (
+    FdTypes,
+    FileEntry,
     GhostChunkEntry,
     GhostFileEntry,
     RegFileEntry,
@@ -21,6 +23,7 @@ from stasis.process.images.schema.files import (
 )
 
 if TYPE_CHECKING:
+    from stasis.process.files.linkremap import LinkRemaps
     from stasis.process.images.container import Record
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.payloads import Part
@@ -42,8 +45,11 @@ def allocated(status: os.stat_result) -> int:
 class GhostWriter:
     """Writes each deleted file once, however many open it."""
 
-    def __init__(self, out: ImageSetWriter) -> None:
+    def __init__(self, out: ImageSetWriter, links: LinkRemaps | None = None) -> None:
+        """`links`: for files that have lost their name, and have others."""
         self._out = out
+        self._links = links
+        self._linked: dict[tuple[int, int], int] = {}
         self._written: dict[tuple[int, int], int] = {}
 
     def keep(self, number: int, link: str, status: os.stat_result) -> None:
@@ -53,6 +59,19 @@ class GhostWriter:
             self._written[key] = len(self._written) + 1
             self._write(self._written[key], link, status)
         remap = RemapFilePathEntry(orig_id=number, remap_id=self._written[key], remap_type=RemapType.GHOST)
+        self._out.write("remap-fpath", remap)
+
+    def link(self, number: int, source: str, name: str, status: os.stat_result, new_id: Callable[[], int]) -> None:
+        """Have file `number`, which had `name`, be found by a new link to it."""
+        from stasis.process.files.regular import path_entry
+
+        assert self._links is not None, "they were refused"
+        key = status.st_dev, status.st_ino
+        if key not in self._linked:
+            self._linked[key] = new_id()
+            entry = path_entry(self._linked[key], self._links.make(source, name), status, 0)
+            self._out.write("files", FileEntry(type=FdTypes.REG, id=entry.id, reg=entry))
+        remap = RemapFilePathEntry(orig_id=number, remap_id=self._linked[key], remap_type=RemapType.LINKED)
         self._out.write("remap-fpath", remap)
 
     def _write(self, ghost: int, link: str, status: os.stat_result) -> None:
@@ -95,10 +114,12 @@ def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
 class Ghosts:
     """The deleted files of an image set, each made when it is asked for first."""
 
-    def __init__(self, images: ImageSet, move: Callable[[int], int]) -> None:
-        """`move` takes a descriptor out of the way of those that the processes are to have."""
+    def __init__(self, images: ImageSet, move: Callable[[int], int], name_of: Callable[[int], str]) -> None:
+        """`move` takes a descriptor out of the way of those that the processes are to have; `name_of` gives the path of
+        a file by its id."""
         self._images = images
         self._move = move
+        self._name_of = name_of
         self._remaps: dict[int, RemapFilePathEntry] = {}
         self._made: dict[int, str] = {}
         for entry in images.messages("remap-fpath"):
@@ -107,11 +128,27 @@ class Ghosts:
     def path(self, entry: RegFileEntry, path: str) -> str | None:
         """Where in /proc a file that had the name `path` is to be opened; None for one that still has its name."""
         remap = self._remaps.get(entry.id)
+        if remap is not None and remap.remap_type == RemapType.LINKED:
+            return self._linked(remap.remap_id, path)
         if remap is None or remap.remap_type != RemapType.GHOST:
             return None
         if remap.remap_id not in self._made:
             self._made[remap.remap_id] = f"/proc/self/fd/{self._move(self._make(remap.remap_id, path))}"
         return self._made[remap.remap_id]
+
+    def _linked(self, number: int, path: str) -> str:
+        """Where the file is to be opened that has only a link: under the name it had, for a moment, where that is
+        free."""
+        link = self._name_of(number)
+        try:
+            os.link(link, path)
+        except OSError:
+            return link  # the name is another file's, or its directory is gone
+        try:
+            fd = self._move(os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
+        finally:
+            os.unlink(path)
+        return f"/proc/self/fd/{fd}"
 
     def _make(self, ghost: int, path: str) -> int:
         """A descriptor for the file, which has no name. It stays for the processes that are made later."""

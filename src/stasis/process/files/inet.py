@@ -90,7 +90,7 @@ class InetSockets(FileKind):
                     _dump_end(sock, entry, saving)
         return FileEntry(type=FdTypes.INETSK, id=number, isk=entry)
 
-    def resource(self, entry: FileEntry) -> str:
+    def resource(self, entry: FileEntry, opened: Opened) -> str:
         return f"socket:[{self.message_of(entry).ino}]"
 
     def restore(self, entry: FileEntry, opened: Opened) -> int:

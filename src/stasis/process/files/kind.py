@@ -136,7 +136,7 @@ class FileKind(ABC):
         made; None where that one is right."""
         return None
 
-    def resource(self, entry: FileEntry) -> str:
+    def resource(self, entry: FileEntry, opened: Opened) -> str:
         """What the caller calls it to put a descriptor of its own in its place; "" where it cannot."""
         return ""
 

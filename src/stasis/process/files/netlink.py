@@ -65,7 +65,7 @@ class NetlinkSockets(FileKind):
             )  # fmt: skip
         return FileEntry(type=FdTypes.NETLINKSK, id=number, nlsk=entry)
 
-    def resource(self, entry: FileEntry) -> str:
+    def resource(self, entry: FileEntry, opened: Opened) -> str:
         return f"socket:[{self.message_of(entry).ino}]"
 
     def restore(self, entry: FileEntry, opened: Opened) -> int:

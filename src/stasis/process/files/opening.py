@@ -41,7 +41,7 @@ class FileSet:
         self.state: dict[type[FileKind], dict[int, Any]] = {}
         self.tables: dict[int, list[FdinfoEntry]] = {}
         self._options = options or FileOptions()
-        self._ghosts = Ghosts(images, self.move)
+        self._ghosts = Ghosts(images, self.move, lambda number: map_path(self.file_name(number)))
         self._made: dict[int, int] = {}
         self.base = ROOM
         self._entries: dict[int, FileEntry] = {entry.id: entry for entry in images.messages("files")}
@@ -106,7 +106,7 @@ class FileSet:
         if number not in self._made:
             entry = self.entry(number)
             kind = self._kind(entry)
-            inherited = self._options.inherited.get(kind.resource(entry), -1)
+            inherited = self._options.inherited.get(kind.resource(entry, self), -1)
             self._made[number] = self.move(os.dup(inherited) if inherited >= 0 else kind.restore(entry, self))
         return self._made[number]
 

@@ -20,7 +20,9 @@ class FileOptions(NamedTuple):
     inode whose other end is not in the tree. `shell_job`: the terminal is the caller's. `file_locks`: take locks along.
     `tcp`: "established" keeps TCP connections, "close" has them closed, "" refuses them; `network_lock`: "nftables" has
     their packets dropped from the dump to the restore, "skip" leaves that to the caller. `skip_in_flight`: connections
-    that a listener has not accepted yet are left behind.
+    that a listener has not accepted yet are left behind. `link_remap`: files that lost their names and have others get
+    a link. `outside`: what is left to the restorer to bring, in criu's words: `unix[inode]`, `file[mount:inode]` and
+    `tty[rdev:dev]`, in hexadecimal but for the first.
     `inherited`: for the restore, descriptors of the caller by the name of what they stand for, as `pipe:[123]`.
     """
 
@@ -31,4 +33,6 @@ class FileOptions(NamedTuple):
     tcp: str = ""
     network_lock: str = "nftables"
     skip_in_flight: bool = False
+    link_remap: bool = False
+    outside: frozenset[str] = frozenset()
     inherited: Mapping[str, int] = NOTHING

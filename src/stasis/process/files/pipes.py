@@ -60,7 +60,7 @@ class Pipes(FileKind):
         set_flags(fd, found.flags)
         return fd
 
-    def resource(self, entry: FileEntry) -> str:
+    def resource(self, entry: FileEntry, opened: Opened) -> str:
         return f"pipe:[{self.message_of(entry).pipe_id}]"
 
     def done(self, opened: Opened) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from stasis import units
 from stasis.errors import StateError, UnsupportedError
@@ -19,6 +20,9 @@ from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.images.schema.common import FownEntry
 from stasis.process.images.schema.files import FdTypes, FileEntry, RegFileEntry
 from stasis.process.roots import reach
+
+if TYPE_CHECKING:
+    from stasis.process.files.options import FileOptions
 
 __all__ = ["NO_OWNER", "STATELESS_DEVICES", "RegularFiles", "open_by_entry", "path_entry"]
 
@@ -43,23 +47,33 @@ class RegularFiles(FileKind):
         return descriptor.kind == stat.S_IFCHR and device in STATELESS_DEVICES
 
     def check(self, descriptor: Descriptor, looking: Looking) -> None:
-        reason, option = why_lost(descriptor.pid, descriptor.link, descriptor.status, self.options.ghost_limit)
+        if _outside_name(descriptor) in self.options.outside:
+            return
+        reason, option = why_lost(descriptor.pid, descriptor.link, descriptor.status, self.options)
         if reason:
             looking.findings.add(descriptor.pid, descriptor.where, reason, option)
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
         name = current_name(descriptor.pid, descriptor.link, descriptor.status)
-        if descriptor.is_deleted:
-            saving.ghosts.keep(number, f"/proc/{descriptor.pid}/fd/{descriptor.fd}", descriptor.status)
+        source, outside = f"/proc/{descriptor.pid}/fd/{descriptor.fd}", _outside_name(descriptor)
+        if outside in self.options.outside:
+            name = outside
+        elif descriptor.is_deleted:
+            saving.ghosts.keep(number, source, descriptor.status)
+        elif is_lost(descriptor.pid, descriptor.link, descriptor.status):
+            saving.ghosts.link(number, source, name, descriptor.status, saving.new_id)
         entry = path_entry(number, name, descriptor.status, descriptor.flags)
-        entry.pos, entry.fown = descriptor.position, owner(fd)
+        entry.pos, entry.fown, entry.ext = descriptor.position, owner(fd), name == outside or None
         return FileEntry(type=FdTypes.REG, id=number, reg=entry)
 
-    def resource(self, entry: FileEntry) -> str:
+    def resource(self, entry: FileEntry, opened: Opened) -> str:
         return str(self.message_of(entry).name).lstrip("/")
 
     def restore(self, entry: FileEntry, opened: Opened) -> int:
         found = self.message_of(entry)
+        if found.ext:
+            raise StateError(f"the file {found.name} was left to the restorer to bring",
+                             hint=f"give a descriptor for it: --inherit-fd with {found.name}")  # fmt: skip
         fd = opened.open_path(entry.id)
         if found.pos and not stat.S_ISCHR(os.fstat(fd).st_mode):
             os.lseek(fd, found.pos, os.SEEK_SET)
@@ -74,18 +88,31 @@ def _is_at(link: str, status: os.stat_result) -> bool:
         return False
 
 
-def why_lost(pid: int, link: str, status: os.stat_result, ghost_limit: int) -> tuple[str, str]:
+def _outside_name(descriptor: Descriptor) -> str:
+    """What criu calls a file that is left to the restorer."""
+    return f"file[{int(descriptor.field('mnt_id') or 0):x}:{descriptor.status.st_ino:x}]"
+
+
+def is_lost(pid: int, link: str, status: os.stat_result) -> bool:
+    """Whether a file that has a name has not the one it was opened by, nor another one in the same directory."""
+    return status.st_nlink > 0 and link.endswith(DELETED) and not _is_at(current_name(pid, link, status), status)
+
+
+def why_lost(pid: int, link: str, status: os.stat_result, options: FileOptions) -> tuple[str, str]:
     """Why a file that is known by its path cannot be found or taken along, and the option for that; "" where it can."""
     if status.st_nlink == 0:
-        if stat.S_ISREG(status.st_mode) and allocated(status) > ghost_limit:
+        if stat.S_ISREG(status.st_mode) and allocated(status) > options.ghost_limit:
             size = units.format_size(allocated(status))
             option = f"--ghost-limit {allocated(status) // 1024}K"
             return f"the file was deleted and occupies {size}, more than is taken along", option
         return "", ""
     if _is_at(current_name(pid, link, status), status):
         return "", ""
+    if link.endswith(DELETED) and options.link_remap:
+        return "", ""
     if link.endswith(DELETED):
-        return "the file lost the name it was opened by, and its other names are not in the same directory", ""
+        reason = "the file lost the name it was opened by, and its other names are not in the same directory"
+        return reason, "--link-remap"
     return "another file has its name now", ""
 
 

@@ -16,11 +16,12 @@ from stasis.process.files.ghosts import GhostWriter
 from stasis.process.files.kinds import all_kinds
 from stasis.process.files.locks import LockWriter, check_locks
 from stasis.process.files.options import FileOptions
-from stasis.process.files.regular import current_name, file_of, path_entry
+from stasis.process.files.regular import current_name, file_of, is_lost, path_entry
 from stasis.process.images.schema.files import FdinfoEntry, FdTypes, FileEntry
 
 if TYPE_CHECKING:
     from stasis.process.files.kind import FileKind
+    from stasis.process.files.linkremap import LinkRemaps
     from stasis.process.findings import Findings
     from stasis.process.images.setwriter import ImageSetWriter
 
@@ -95,12 +96,12 @@ class FileTable:
 
     def __init__(
         self, out: ImageSetWriter, options: FileOptions | None = None, connections: Connections | None = None,
-        known: Mapping[int, list[Descriptor]] = NOTHING,
+        known: Mapping[int, list[Descriptor]] = NOTHING, links: LinkRemaps | None = None,
     ) -> None:
         """`known`: what `check_descriptors` found since the tree stands still."""
         self.out = out
         self.connections = connections or Connections()
-        self.ghosts = GhostWriter(out)
+        self.ghosts = GhostWriter(out, links)
         self._locks = LockWriter(out)
         self.descriptors: dict[int, list[Descriptor]] = {}
         self._kinds = all_kinds(options or FileOptions())
@@ -129,6 +130,8 @@ class FileTable:
                 return number
             if status.st_nlink == 0:
                 self.ghosts.keep(number, f"/proc/{pid}/{link}", status)
+            elif is_lost(pid, name, status):
+                self.ghosts.link(number, f"/proc/{pid}/{link}", current_name(pid, name, status), status, self.new_id)
             entry = path_entry(number, current_name(pid, name, status), status, flags)
             self.out.image("files").append(FileEntry(type=FdTypes.REG, id=number, reg=entry))
         return self._by_path[key]

@@ -68,6 +68,8 @@ class Terminals(FileKind):
         for one in found:
             if _index(one) in masters:
                 self._check_pair(one, looking)
+            elif _outside_name(one.status) in self.options.outside:
+                continue
             elif len(slaves) > 1:
                 reason = "it is one of several terminals whose other ends are outside the tree"
                 looking.findings.add(one.pid, one.where, reason)
@@ -89,6 +91,9 @@ class Terminals(FileKind):
         info = index + 1
         if info not in self._described:
             self._described[info] = _describe(fd, info, index, descriptor)
+            if not _is_master(descriptor) and _outside_name(descriptor.status) in self.options.outside:
+                self._described[info].type = TtyType.EXT_TTY
+                self._described[info].dev = descriptor.status.st_dev
         if _is_master(descriptor):
             self._pairs.add(info)
         device = "/dev/ptmx" if _is_master(descriptor) else f"/dev/pts/{index}"
@@ -122,14 +127,21 @@ class Terminals(FileKind):
                 mine = other.tty
                 if mine is not None and mine.tty_info_id == info.id and _is_master_entry(mine, opened):
                     opened.open(other.id)
+        if info.type == TtyType.EXT_TTY:
+            name = f"tty[{info.rdev:x}:{info.dev or 0:x}]"
+            raise StateError(f"the terminal {name} was left to the restorer to bring",
+                             hint=f"give a descriptor for it: --inherit-fd with {name}")  # fmt: skip
         flags = found.flags & (os.O_ACCMODE | os.O_NONBLOCK) | os.O_NOCTTY | os.O_CLOEXEC
         if info.id in masters:
             assert info.pty is not None
             return os.open(f"/dev/pts/{info.pty.index}", flags)
         return os.open(_callers_terminal(), flags)
 
-    def resource(self, entry: FileEntry) -> str:
-        return f"tty[{self.message_of(entry).tty_info_id}]"
+    def resource(self, entry: FileEntry, opened: Opened) -> str:
+        info = _info_of(self.message_of(entry), opened)
+        if info.type == TtyType.EXT_TTY:
+            return f"tty[{info.rdev:x}:{info.dev or 0:x}]"
+        return f"tty[{info.id}]"
 
     def done(self, opened: Opened) -> None:
         opened.state.pop(Terminals, None)
@@ -169,6 +181,11 @@ def _index(descriptor: Descriptor) -> int:
     if _is_master(descriptor):
         return int(descriptor.field("tty-index"))
     return (os.major(descriptor.status.st_rdev) - SLAVE_MAJORS[0]) * 256 + os.minor(descriptor.status.st_rdev)
+
+
+def _outside_name(status: os.stat_result) -> str:
+    """What criu calls a terminal that is left to the restorer."""
+    return f"tty[{_encoded(status.st_rdev):x}:{status.st_dev:x}]"
 
 
 def _encoded(device: int) -> int:

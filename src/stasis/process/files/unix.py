@@ -81,9 +81,14 @@ class UnixSockets(FileKind):
         ours = {one.status.st_ino for one in looking.descriptors}
         for descriptor in looking.descriptors:
             found = self.sockets.get(descriptor.status.st_ino) if descriptor.kind == stat.S_IFSOCK else None
-            if found is not None and found.peer and found.peer not in ours and not self.options.external_unix:
+            if found is not None and found.peer and found.peer not in ours and not self._is_outside(found):
                 looking.findings.add(descriptor.pid, descriptor.where, GONE, "--ext-unix-sk")
         self._release()
+
+    def _is_outside(self, found: UnixSocket) -> bool:
+        """Whether the user said so of a socket, or of its other end."""
+        named = {f"unix[{found.inode}]", f"unix[{found.peer}]"}
+        return self.options.external_unix or bool(named & self.options.outside)
 
     def _release(self) -> None:
         while self._held:
@@ -116,7 +121,7 @@ class UnixSockets(FileKind):
     def saved(self) -> None:
         self._release()
 
-    def resource(self, entry: FileEntry) -> str:
+    def resource(self, entry: FileEntry, opened: Opened) -> str:
         return f"socket:[{self.message_of(entry).ino}]"
 
     def restore(self, entry: FileEntry, opened: Opened) -> int:

@@ -19,7 +19,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from stasis.errors import StasisError
 from stasis.linux import process, procfs
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stasis.process.restore.inheritance import Inheritance
     from stasis.process.restore.plan import TaskPlan
 
-__all__ = ["Crew", "Gate", "Reports", "Roll", "adopting", "collect", "live_with"]
+__all__ = ["Crew", "Gate", "Reports", "Roll", "adopting", "collect", "live_with", "outlive_nobody"]
 
 FRAME = struct.Struct("<iH?")
 """Before each portion of a report: whose it is, how many bytes, whether it is the last one."""
@@ -144,7 +144,8 @@ def live_with(parent: int, until_then: int) -> None:
 
 class Crew:
     """What all processes know of each other. `is_guest`: the tree is in the session of the one who restores it.
-    `links`: what the other ends of network devices are called."""
+    `is_sibling`: the first process is a child of the restorer's parent. `links`: what the other ends of network devices
+    are called."""
 
     def __init__(
         self, root: TaskPlan, files: FileSet, chain: list[ImageSet], reports: Reports, gates: dict[str, Gate],
@@ -158,6 +159,7 @@ class Crew:
         self.links = links
         self.pids = frozenset(plan.pid for plan in root.walk())
         self.is_guest = False
+        self.is_sibling = False
         self.shared_fd: dict[int, int] = {}
         self.inheritance: Inheritance | None = None
 
@@ -168,6 +170,17 @@ class Crew:
         """Tell that this process has come so far and which it has made, and wait for all others."""
         self.report(stage=name, pid=os.getpid(), made=made)
         self.gates[name].wait()
+
+
+def outlive_nobody(crew: Crew) -> NoReturn:
+    """Wait to be made another process. Who is no child of the restorer ends when nobody is left to read its reports."""
+    if crew.is_sibling:
+        poll = select.poll()
+        poll.register(crew.reports.writer, 0)
+        poll.poll()
+        os._exit(1)
+    while True:
+        signal.pause()
 
 
 class Roll:

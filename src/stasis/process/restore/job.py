@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from stasis.errors import StasisError
+from stasis.errors import StasisError, UnsupportedError
 from stasis.linux import procfs, ptrace
 from stasis.process.cgroups import join
 from stasis.process.dump.ids import own_kinds_of
@@ -44,7 +44,8 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 class RestoreOptions(NamedTuple):
     """How to restore. `map_paths`: beginnings of paths in the images, and what stands for them here.
     `files`: what stands for open files of the images. `pid_namespace`: into a new one, where all pids are free.
-    `manage_cgroups`: put processes into the control groups that they were in, as far as that goes.
+    `manage_cgroups`: put processes into the control groups that they were in, as far as that goes; below others, by the
+    names of controllers or "", with `cgroup_roots`. `sibling`: the first process becomes a child of our parent.
     `links`: what the other ends of network devices of the tree are to be called here, as NAME or NAME@BRIDGE. `hook`
     is called with "pre-restore" before anything is made, "post-restore" and "pre-resume" when all is there and stands
     still, and "post-resume" when it runs, each with the first process's pid, 0 before it is there. What it raises
@@ -54,6 +55,8 @@ class RestoreOptions(NamedTuple):
     files: FileOptions = FileOptions()
     pid_namespace: bool = False
     manage_cgroups: bool = True
+    cgroup_roots: Mapping[str, str] = NOTHING
+    sibling: bool = False
     links: Mapping[str, str] = NOTHING
     hook: Callable[[str, int], None] = lambda *_: None
 
@@ -98,6 +101,9 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
         chain = opened.chain()
         assert root.ids is not None
         own = own_kinds_of(opened, root.ids)
+        if chosen.sibling and (chosen.pid_namespace or "pid" in own):
+            raise UnsupportedError("the first process of a pid namespace cannot be a sibling of the restorer",
+                                   hint="restore it as a child")  # fmt: skip
         try:
             with _segments(opened, chain, own), Nursery(root, files, chain, chosen.links) as nursery:
                 made = (_restore_first if "pid" in own else _restore)(nursery, chosen)
@@ -167,11 +173,12 @@ def _restore(nursery: Nursery, options: RestoreOptions, *, has_root: bool = Fals
     roll, filters = Roll(), Filters(files.images)
     with Guardian(Journal(), roll.end), adopting() as end_all:
         try:
+            nursery.crew.is_sibling = options.sibling
             began = time.monotonic()
             ready = spawn(nursery, has_root=has_root)
             forking = time.monotonic() - began
             roll.enter(plan.pid for plan in living)
-            warnings = join(files.images, _members(living)) if options.manage_cgroups else []
+            warnings = join(files.images, _members(living), options.cgroup_roots) if options.manage_cgroups else []
             for plan in living:
                 _seize(plan.pid)
             for plan in living:
@@ -182,11 +189,17 @@ def _restore(nursery: Nursery, options: RestoreOptions, *, has_root: bool = Fals
                 options.hook(name, root.pid)
             _let_go(living, roll)
         except BaseException as error:
+            if options.sibling:
+                roll.end()  # it is no child of ours
             _end(living)
             end_all()
             if isinstance(error, OSError):
                 raise StasisError(f"the restore failed: {error.strerror or error}", errno=error.errno or 0) from error
             raise
+    if files.images.has("remap-fpath"):
+        from stasis.process.files.linkremap import forget_links
+
+        forget_links(files)
     options.hook("post-resume", root.pid)
     return RestoreResult(
         root.pid, [plan.pid for plan in root.walk()], 0, warnings, forking, 0.0,

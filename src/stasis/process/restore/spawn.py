@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 from stasis.errors import BusyError, PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import process, procfs
-from stasis.linux.clone3 import fork_as
-from stasis.process.restore.crew import Crew, Gate, Reports, collect, live_with
+from stasis.linux.clone3 import CLONE_PARENT, fork_as
+from stasis.process.restore.crew import Crew, Gate, Reports, collect, live_with, outlive_nobody
 from stasis.process.restore.outfit import Ready, enter_namespaces, open_everything, prepare, share_memory, take_terminal
 
 if TYPE_CHECKING:
@@ -100,10 +100,12 @@ def _make_root(nursery: Nursery) -> int:
     maker = _Maker(crew, close=nursery.leave)
     if root.entry.sid not in (root.pid, os.getsid(0)):
         try:
+            if crew.is_sibling:
+                raise BusyError("a helper would be the child of a stranger, who would have to wait for it")
             return maker.helper_of(root.entry.sid, [root])
         except BusyError:
             crew.is_guest = True  # the leader lives, outside of the tree, or the session has other members
-    maker.child(root)
+    maker.child(root, is_sibling=crew.is_sibling)
     return 0
 
 
@@ -116,11 +118,11 @@ class _Maker:
         self.helpers: list[int] = []
         self._close = close
 
-    def child(self, plan: TaskPlan) -> None:
+    def child(self, plan: TaskPlan, *, is_sibling: bool = False) -> None:
         """A process of the tree."""
-        parent = os.getpid()
+        parent = os.getppid() if is_sibling else os.getpid()
         self.made.append(plan.pid)
-        if _fork(plan.pid) == 0:
+        if _fork(plan.pid, CLONE_PARENT if is_sibling else 0) == 0:
             self._close()
             _run(plan, self.crew, lambda: _live(plan, self.crew, parent, parent))
 
@@ -158,12 +160,12 @@ class _Maker:
         process.set_subreaper(False)
 
 
-def _fork(pid: int) -> int:
+def _fork(pid: int, flags: int = 0) -> int:
     """With a little patience: right after a dump the old process may have ended and still be there."""
     began = time.monotonic()
     while True:
         try:
-            return fork_as(pid)
+            return fork_as(pid, flags)
         except OSError as error:
             if error.errno != errno.EEXIST or time.monotonic() - began > _patience(pid):
                 raise _refusal(pid, error) from error
@@ -251,8 +253,7 @@ def _live(plan: TaskPlan, crew: Crew, parent: int, maker_pid: int) -> None:
         if child.is_zombie:  # its signal is to come before we are seized, when it is ignored still
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     crew.report(**prepare(plan, crew), stage="ready", made=maker.made)
-    while True:
-        signal.pause()
+    outlive_nobody(crew)
 
 
 def _move_up(crew: Crew) -> None:
