@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from stasis.linux import nftables
 from stasis.linux.mounts import mounts
 from stasis.process import cgroups
 from tests.process.programs import Program, compiled, running, wait_for
+from tests.process.test_tcp import ECHO, server
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
 
@@ -68,6 +70,20 @@ assert status == 0
 pid = int(open("images/pid").read())
 open("restored", "w").close()
 assert os.waitpid(pid, 0) == (pid, 0), "it is no child of ours"
+"""
+
+
+LISTENER = """
+import os, socket, time
+from pathlib import Path
+listener = socket.create_server(("127.0.0.1", 0))
+Path("port").write_text(str(listener.getsockname()[1]))
+Path("ready").touch()
+while not os.path.exists("go"):
+    time.sleep(0.003)
+listener.settimeout(60)
+listener.accept()[0].sendall(b"hello")
+Path("content").touch()
 """
 
 
@@ -158,6 +174,35 @@ def test_what_is_left_outside_is_brought_by_the_restorer(tmp_path: Path) -> None
             os.close(fd)
         new_ours.close()
         new_theirs.close()
+
+
+def test_what_nobody_accepted_is_left_behind(tmp_path: Path) -> None:
+    with running(tmp_path, sys.executable, "-c", LISTENER) as program:
+        place = "127.0.0.1", int((tmp_path / "port").read_text())
+        with socket.create_connection(place, timeout=60) as first:
+            said = _run(tmp_path, "dump", "-t", program.pid, "-D", "images", "--tcp-established", status=1)
+            assert "--skip-in-flight" in said
+            _dumped(program, "--tcp-established", "--skip-in-flight")
+            with pytest.raises(ConnectionResetError):
+                first.recv(1)
+        _run(tmp_path, "restore", "-D", "images", "-d", "--tcp-established")
+        with socket.create_connection(place, timeout=60) as second:
+            (tmp_path / "go").touch()
+            assert second.recv(100) == b"hello"
+        program.finish()
+
+
+def test_who_keeps_packets_away_needs_no_lock(tmp_path: Path) -> None:
+    with server(tmp_path, ECHO, before=b"before ") as case:
+        before = nftables.tables()
+        _dumped(case.program, "--tcp-established", "--network-lock", "skip")
+        assert nftables.tables() == before
+        _run(tmp_path, "restore", "-D", "images", "-d", "--tcp-established")
+        case.client.sendall(b"after")
+        case.client.shutdown(socket.SHUT_WR)
+        case.go()
+        assert case.client.recv(100) == b"before after"[::-1]
+        case.program.finish()
 
 
 def test_groups_come_back_below_another_one(tmp_path: Path) -> None:
