@@ -4,8 +4,10 @@
 It is run with the disk as its own root: all that it loads comes from there, its state directory and its working
 directory lie there, and another process creates, renames and deletes files there all the time.
 
-    rootdisk.py DEVICE FOLDER FREEZE             FOLDER, on another file system, gets repository, lists and image
-    rootdisk.py DEVICE FOLDER FREEZE SIGNAL      ends itself so when all is frozen
+    rootdisk.py DEVICE FOLDER FREEZE TOP             FOLDER, on another file system, gets repository, lists and image
+    rootdisk.py DEVICE FOLDER FREEZE TOP SIGNAL      ends itself so when all is frozen
+
+TOP is the directory whose files are noted, "/" or that of the files that are written (STASIS_STATE_DIR with "-files").
 
 Prints one line of JSON per backup: {"image", "list", "kind", "attempts", "milliseconds", "consistency", "warnings"};
 in the second case the process id of who writes.
@@ -51,7 +53,10 @@ HASHED = 64 << 10
 
 
 def entries(top: str, deep: str) -> Iterator[tuple[str, str]]:
-    """(path below top, what is to be the same) of everything on the file system that top lies on."""
+    """(path below top, what is to be the same) of everything on the file system that top lies on.
+
+    Contents count below `deep`, a path below top, or everywhere if that is empty.
+    """
     device = os.lstat(top).st_dev
     for folder, folders, files in os.walk(top):
         here = os.path.relpath(folder, top)
@@ -63,7 +68,7 @@ def entries(top: str, deep: str) -> Iterator[tuple[str, str]]:
                 yield f"{here}/{name}", COVERED
                 continue
             what = f"{status.st_mode:o} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
-            if name in files and f"{here}/".startswith(f"{deep}/"):
+            if name in files and (not deep or f"{here}/".startswith(f"{deep}/")):
                 with open(path, "rb", buffering=0) as file:
                     what += f" {hashlib.sha256(file.read(HASHED)).hexdigest()}"
             yield f"{here}/{name}", what
@@ -122,13 +127,13 @@ def back_up(device: str, folder: Path, top: str, deep: str, freeze: str) -> dict
             "warnings": made["warnings"]}
 
 
-def end(device: str, folder: Path, freeze: str, deep: str, number: int) -> None:
+def end(device: str, folder: Path, freeze: str, files: str, number: int) -> None:
     """Be stopped or killed while all is frozen."""
     from stasis.live.source import LiveSource
 
     stasis("repo", "init", str(folder / "repo"), "--no-encryption")
     stasis("track", "start", device)
-    with written(Path("/", deep)) as writer:
+    with written(Path(files)) as writer:
         print(json.dumps(writer), flush=True)
         LiveSource.switch = lambda _: os.kill(os.getpid(), number)  # type: ignore[method-assign]
         stasis("backup", "create", device, "--repo", str(folder / "repo"), "--max-freeze", freeze)
@@ -136,17 +141,18 @@ def end(device: str, folder: Path, freeze: str, deep: str, number: int) -> None:
 
 def main() -> None:
     """Two backups: one of everything, one of what changed."""
-    device, folder, freeze = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    deep = f"{os.environ['STASIS_STATE_DIR'].strip('/')}-files"
-    if len(sys.argv) > 4:
-        end(device, folder, freeze, deep, signal.Signals[sys.argv[4]])
+    device, folder, freeze, top = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+    files = f"{os.environ['STASIS_STATE_DIR']}-files"
+    deep = files.strip("/") if top == "/" else ""
+    if len(sys.argv) > 5:
+        end(device, folder, freeze, files, signal.Signals[sys.argv[5]])
         return
     stasis("repo", "init", str(folder / "repo"), "--no-encryption")
     stasis("track", "start", device)
     try:
-        with written(Path("/", deep)):
+        with written(Path(files)):
             for _ in range(2):
-                print(json.dumps(back_up(device, folder, "/", deep, freeze)), flush=True)
+                print(json.dumps(back_up(device, folder, top, deep, freeze)), flush=True)
     finally:
         stasis("track", "stop", os.path.basename(device))
 
