@@ -31,7 +31,7 @@ class Container:
         images = self.directory / f"images-{self.images}"
         stasis("dump", self.pid, "--images", images, *options)
         if "--leave-running" not in options:
-            wait_for(lambda: not lives(self.pid), "the first process did not end")
+            wait_for(lambda: not os.path.exists(f"/proc/{self.pid}"), "the first process did not end")
         return images
 
     def restore(self, images: Path, *options: str) -> None:
@@ -61,8 +61,8 @@ def lives(pid: int) -> bool:
 
 
 @contextmanager
-def container(directory: Path, *command: str | Path) -> Iterator[Container]:
-    """What unshare(1) runs with these options and words, once it is set up."""
+def container(directory: Path, *command: str | Path, depth: int = 1) -> Iterator[Container]:
+    """What unshare(1) runs with these options and words, once it is set up: its child, or that one's and so on."""
     with (
         open(os.devnull, "rb") as nothing,
         open(directory / "errors", "ab") as errors,
@@ -76,7 +76,9 @@ def container(directory: Path, *command: str | Path) -> Iterator[Container]:
             ready = directory / "ready"
             wait_for(lambda: ready.exists() or process.poll(), "the program is not set up")
             assert ready.exists(), (directory / "errors").read_text()
-            (found.pid,) = procfs.children(process.pid, process.pid)
+            found.pid = process.pid
+            for _ in range(depth):
+                (found.pid,) = procfs.children(found.pid, found.pid)
             process.kill()  # it would complain of the program's end
             yield found
         finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stasis.errors import ExitCode
+from stasis.linux.mountinfo import mount_table
 from tests.process.containers import contained_cycle, container
 from tests.process.programs import compiled, stasis, wait_for
 
@@ -198,6 +199,96 @@ int main(void) {
 }
 """
 
+CLOCKS = r"""
+int main(void) {
+    struct timespec then, now, boot;
+    CHECK(!clock_gettime(CLOCK_MONOTONIC, &then) && then.tv_sec > 5000000);
+    set_up();
+    CHECK(!clock_gettime(CLOCK_MONOTONIC, &now) && !clock_gettime(CLOCK_BOOTTIME, &boot));
+    CHECK(now.tv_sec >= then.tv_sec && now.tv_sec < then.tv_sec + 300 && boot.tv_sec > 9000000);
+    struct timespec raw;  // from the kernel, and not from the memory that it shares
+    CHECK(!syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &raw));
+    CHECK(raw.tv_sec >= now.tv_sec && raw.tv_sec < now.tv_sec + 99);
+    return content();
+}
+"""
+GROUPS = r"""
+static void groups(char *text) {
+    int fd = open("/proc/self/cgroup", O_RDONLY);
+    CHECK(fd >= 0 && read(fd, text, 1999) > 0 && !close(fd));
+}
+int main(void) {
+    char before[2000] = "", after[2000] = "";
+    groups(before);
+    set_up();
+    groups(after);
+    if (strcmp(before, after)) { dprintf(2, "%s\n%s\n", before, after); _exit(1); }
+    return content();
+}
+"""
+USERS = r"""
+#include <sys/mount.h>
+#include <grp.h>
+static void map(pid_t pid, const char *name) {
+    char path[64];
+    sprintf(path, "/proc/%d/%s", pid, name);
+    int fd = open(path, O_WRONLY);
+    CHECK(write(fd, "0 100000 1000\n5000 7 1\n", 23) == 23 && !close(fd));
+}
+// Makes the namespaces, with another process outside that says who is who.
+static void enter(void) {
+    int to[2], from[2];
+    char byte;
+    CHECK(!pipe(to) && !pipe(from));
+    pid_t inside = fork();
+    if (inside) {
+        CHECK(read(from[0], &byte, 1) == 1);
+        map(inside, "uid_map");
+        map(inside, "gid_map");
+        CHECK(write(to[1], "g", 1) == 1);
+        waitpid(inside, 0, 0);
+        _exit(0);
+    }
+    CHECK(!unshare(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWNET));
+    CHECK(write(from[1], "m", 1) == 1 && read(to[0], &byte, 1) == 1 && !setgroups(0, 0));
+    CHECK(!setresgid(0, 0, 0) && !setresuid(0, 0, 0));
+    for (int i = 0; i < 2; i++) close(to[i]), close(from[i]);
+    if (fork()) { wait(0); _exit(0); }
+    CHECK(!mount("proc", "/proc", "proc", 0, 0) && !mount("data", "data", "tmpfs", 0, 0));
+}
+int main(void) {
+    enter();
+    CHECK(!sethostname("users", 5));
+    int file = open("data/file", O_RDWR | O_CREAT, 0640), gone = open("data/gone", O_RDWR | O_CREAT, 0600);
+    CHECK(!fchown(file, 5, 6) && write(file, "x", 1) == 1 && !fchown(gone, 7, 5000) && !unlink("data/gone"));
+    int *shared = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    *shared = 1;
+    gid_t groups[] = {3, 5000}, found[5];
+    CHECK(!setgroups(2, groups));
+    pid_t child = fork();
+    if (!child) {
+        CHECK(!setresgid(8, 8, 8) && !setresuid(9, 10, 11));
+        *shared = 2;
+        while (*shared != 3) usleep(3000);
+        uid_t uid, euid, suid;
+        CHECK(!getresuid(&uid, &euid, &suid) && uid == 9 && euid == 10 && suid == 11 && getgid() == 8);
+        CHECK(setresuid(0, 0, 0) < 0);
+        _exit(7);
+    }
+    while (*shared != 2) usleep(3000);
+    set_up();
+    *shared = 3;
+    struct stat status;
+    int code;
+    CHECK(getpid() == 1 && !getuid() && getgroups(5, found) == 2 && found[0] + found[1] == 5003);
+    CHECK(!stat("data/file", &status) && status.st_uid == 5 && status.st_gid == 6);
+    CHECK(!fstat(gone, &status) && status.st_uid == 7 && status.st_gid == 5000 && !status.st_nlink);
+    CHECK(waitpid(child, &code, 0) == child && WEXITSTATUS(code) == 7);
+    CHECK(!sethostname("others", 6) && !mount("more", "data", "tmpfs", 0, 0));
+    return content();
+}
+"""
+
 
 @pytest.mark.tool("ip")
 def test_network(tmp_path: Path) -> None:
@@ -224,3 +315,41 @@ def test_a_network_device_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         said = stasis("dump", program.pid, "--images", tmp_path / "images", status=ExitCode.UNSUPPORTED)
         program.finish()
     assert "network device strange: devices of the kind macvlan" in said
+
+
+def test_clocks(tmp_path: Path) -> None:
+    contained_cycle(tmp_path, CLOCKS, "--time", "--monotonic", "5000000", "--boottime", "9000000")
+
+
+def test_groups_that_are_seen_as_roots(tmp_path: Path) -> None:
+    top = next(mount.target for mount in mount_table() if mount.fstype == "cgroup2")
+    group = Path(top) / "stasis-test-roots"
+    (group / "below").mkdir(parents=True)
+    script = tmp_path / "setup"
+    compiled(tmp_path, GROUPS)
+    script.write_text(f"echo $$ > {group}/cgroup.procs\nexec unshare --cgroup sh inside\n")
+    (tmp_path / "inside").write_text(f"echo $$ > {group}/below/cgroup.procs\nexec ./program\n")
+    try:
+        with container(tmp_path, "sh", script) as program:
+            program.restore(program.dump())
+            assert (group / "below/cgroup.procs").read_text().split() == [str(program.pid)]
+            program.finish()
+    finally:
+        for directory in (group / "below", group):
+            wait_for(lambda directory=directory: not (directory / "cgroup.procs").read_text(), "it is in use")  # type: ignore[misc]
+            directory.rmdir()
+
+
+def test_users(short_dir: Path) -> None:
+    for directory in (short_dir.parent, short_dir):
+        directory.chmod(0o777)
+    (short_dir / "data").mkdir()
+    compiled(short_dir, USERS)
+    script = short_dir / "setup"
+    others = "$(cut -d' ' -f5 /proc/self/mountinfo | grep ^/tmp/)"  # those of other programs, which may go meanwhile
+    script.write_text(f"for one in {others}; do umount -l $one; done\nexec ./program\n")
+    with container(short_dir, "--mount", "sh", script, depth=3) as program:
+        (short_dir / "errors").chmod(0o666)
+        program.restore(program.dump())
+        program.dump("--leave-running")
+        program.finish()

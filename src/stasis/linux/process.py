@@ -17,6 +17,7 @@ __all__ = [
     "open_descriptors",
     "pidfd_open",
     "processes",
+    "set_dumpable",
     "set_io_flusher",
     "set_parent_death_signal",
     "set_subreaper",
@@ -27,6 +28,7 @@ __all__ = [
 
 # include/uapi/linux/prctl.h
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 PR_SET_IO_FLUSHER = 57
 
@@ -147,6 +149,11 @@ def set_io_flusher() -> None:
     For every process in the path of a kernel block device (since Linux 5.6). EPERM without CAP_SYS_RESOURCE.
     """
     libc.check(_prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0), "prctl(PR_SET_IO_FLUSHER)")
+
+
+def set_dumpable() -> None:
+    """Let /proc/self be ours again after another user was chosen."""
+    libc.check(_prctl(PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
 
 
 def set_subreaper(on: bool) -> None:

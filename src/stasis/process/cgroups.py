@@ -13,6 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from stasis.linux import procfs
+from stasis.linux.namespaces import FLAGS
+from stasis.linux.namespaces import join as enter_namespace
+from stasis.process.dump.ids import Home, namespace_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from stasis.process.images.setwriter import ImageSetWriter
     from stasis.process.tree import Task
 
-__all__ = ["GroupTable", "check_groups", "join"]
+__all__ = ["GroupTable", "check_groups", "enter", "hierarchies", "join"]
 
 OUR_SET = 1
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -54,9 +57,11 @@ class GroupTable:
 
     def __init__(self) -> None:
         self._sets: dict[Groups, int] = {groups_of(os.getpid()): OUR_SET}
+        self._first = 0
 
     def of(self, pid: int) -> int:
-        """Number of the set that a process is in."""
+        """Number of the set that a process is in. The tree's first one comes first."""
+        self._first = self._first or pid
         return self._sets.setdefault(groups_of(pid), len(self._sets) + 1)
 
     def write(self, out: ImageSetWriter) -> int:
@@ -65,11 +70,40 @@ class GroupTable:
             return OUR_SET
         from stasis.process.images.schema.inventory import CgMemberEntry, CgroupEntry, CgSetEntry
 
+        seen_as_root = _roots(self._first)
         out.write("cgroup", CgroupEntry(sets=[
-            CgSetEntry(id=number, ctls=[CgMemberEntry(name=name, path=path) for name, path in found])
+            CgSetEntry(id=number, ctls=[
+                CgMemberEntry(name=name, path=path, cgns_prefix=_length(seen_as_root.get(name, ""), path))
+                for name, path in found
+            ])
             for found, number in self._sets.items()
         ]))  # fmt: skip
         return OUR_SET
+
+
+def _roots(pid: int) -> dict[str, str]:
+    """The groups that a process in a cgroup namespace of its own sees as roots, by the names of their hierarchies."""
+    number = namespace_ids(pid).get("cgroup_ns_id")
+    if number in (None, Home.ids().get("cgroup_ns_id")):
+        return {}
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            enter_namespace(f"/proc/{pid}/ns/cgroup", FLAGS["cgroup"])
+            os.write(writer, procfs.read(pid, "cgroup"))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, errors="surrogateescape") as told:
+        inner = {name: path for _, name, path in (line.split(":", 2) for line in told.read().splitlines())}
+    os.waitpid(child, 0)
+    return {name: path.removesuffix(inner[name].rstrip("/")) for name, path in groups_of(pid) if name in inner}
+
+
+def _length(root: str, path: str) -> int | None:
+    """How much of a path lies outside of what is seen as root."""
+    return len(root) if root and (path == root or path.startswith(root.rstrip("/") + "/")) else None
 
 
 def join(
@@ -84,14 +118,14 @@ def join(
         return []
     sets = {found.id: found.ctls for entry in images.messages("cgroup") for found in entry.sets}
     tops = _tops(sets[number] for _, number in wanted if number in sets)
-    places = _hierarchies()
+    places = hierarchies()
     here = dict(groups_of(os.getpid()))
     problems: dict[str, None] = {}
     for pid, number in wanted:
         for member in sets.get(number, ()):
             if member.path != here.get(member.name):
                 path = _moved(member.name, member.path, tops.get(member.name, "/"), roots)
-                problem = _enter(pid, member.name, path, places)
+                problem = enter(pid, member.name, path, places)
                 problems.update({problem: None} if problem else {})
     return list(problems)
 
@@ -112,10 +146,10 @@ def _moved(name: str, path: str, top: str, roots: Mapping[str, str]) -> str:
     return root if below == "." else os.path.join(root, below)
 
 
-def _hierarchies() -> dict[str, str]:
+def hierarchies() -> dict[str, str]:
     """Where each hierarchy is mounted, by its name in /proc/PID/cgroup."""
     found: dict[str, str] = {}
-    for line in procfs.read(os.getpid(), "mountinfo").decode(errors="surrogateescape").splitlines():
+    for line in procfs.read(procfs.SELF, "mountinfo").decode(errors="surrogateescape").splitlines():
         fields, _, rest = line.partition(" - ")
         kind, _, options = rest.split(" ", 2)
         if kind == "cgroup2":
@@ -126,7 +160,7 @@ def _hierarchies() -> dict[str, str]:
     return found
 
 
-def _enter(pid: int, name: str, path: str, places: dict[str, str]) -> str:
+def enter(pid: int, name: str, path: str, places: dict[str, str]) -> str:
     """Put a process into one group; why not, or ""."""
     what = f"the control group {path} ({name or 'version 2'}) of process {pid}"
     if name not in places:

@@ -28,6 +28,7 @@ from stasis.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, FLAGS, enter, mou
 from stasis.process.dump.ids import Home
 from stasis.process.findings import Finding
 from stasis.process.images.imageset import ImageSet
+from stasis.process.namespaces.identities import Identities
 from stasis.process.roots import anchored
 
 if TYPE_CHECKING:
@@ -42,16 +43,18 @@ ENTERED = ("net", "ipc", "uts")
 
 class Entering(NamedTuple):
     """What a worker for a dump enters: CLONE_NEW* of namespaces; `anchored`: it reaches files through an anchor in the
-    mount namespace."""
+    mount namespace, `translated`: users are numbered as in its user namespace."""
 
     flags: int
     anchored: bool = False
+    translated: bool = False
 
 
 def entering(pid: int) -> Entering | None:
     """For a dump of this process; None where it is done from where we are."""
     try:
-        found = Entering(sum(FLAGS[name] for name in ENTERED if _differs(pid, name)), _differs(pid, "mnt"))
+        found = Entering(sum(FLAGS[name] for name in ENTERED if _differs(pid, name)), _differs(pid, "mnt"),
+                         _differs(pid, "user"))  # fmt: skip
         if not _differs(pid, "pid"):
             return found if any(found) else None
         if _inner_pid(pid) == 1:
@@ -129,6 +132,8 @@ def _run(pid: int, way: Entering, work: Callable[[int], Any]) -> Any:
 
 
 def _anchored(inner: int, way: Entering, work: Callable[[int], Any]) -> Any:
+    if way.translated:
+        Identities.use(inner)
     with anchored(inner) if way.anchored else contextlib.nullcontext():
         return work(inner)
 

@@ -20,6 +20,7 @@ from stasis.process.images.schema.tasks import (
     ThreadCoreEntry,
     ThreadSasEntry,
 )
+from stasis.process.namespaces.identities import Identities
 
 if TYPE_CHECKING:
     from stasis.process.remote import Remote
@@ -104,11 +105,12 @@ def rseq(tid: int) -> RseqEntry | None:
 
 def credentials(fields: dict[str, str], secure_bits: int) -> CredsEntry:
     """From /proc/PID/task/TID/status."""
-    uid, euid, suid, fsuid = (int(word) for word in fields["Uid"].split())
-    gid, egid, sgid, fsgid = (int(word) for word in fields["Gid"].split())
+    inside = Identities.inside()
+    uid, euid, suid, fsuid = (inside.uid(int(word)) for word in fields["Uid"].split())
+    gid, egid, sgid, fsgid = (inside.gid(int(word)) for word in fields["Gid"].split())
     entry = CredsEntry(
         uid=uid, euid=euid, suid=suid, fsuid=fsuid, gid=gid, egid=egid, sgid=sgid, fsgid=fsgid,
-        secbits=secure_bits, groups=[int(word) for word in fields["Groups"].split()],
+        secbits=secure_bits, groups=[inside.gid(int(word)) for word in fields["Groups"].split()],
         no_new_privs=int(fields.get("NoNewPrivs", "0")),
     )  # fmt: skip
     for name, key in CAPABILITY_SETS.items():

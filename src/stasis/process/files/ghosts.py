@@ -21,6 +21,7 @@ from stasis.process.images.schema.files import (
     RemapFilePathEntry,
     RemapType,
 )
+from stasis.process.namespaces.identities import Identities
 
 if TYPE_CHECKING:
     from stasis.process.files.linkremap import LinkRemaps
@@ -75,9 +76,9 @@ class GhostWriter:
         self._out.write("remap-fpath", remap)
 
     def _write(self, ghost: int, link: str, status: os.stat_result) -> None:
-        is_regular = stat.S_ISREG(status.st_mode)
+        is_regular, inside = stat.S_ISREG(status.st_mode), Identities.inside()
         entry = GhostFileEntry(
-            uid=status.st_uid, gid=status.st_gid, mode=status.st_mode, ino=status.st_ino,
+            uid=inside.uid(status.st_uid), gid=inside.gid(status.st_gid), mode=status.st_mode, ino=status.st_ino,
             dev=os.major(status.st_dev) << 20 | os.minor(status.st_dev), atim=_timeval(status.st_atime_ns),
             mtim=_timeval(status.st_mtime_ns), chunks=is_regular or None, size=status.st_size if is_regular else None,
         )  # fmt: skip

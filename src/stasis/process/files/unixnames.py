@@ -11,6 +11,7 @@ from collections.abc import Callable
 from stasis.errors import BusyError
 from stasis.linux.sockdiag import UnixSocket, unix_sockets
 from stasis.process.images.schema.sockets import FilePermsEntry, UnixSkEntry
+from stasis.process.namespaces.identities import Identities
 from stasis.process.roots import reach
 
 __all__ = ["bind", "file_perms", "reason_against"]
@@ -37,7 +38,10 @@ def _status(found: UnixSocket) -> os.stat_result | None:
 def file_perms(found: UnixSocket) -> FilePermsEntry | None:
     """Whom its file belongs to; None where it has none."""
     status = _status(found) if found.name.startswith(b"/") else None
-    return None if status is None else FilePermsEntry(mode=status.st_mode, uid=status.st_uid, gid=status.st_gid)
+    if status is None:
+        return None
+    inside = Identities.inside()
+    return FilePermsEntry(mode=status.st_mode, uid=inside.uid(status.st_uid), gid=inside.gid(status.st_gid))
 
 
 def bind(sock: socket.socket, entry: UnixSkEntry, map_path: Callable[[str], str]) -> None:

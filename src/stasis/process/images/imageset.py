@@ -35,6 +35,7 @@ class ImageSet:
     def __init__(self, fd: int, path: str) -> None:
         self.fd = fd
         self.path = path
+        self._kept: dict[str, int] | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -69,7 +70,15 @@ class ImageSet:
         """The set's InventoryEntry."""
         return self.one("inventory")
 
+    def keep(self) -> None:
+        """Open all files now, for a process that will not have the right to."""
+        names = [name for name in os.listdir(f"/proc/self/fd/{self.fd}") if name.endswith(".img")]
+        self._kept = {name: self.open_file(name) for name in names}
+
     def close(self) -> None:
+        for fd in (self._kept or {}).values():
+            os.close(fd)
+        self._kept = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -84,8 +93,8 @@ class ImageSet:
 
     def files(self) -> list[tuple[str, int | None]]:
         """Kind and number of every image in the directory, sorted; other files are left out."""
-        with os.scandir(f"/proc/self/fd/{self.fd}") as entries:
-            found = [parse_name(entry.name) for entry in entries]
+        names = os.listdir(f"/proc/self/fd/{self.fd}") if self._kept is None else list(self._kept)
+        found = [parse_name(name) for name in names]
         return sorted((entry for entry in found if entry is not None), key=lambda entry: (entry[0], entry[1] or 0))
 
     def numbers(self, kind: str) -> list[int]:
@@ -94,6 +103,8 @@ class ImageSet:
 
     def has(self, kind: str, number: int | None = None) -> bool:
         """Whether this image is there."""
+        if self._kept is not None:
+            return KINDS[kind].file_name(number) in self._kept
         try:
             os.stat(KINDS[kind].file_name(number), dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -110,6 +121,8 @@ class ImageSet:
     def open_file(self, name: str) -> int:
         """A descriptor to read a file of the directory. FileNotFoundError; DamagedError for all but regular files."""
         path = os.path.join(self.path, name)
+        if self._kept is not None:
+            return self._kept_file(name)
         try:
             # O_NONBLOCK: a fifo of this name must not hold us up
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.fd)
@@ -123,6 +136,13 @@ class ImageSet:
             os.close(fd)
             raise damaged(path, 0, "it is no regular file")
         return fd
+
+    def _kept_file(self, name: str) -> int:
+        """Another descriptor for the same description: readers say where they read."""
+        assert self._kept is not None
+        if name not in self._kept:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return os.dup(self._kept[name])
 
     def open_pages(self, number: int) -> int:
         """A descriptor to read `pages-NUMBER.img`. DamagedError where it is missing."""

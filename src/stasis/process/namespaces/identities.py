@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from stasis.linux import procfs
 
 __all__ = ["Extent", "Identities"]
 
+ALL = (1 << 32) - 1
 OVERFLOW = 65534  # /proc/sys/kernel/overflowuid, what a namespace shows of those it has no number for
 
 
@@ -32,6 +33,18 @@ class Identities:
         """That of a process."""
         return cls(*([Extent(*map(int, line.split())) for line in procfs.read(pid, name).decode().splitlines()]
                      for name in ("uid_map", "gid_map")))  # fmt: skip
+
+    _inside: ClassVar[Identities | None] = None
+
+    @classmethod
+    def use(cls, pid: int) -> None:
+        """In a worker: users and groups are numbered as they are for this process from here on."""
+        cls._inside = cls.of(pid)
+
+    @classmethod
+    def inside(cls) -> Identities:
+        """What numbers have to be translated with; where nothing was said they stay as they are."""
+        return cls._inside or cls([Extent(0, 0, ALL)], [Extent(0, 0, ALL)])
 
     def uid(self, outer: int) -> int:
         """The number of one of our users in there."""

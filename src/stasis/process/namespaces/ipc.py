@@ -65,7 +65,7 @@ def _posix_queues() -> list[str]:
 
 def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
     """Everything of the namespace, which the caller has entered."""
-    identities = Identities.of(root)
+    identities = Identities.inside()
     out.write("ipcns-var", _limits(), number=number)
     for found in sysvipc.semaphores():
         contents = sysvipc.values(found.object.id, found.size)

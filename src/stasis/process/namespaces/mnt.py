@@ -18,6 +18,7 @@ from stasis.linux.mountinfo import DELETED, MountInfo, mount_table
 from stasis.process.dump.ids import Home
 from stasis.process.images.schema.namespaces import FsType, MntEntry
 from stasis.process.namespaces import tmpfs
+from stasis.process.namespaces.identities import Identities
 from stasis.process.roots import anchor
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _entry(plan: Plan) -> MntEntry:
         fstype=KNOWN.get(mount.fstype, FsType.AUTO), mnt_id=mount.number,
         root_dev=mount.device[0] << 20 | mount.device[1], parent_mnt_id=mount.parent, flags=flags | (kind or PRIVATE),
         root=mount.root, mountpoint=mount.target, source=mount.source,
-        options=",".join(word for word in mount.options if word not in (*SUPERBLOCK_FLAGS, "rw")),
+        options=",".join(_inside(word) for word in mount.options if word not in (*SUPERBLOCK_FLAGS, "rw")),
         shared_id=mount.shared or None, master_id=mount.master or None, fsname=mount.fstype,
         sb_flags=sum(SUPERBLOCK_FLAGS[word] for word in mount.options if word in SUPERBLOCK_FLAGS),
     )  # fmt: skip
@@ -191,10 +192,19 @@ def _entry(plan: Plan) -> MntEntry:
     return entry
 
 
+def _inside(option: str) -> str:
+    """With the numbers that users and groups have in the tree."""
+    name, _, value = option.partition("=")
+    if name not in ("uid", "gid") or not value.isdecimal():
+        return option
+    inside = Identities.inside()
+    return f"{name}={inside.uid(int(value)) if name == 'uid' else inside.gid(int(value))}"
+
+
 def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
     """A namespace with this table, and us at its root."""
     from stasis.process.namespaces.mounting import make_table
 
-    make_table(number, chain[0], settings.map_path)
+    make_table(number, chain[0], settings.map_path, settings.copies)
 
 

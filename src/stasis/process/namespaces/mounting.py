@@ -9,9 +9,7 @@ together on top of our root and becomes it, the old one goes, and only then grou
 from __future__ import annotations
 
 import errno
-import importlib
 import os
-import pkgutil
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -31,13 +29,14 @@ from stasis.linux.newmount import (
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.namespaces import FsType
 from stasis.process.namespaces import tmpfs
+from stasis.process.namespaces.imports import import_all
 from stasis.process.namespaces.mnt import FLAGS, NEW, SHARED, SLAVE, UNBINDABLE
 
 if TYPE_CHECKING:
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.schema.namespaces import MntEntry
 
-__all__ = ["make_table"]
+__all__ = ["Copies", "make_table"]
 
 ATTRIBUTES = {
     FLAGS["ro"]: Attributes.RDONLY, FLAGS["nosuid"]: Attributes.NOSUID, FLAGS["nodev"]: Attributes.NODEV,
@@ -46,19 +45,51 @@ ATTRIBUTES = {
 }  # fmt: skip
 NOT_OPTIONS = {"seclabel", "rw", "ro", ""}
 NAMES = {number: name for name, number in NEW.items()}
-LATER = ("stasis.process.files", "stasis.process.restore", "stasis.process")
-"""Packages whose modules are imported while they can be found."""
 
 
-def make_table(number: int, images: ImageSet, map_path: Callable[[str], str]) -> None:
-    """Go into a mount namespace with the table of an image. `map_path` says where paths outside are now."""
+def _told(entry: MntEntry, work: Callable[[MntEntry], None]) -> None:
+    try:
+        work(entry)
+    except OSError as error:
+        hint = "name another place for what was outside with --map-path" if entry.ext_mount else ""
+        raise StasisError(f"the mount {entry.mountpoint} ({entry.fsname or entry.fstype}) cannot be made again: "
+                          f"{error}", hint=hint, errno=error.errno or 0) from error  # fmt: skip
+
+
+class Copies:
+    """Of what is outside, by the numbers of mounts. `models` still share with the outside."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, int] = {}
+        self.models: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, number: int, images: ImageSet, map_path: Callable[[str], str]) -> Copies:
+        """Those for the table of an image; `map_path` says where paths outside are now."""
+        copies = cls()
+        for entry in _ordered(images.messages("mountpoints", number), images.file_path("mountpoints", number)):
+            _told(entry, lambda entry: copies._add(entry, map_path))
+        return copies
+
+    def _add(self, entry: MntEntry, map_path: Callable[[str], str]) -> None:
+        """One to mount, and one as a model where it is to share with it."""
+        if not entry.ext_mount:
+            return
+        path = map_path(entry.ext_key or entry.root)
+        self.made[entry.mnt_id] = clone_tree(path)
+        set_attributes(self.made[entry.mnt_id], propagation=Attributes.PRIVATE)
+        if not entry.internal_sharing and (entry.shared_id or entry.master_id):
+            self.models[entry.mnt_id] = clone_tree(path)
+
+
+def make_table(
+    number: int, images: ImageSet, map_path: Callable[[str], str], copies: Copies | None
+) -> None:
+    """Go into a mount namespace with the table of an image. `copies`: where they had to be made by somebody else."""
     entries = _ordered(images.messages("mountpoints", number), images.file_path("mountpoints", number))
-    for package in LATER:
-        found = importlib.import_module(package)
-        for module in pkgutil.iter_modules(found.__path__):
-            importlib.import_module(f"{package}.{module.name}")
+    import_all()
     unshare(CLONE_NEWNS)
-    _Table(entries, images, map_path).make()
+    _Table(entries, images, copies or Copies.of(number, images, map_path)).make()
 
 
 def _ordered(entries: Sequence[MntEntry], path: str) -> list[MntEntry]:
@@ -80,48 +111,25 @@ def _ordered(entries: Sequence[MntEntry], path: str) -> list[MntEntry]:
 class _Table:
     """The mounts while they are made."""
 
-    def __init__(self, entries: list[MntEntry], images: ImageSet, map_path: Callable[[str], str]) -> None:
+    def __init__(self, entries: list[MntEntry], images: ImageSet, copies: Copies) -> None:
         self._entries = entries
         self._images = images
-        self._map_path = map_path
         self._by_number = {entry.mnt_id: entry for entry in entries}
-        self._made: dict[int, int] = {}
-        self._models: dict[int, int] = {}
-        """Copies that still share with the outside."""
+        self._made, self._models = copies.made, copies.models
         self._bases: dict[int, int] = {}
         """The first mount of each file system that only the tree has."""
 
     def make(self) -> None:
         """All of it."""
-        for entry in self._entries:
-            self._told(entry, self._copy)
         _be_private()
         for entry in self._entries:
-            self._told(entry, self._attach)
+            _told(entry, self._attach)
         make_root(self._made[self._entries[0].mnt_id])
         for entry in self._entries:
-            self._told(entry, self._set_flags)
+            _told(entry, self._set_flags)
         self._join_groups()
         for fd in (*self._made.values(), *self._models.values()):
             os.close(fd)
-
-    def _told(self, entry: MntEntry, work: Callable[[MntEntry], None]) -> None:
-        try:
-            work(entry)
-        except OSError as error:
-            hint = "name another place for what was outside with --map-path" if entry.ext_mount else ""
-            raise StasisError(f"the mount {entry.mountpoint} ({entry.fsname or entry.fstype}) cannot be made again: "
-                              f"{error}", hint=hint, errno=error.errno or 0) from error  # fmt: skip
-
-    def _copy(self, entry: MntEntry) -> None:
-        """Of what is outside: one to mount, and one as a model where it is to share with it."""
-        if not entry.ext_mount:
-            return
-        path = self._map_path(entry.ext_key or entry.root)
-        self._made[entry.mnt_id] = clone_tree(path)
-        set_attributes(self._made[entry.mnt_id], propagation=Attributes.PRIVATE)
-        if not entry.internal_sharing and (entry.shared_id or entry.master_id):
-            self._models[entry.mnt_id] = clone_tree(path)
 
     def _attach(self, entry: MntEntry) -> None:
         if entry.mnt_id not in self._made:
@@ -169,7 +177,7 @@ class _Table:
             if not ready:
                 raise damaged(self._images.file_path("mountpoints", 0), 0, "mounts are each other's slaves")
             for entry in ready:
-                self._told(entry, lambda entry: self._join_group(entry, members))
+                _told(entry, lambda entry: self._join_group(entry, members))
             waiting = [entry for entry in waiting if entry not in ready]
 
     def _join_group(self, entry: MntEntry, members: dict[int, int]) -> None:

@@ -21,21 +21,27 @@ if TYPE_CHECKING:
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.schema.tasks import TaskKobjIdsEntry
     from stasis.process.images.setwriter import ImageSetWriter
+    from stasis.process.namespaces.mounting import Copies
     from stasis.process.tree import Task
 
 __all__ = ["Settings", "check_namespaces", "make_namespaces", "write_namespaces"]
 
-MODULES = {"pid": "pids", "uts": "uts", "ipc": "ipc", "net": "net", "mnt": "mnt"}
-"""In the order in which they are made; a kind that is not here is refused."""
+MODULES = {
+    "user": "user", "pid": "pids", "cgroup": "cgroup", "time": "times", "uts": "uts", "ipc": "ipc", "net": "net",
+    "mnt": "mnt",
+}  # fmt: skip
+"""In the order in which they are made."""
 FOR_CHILDREN = {"pid": "pid_for_children", "time": "time_for_children"}
 
 
 class Settings(NamedTuple):
     """What the caller of a restore decides. `links`: what the other ends of network devices of the tree are called in
-    the namespace that we come from, as NAME or NAME@BRIDGE. `map_path`: where a path outside is now."""
+    the namespace that we come from, as NAME or NAME@BRIDGE. `map_path`: where a path outside is now.
+    `copies`: of mounts outside, where the first process may not make them."""
 
     links: Mapping[str, str]
     map_path: Callable[[str], str]
+    copies: Copies | None = None
 
 
 def check_namespaces(root: Task, living: Sequence[Task], findings: Findings) -> None:
@@ -50,10 +56,7 @@ def check_namespaces(root: Task, living: Sequence[Task], findings: Findings) -> 
             if _differs(task.pid, name, link):
                 findings.add(task.pid, f"{name} namespace", "its children are to live in another one than itself")
     for name in own_kinds(Home.ids(), first):
-        if name not in MODULES:
-            findings.add(root.pid, f"{name} namespace", "a namespace of its own is not supported yet")
-        else:
-            _module(name).check(root.pid, findings)
+        _module(name).check(root.pid, findings)
 
 
 def _differs(pid: int, name: str, link: str) -> bool:

@@ -18,6 +18,7 @@ from stasis.errors import StasisError
 from stasis.linux.namespaces import CLONE_NEWNS, join
 from stasis.linux.newmount import clone_tree
 from stasis.process.images.damage import damaged
+from stasis.process.namespaces.identities import Identities
 
 if TYPE_CHECKING:
     from stasis.linux.mountinfo import MountInfo
@@ -52,7 +53,8 @@ def write(root: int, mounts: Sequence[MountInfo], out: ImageSetWriter) -> None:
 
 
 def _with_attributes(member: tarfile.TarInfo, base: str) -> tarfile.TarInfo:
-    path = os.path.join(base, member.name)
+    path, inside = os.path.join(base, member.name), Identities.inside()
+    member.uid, member.gid = inside.uid(member.uid), inside.gid(member.gid)
     member.pax_headers = {
         XATTR + name: os.getxattr(path, name, follow_symlinks=False).decode("utf-8", "surrogateescape")
         for name in os.listxattr(path, follow_symlinks=False)
@@ -89,6 +91,7 @@ def fill(images: ImageSet, device: int, mount: int) -> None:
         image = images.open_file(image_name(device))
     except FileNotFoundError:
         return
+    os.lseek(image, 0, os.SEEK_SET)
     child = os.fork()
     if child == 0:
         status = 1

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stasis.linux import libc
 from stasis.linux.namespaces import FLAGS, unshare
 from stasis.process.images.schema.namespaces import UtsnsEntry
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "make", "write"]
 
-# /proc/sys shows those of the namespace of whoever reads or writes.
+# /proc/sys shows those of the namespace of whoever reads.
 NODE, DOMAIN = Path("/proc/sys/kernel/hostname"), Path("/proc/sys/kernel/domainname")
 
 
@@ -36,5 +38,5 @@ def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
     """A namespace with these names."""
     found: UtsnsEntry = chain[0].one("utsns", number)
     unshare(FLAGS["uts"])
-    for path, name in ((NODE, found.nodename), (DOMAIN, found.domainname)):
-        path.write_text(f"{name}\n", errors="surrogateescape")
+    for call, name in ((libc.libc.sethostname, found.nodename), (libc.libc.setdomainname, found.domainname)):
+        libc.check(call(os.fsencode(name), len(os.fsencode(name))), "sethostname", name)

@@ -19,15 +19,25 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from stasis.errors import PermissionDeniedError, StasisError
 from stasis.linux import process
 from stasis.linux.clone3 import fork_as
-from stasis.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, enter, fork_into_new, mount_proc, unshare
+from stasis.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, FLAGS, enter, fork_into_new, mount_proc, unshare
+from stasis.process.dump.ids import own_kinds_of
+from stasis.process.namespaces.identities import Identities
+from stasis.process.namespaces.imports import import_all
+from stasis.process.namespaces.mounting import Copies
+from stasis.process.namespaces.user import give_maps
 from stasis.process.restore.namespace import NS_LAST_PID, clear_of, outer_pids
+from stasis.process.restore.shared import make_shared
 
 if TYPE_CHECKING:
+    from stasis.process.images.schema.tasks import TaskKobjIdsEntry
+    from stasis.process.restore.crew import Crew
     from stasis.process.restore.spawn import Nursery
 
 __all__ = ["restore_first"]
 
 FAILED = 1
+FIRST = 1
+"""The pid of the first process inside."""
 Work = Callable[[int], dict[str, Any]]
 """Called in the helper with the outer pid of the first process; what it returns is passed on."""
 
@@ -37,23 +47,41 @@ def restore_first(nursery: Nursery, work: Work) -> tuple[dict[str, Any], dict[in
 
     Returns what `work` did, and the outer pids by the inner ones. The first process is a child of ours.
     """
+    crew = nursery.crew
+    assert crew.root.ids is not None
+    own = own_kinds_of(crew.files.images, crew.root.ids)
+    is_foreign = "user" in own
+    if is_foreign:
+        _prepare(crew, crew.root.ids, own)
     started, told = os.pipe(), os.pipe()
     try:
-        first = fork_into_new(CLONE_NEWPID)
+        first = fork_into_new(CLONE_NEWPID | (FLAGS["user"] if is_foreign else 0))
     except PermissionError as error:
         raise PermissionDeniedError("a pid namespace needs CAP_SYS_ADMIN", hint="run as root") from error
     if first == 0:
         for fd in (started[1], *told):
             os.close(fd)
-        nursery.be_first(started[0])
+        nursery.be_first(started[0], is_foreign=is_foreign)
     os.close(started[0])
     try:
+        if is_foreign:
+            give_maps(first, crew.files.images, crew.root.ids.user_ns_id or 0)
         report = _have_helped(first, nursery, work, started[1], told)
     except BaseException:
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)
         raise
     return report, outer_pids(first)
+
+
+def _prepare(crew: Crew, ids: TaskKobjIdsEntry, own: list[str]) -> None:
+    """Have done what a first process in a user namespace of its own has no right to."""
+    import_all()
+    crew.shared_fd = make_shared(list(crew.root.walk()), crew.chain)
+    if "mnt" in own:
+        crew.copies = Copies.of(ids.mnt_ns_id or 0, crew.files.images, crew.files.map_path)
+    for images in crew.chain:
+        images.keep()
 
 
 def _have_helped(first: int, nursery: Nursery, work: Work, start: int, told: tuple[int, int]) -> dict[str, Any]:
@@ -89,6 +117,7 @@ def _help(first: int, nursery: Nursery, work: Work, start: int, tell: int) -> No
             process.set_parent_death_signal(signal.SIGKILL)
             mount_proc()
             NS_LAST_PID.write_text(str(clear))
+            Identities.use(FIRST)
             os.write(start, b"s")
             os.close(start)
             os.write(tell, json.dumps(work(first)).encode() + b"\n")

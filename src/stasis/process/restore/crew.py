@@ -27,6 +27,7 @@ from stasis.linux import process, procfs
 if TYPE_CHECKING:
     from stasis.process.files.opening import FileSet
     from stasis.process.images import ImageSet
+    from stasis.process.namespaces.mounting import Copies
     from stasis.process.restore.inheritance import Inheritance
     from stasis.process.restore.plan import TaskPlan
 
@@ -157,6 +158,7 @@ class Crew:
         self.reports = reports
         self.gates = gates
         self.links = links
+        self.copies: Copies | None = None
         self.pids = frozenset(plan.pid for plan in root.walk())
         self.is_guest = False
         self.is_sibling = False

@@ -49,7 +49,7 @@ def enter_namespaces(crew: Crew) -> None:
         return
     from stasis.process.namespaces.own import Settings, make_namespaces
 
-    make_namespaces(ids, crew.chain, Settings(crew.links, crew.files.map_path))
+    make_namespaces(ids, crew.chain, Settings(crew.links, crew.files.map_path, crew.copies))
 
 
 def open_everything(crew: Crew) -> None:
@@ -57,9 +57,8 @@ def open_everything(crew: Crew) -> None:
     living = [one for one in crew.root.walk() if one.ids is not None]
     mapped = {number for one in living for number, _ in _mapped_files(one)}
     crew.files.open_all(sorted({one.ids.files_id for one in living if one.ids is not None}), sorted(mapped))
-    crew.shared_fd = {
-        number: crew.files.move(fd) for number, fd in make_shared(list(crew.root.walk()), crew.chain).items()
-    }
+    made = crew.shared_fd or make_shared(list(crew.root.walk()), crew.chain)
+    crew.shared_fd = {number: crew.files.move(fd) for number, fd in made.items()}
 
 
 def share_memory(plan: TaskPlan, crew: Crew) -> None:

@@ -44,14 +44,16 @@ class Nursery:
     def __init__(self, root: TaskPlan, files: FileSet, chain: list[ImageSet], links: Mapping[str, str]) -> None:
         self.crew = Crew(root, files, chain, Reports(), {stage: Gate() for stage in STAGES}, links)
 
-    def be_first(self, started: int) -> NoReturn:
+    def be_first(self, started: int, *, is_foreign: bool) -> NoReturn:
         """In a process that is the first of its pid namespace and whose parent is outside: its life, from the moment
-        on in which something can be read from `started`."""
+        on in which something can be read from `started`. `is_foreign`: it has a user namespace of its own."""
         self.leave()
         root = self.crew.root
         process.set_parent_death_signal(signal.SIGKILL)
         if not os.read(started, 1):
             os._exit(1)  # the restorer ended
+        if is_foreign:
+            _be_root()
         os.close(started)
         _run(root, self.crew, lambda: _live(root, self.crew, 0, 0))
 
@@ -73,6 +75,17 @@ class Nursery:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _be_root() -> None:
+    """In a user namespace whose maps are there: its root, where it has one. This takes the signal for a parent's death
+    away (commit_creds())."""
+    with contextlib.suppress(OSError):  # there is none: the rights that a new namespace gives do as well
+        os.setgroups([])
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+    process.set_dumpable()
+    process.set_parent_death_signal(signal.SIGKILL)
 
 
 def spawn(nursery: Nursery, *, has_root: bool = False) -> dict[int, Ready]:
@@ -200,6 +213,9 @@ def _run(plan: TaskPlan, crew: Crew, life: Callable[[], None]) -> NoReturn:
         crew.report(**StasisError(f"process {plan.pid} cannot be made: {error}", errno=error.errno or 0).as_dict())
     except BaseException as error:  # told and ended: there is nobody to raise it to
         print(f"stasis: {error!r} in the making of process {plan.pid}", file=sys.stderr, flush=True)
+        crew.report(**StasisError(f"process {plan.pid} cannot be made").as_dict())
+    while os.getpid() == 1:  # to end would end the restorer, before it has told
+        signal.pause()
     os._exit(1)
 
 
