@@ -138,6 +138,21 @@ def test_a_dump_that_fails_takes_its_links_back(tmp_path: Path) -> None:
         assert not list(tmp_path.glob("here/.*"))
 
 
+def test_a_dumper_that_is_killed_leaves_no_link_and_no_frozen_group(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text('#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != post-dump ] || kill -9 $PPID\n')
+    script.chmod(0o755)
+    with _group("cgroup2") as group, running(tmp_path, compiled(tmp_path, LOST_NAMES)) as program:
+        (group / "cgroup.procs").write_text(str(program.pid))
+        (group / "cgroup.freeze").write_text("1")
+        _run(tmp_path, "dump", "-t", program.pid, "-D", "images", "--link-remap", "--freeze-cgroup", group,
+             "--action-script", script, status=-signal.SIGKILL)  # fmt: skip
+        wait_for(lambda: not list(tmp_path.glob("here/.*")), "a link is left")
+        wait_for(lambda: "frozen 1" in (group / "cgroup.events").read_text(), "the group is not frozen as it was")
+        (group / "cgroup.freeze").write_text("0")
+        program.finish()
+
+
 def test_what_is_left_outside_is_brought_by_the_restorer(tmp_path: Path) -> None:
     program = compiled(tmp_path, OUTSIDE)
     with contextlib.ExitStack() as cleanup:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,25 @@ def test_an_ordinary_process_loses_nothing(tmp_path: Path) -> None:
         told = stasis("dump", program.pid, "--images", tmp_path / "images", "--leave-running", "--json")
         assert json.loads(told)["warnings"] == []
         program.finish()
+
+
+DATAGRAMS = """
+import os, socket, time
+from pathlib import Path
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(("127.0.0.1", 0))
+sock.sendto(b"to myself", sock.getsockname())
+Path("ready").touch()
+while not os.path.exists("go"):
+    time.sleep(0.003)
+assert sock.recv(100) == b"to myself"
+Path("content").touch()
+"""
+
+
+def test_datagrams_that_nobody_read_are_told_of(tmp_path: Path) -> None:
+    with running(tmp_path, sys.executable, "-c", DATAGRAMS) as program:
+        told = stasis("dump", program.pid, "--images", tmp_path / "images", "--leave-running", "--json")
+        (warning,) = json.loads(told)["warnings"]
+        assert "datagrams that came and were not read yet will be gone" in warning
+        program.finish()  # it has them still

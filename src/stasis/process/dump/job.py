@@ -355,6 +355,7 @@ class _Dump:
                 threads=[thread.tid for thread in task.threads] or [task.pid],
             ))  # fmt: skip
         self._files.finish()
+        self.warnings += self._files.warnings
         if own := own_kinds(Home.ids(), namespace_ids(tree.root_pid)):
             self.warnings += write_namespaces(tree.root_pid, self._out)
         if self._segments and "ipc" not in own:

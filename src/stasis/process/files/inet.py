@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sockets of IPv4 and IPv6: UDP, raw ones, and TCP that listens, is connected (`tcp.py`) or not. Datagrams that nobody
-read are lost, as the network may lose them."""
+read are lost, as the network may lose them, and told of."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import stat
@@ -36,6 +37,7 @@ TCP_ESTABLISHED, TCP_CLOSE, TCP_LISTEN = 1, 7, 10
 TCP_INFO = struct.Struct("<8B 4I 2I")
 """The beginning of struct tcp_info; unacked and sacked are a listener's waiting connections and their limit."""
 IP_FREEBIND = 15
+FIONREAD = 0x541B  # include/uapi/asm-generic/ioctls.h
 TCP_ULP = 31
 IPPROTO_UDPLITE, HIGHEST_PROTOCOL = 136, 255
 TCP = (socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -88,6 +90,9 @@ class InetSockets(FileKind):
                     _dump_connection(sock, descriptor, entry, saving)
                 elif tcp.has_ended(sock):
                     _dump_end(sock, entry, saving)
+            elif _is_waiting(sock):
+                where = f"process {descriptor.pid}: {descriptor.where}"
+                saving.warnings.append(f"{where}: datagrams that came and were not read yet will be gone")
         return FileEntry(type=FdTypes.INETSK, id=number, isk=entry)
 
     def resource(self, entry: FileEntry, opened: Opened) -> str:
@@ -117,6 +122,12 @@ class InetSockets(FileKind):
             if number not in held and is_connection(found) and not opened.closes_connections:
                 with socket.socket(fileno=os.dup(opened.open(number))) as sock:
                     let_live(sock, found, opened.images)
+
+
+def _is_waiting(sock: socket.socket) -> bool:
+    """Whether there is a datagram to be read; images have no place for where it came from. To peek would take away an
+    error that waits there."""
+    return any(fcntl.ioctl(sock, FIONREAD, bytes(4)))
 
 
 def is_connection(found: InetSkEntry) -> bool:

@@ -40,6 +40,8 @@ class Saving(Protocol):
     out: ImageSetWriter
     connections: Connections
     ghosts: GhostWriter
+    warnings: list[str]
+    """What is kept of a file, but not all of it, in sentences."""
     descriptors: dict[int, list[Descriptor]]
     """Of each process that was dumped so far; of all of them in `finish`."""
 

@@ -102,6 +102,7 @@ class FileTable:
         self.out = out
         self.connections = connections or Connections()
         self.ghosts = GhostWriter(out, links)
+        self.warnings: list[str] = []
         self._locks = LockWriter(out)
         self.descriptors: dict[int, list[Descriptor]] = {}
         self._kinds = all_kinds(options or FileOptions())
