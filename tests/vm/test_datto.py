@@ -73,6 +73,7 @@ def _same(image: str, size: int) -> None:
     run("cmp", "-n", str(size), "/dev/datto0", image)
 
 
+@pytest.mark.expects_errors("worker of disk .* died")
 def test_a_mounted_disk_is_copied_and_the_copy_updated(stasis: Stasis, datto: Datto, origin: tuple[str, str],
                                                        disks: list[Disk], tmp_path: Path) -> None:
     kind, node = origin

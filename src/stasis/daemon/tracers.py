@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from errno import ENODEV, ENOTBLK
 from typing import Any, Protocol
 
@@ -26,12 +27,13 @@ from stasis.datto import series
 from stasis.datto.registry import LIVE, Registry, Target, TracerRecord
 from stasis.datto.status import status
 from stasis.errors import DaemonError, NotFoundError, StasisError, StateError, UsageError
+from stasis.live.atrest import file_systems_at_rest
 
 __all__ = ["Devices", "TracerKeeper"]
 
 PLUGIN = "datto"
 MODULE = "stasis.datto.hosted"
-MAKES_FILES = ("prepare", "snapshot")
+MAKES_FILES = ("prepare", "prepare_next")
 """Requests that need to know where the device is mounted: the COW file may lie on it."""
 SLOW = 600.0
 """Seconds for a request that may have to make a file of many gigabytes."""
@@ -171,15 +173,40 @@ class TracerKeeper:
         return False
 
     def ask(self, device: str, request: str, **fields: Any) -> dict[str, Any]:
-        """A request to the tracer in the device's worker."""
+        """A request to the tracer in the device's worker. Snapshots are taken with mounted file systems at rest."""
         if device.startswith(LIVE):
             return self.live.ask(device, request, **fields)
+        if request == "snapshot":
+            return self._next_snapshot(device, fields)
+        if request == "begin":
+            with self._at_rest([device]):
+                return self._ask_worker(device, request, fields)
+        return self._ask_worker(device, request, fields)
+
+    def _next_snapshot(self, device: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """Files are made before file systems rest, and finished after."""
+        self._ask_worker(device, "prepare_next", fields)
+        try:
+            with self._at_rest([device]):
+                self._ask_worker(device, "follow", {})
+        except StasisError:
+            with contextlib.suppress(StasisError):  # the first failure is the one to tell
+                self._ask_worker(device, "abort", {})
+            raise
+        return self._ask_worker(device, "finish", {})
+
+    def _at_rest(self, names: Sequence[str]) -> contextlib.AbstractContextManager[list[str]]:
+        found = [nodes.path_of(self._devices.devices[name].node) for name in names if name in self._devices.devices]
+        own = [str(self._directories.run), str(self._directories.state)]
+        return file_systems_at_rest([node for node in found if node is not None], own)
+
+    def _ask_worker(self, device: str, request: str, fields: dict[str, Any]) -> dict[str, Any]:
         served = self._devices.devices.get(device)
         if served is None:
             raise NotFoundError(f"{device} is not served any more", errno=ENODEV)
         served.require()
         if request in MAKES_FILES:
-            fields["node"] = nodes.path_of(served.node)
+            fields = {**fields, "node": nodes.path_of(served.node)}
         try:
             with Channel.connect(self._directories.worker_control(device), device, timeout=SLOW) as channel:
                 answer = channel.call(f"{PLUGIN}.{request}", **fields)
@@ -208,7 +235,8 @@ class TracerKeeper:
     def _begin_all(self, names: list[str]) -> dict[str, dict[str, Any]]:
         """Hold all workers between two batches, begin on all, let all go."""
         try:
-            return datto_group.begin(self._directories, names, PLUGIN)
+            with self._at_rest(names):
+                return datto_group.begin(self._directories, names, PLUGIN)
         except OSError as error:
             raise DaemonError(f"a worker cannot be reached: {error.strerror}", errno=error.errno or 0) from error
 

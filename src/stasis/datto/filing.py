@@ -25,14 +25,16 @@ from stasis.datto.pinned import Pinned
 from stasis.datto.tracer import Tracer
 from stasis.errors import StasisError, StateError
 
-__all__ = ["Files", "Filing"]
+__all__ = ["Files", "Filing", "Settings"]
 
 Files = tuple[CowFile, IntentLog]
 
 HELPER = "stasis.daemon.cowhelper"
 
 
-class _Settings(Protocol):
+class Settings(Protocol):
+    """What a file is made with."""
+
     @property
     def directory(self) -> Path: ...
 
@@ -67,7 +69,7 @@ class Filing(Plugin):
 
     # -- making one ---------------------------------------------------------------------------------------
 
-    def _make(self, connection: Connection, settings: _Settings, message: Message, uuid: bytes, seqid: int,
+    def _make(self, connection: Connection, settings: Settings, message: Message, uuid: bytes, seqid: int,
               made: Callable[[Files], None], after: Callable[[], None] = lambda: None) -> None:
         """Make files beside the loop, which allocating may hold up; `after` is done there too, once they exist."""
         site, path, size = self._site(settings.directory), str(message["cow"]), int(message.get("size") or 0)

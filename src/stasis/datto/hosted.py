@@ -21,7 +21,8 @@ from stasis.block.plugins import Host
 from stasis.block.serving import listen_inner
 from stasis.datto import series
 from stasis.datto.cowfile import CowFile
-from stasis.datto.filing import Files, Filing
+from stasis.datto.filing import Files
+from stasis.datto.following import Following
 from stasis.datto.image import TracerImage
 from stasis.datto.layout import CACHE_DEFAULT
 from stasis.datto.resting import RestingRequests
@@ -49,7 +50,7 @@ class _Settings:
     cache: int
 
 
-class Hosted(Filing, RestingRequests):
+class Hosted(Following, RestingRequests):
     """At most one tracer, of this worker's device."""
 
     def __init__(self, host: Host, state: Mapping[str, Any] | None) -> None:
@@ -308,42 +309,6 @@ class Hosted(Filing, RestingRequests):
     def _refuse_open(self) -> None:
         if self._server is not None and self._server.connections:
             raise OSError(EBUSY, "its image is in use")
-
-    def _do_snapshot(self, connection: Connection, message: Message) -> None:
-        """The next file of the series. The log of this one goes before the first write that only the next one sees."""
-        tracer, settings = self._require(), self._settings
-        assert settings is not None
-        header, log_path = tracer.cow.header, self._log_path(tracer.cow)
-
-        def made(files: Files) -> None:
-            if self.tracer is not tracer or tracer.error:
-                self._discard(files)
-                connection.refuse(tracer.error or EIO, "the tracer failed meanwhile")
-                return
-            try:
-                self.end_claim(files)
-            except OSError as error:
-                tracer.fail(error.errno or EIO)  # its log is gone, so that it could not be taken up again
-                connection.refuse(tracer.error, error.strerror or str(error))
-                return
-            self._unfinished = done = tracer.follow(*files)
-            self.guard(done[0])
-            self._serve_image()
-            self._host.background.run(lambda: self.hand_over(done[0]), finished)
-
-        def finished(error: OSError | None) -> None:
-            assert self._unfinished is not None
-            self.handed_over(self._unfinished[0])
-            for file in self._unfinished:
-                file.close()
-            self._unfinished = None
-            if error is not None:
-                connection.refuse(error.errno or EIO, f"the finished COW file was not left in order: {error.strerror}")
-            else:
-                connection.reply(**self.describe())
-
-        self._make(connection, settings, message, header.uuid, header.seqid + 1, made,
-                   lambda: series.forget_log(log_path))
 
     def _do_cache(self, connection: Connection, message: Message) -> None:
         tracer = self._require()

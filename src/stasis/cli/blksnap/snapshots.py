@@ -67,7 +67,7 @@ def _add(session: Session, uuid: str, path: str) -> Device:
 
 def snapshot_take(session: Session) -> None:
     """Take the snapshot; mounted file systems rest meanwhile, so that their images are whole."""
-    from stasis.cli.blksnap.resting import file_systems_at_rest
+    from stasis.live.atrest import file_systems_at_rest
 
     client = session.client
     uuid = session.require_uuid()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""File systems at rest while a snapshot is taken, as blksnap freezes those on its devices.
+"""File systems at rest while a snapshot is taken, as blksnap and dattobd freeze those on their devices.
 
 Without that an image would lack what programs wrote and the kernel had not sent to the disk yet. A file system that
 cannot be frozen does not keep the snapshot from being taken: it is written out before, and its image is then that of a
