@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -59,7 +60,7 @@ def late(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(area: Path | None, memory: int = 8 * MIB, limit: int | None = None) -> Setup:
-    return Setup(LiveOptions(max_freeze=20, busy_freeze=30, memory=memory, staging=area, staging_limit=limit))
+    return Setup(LiveOptions(max_freeze=20, busy_freeze=30, memory=memory, staging=area, staging_limit=limit, rounds=2))
 
 
 @pytest.mark.parametrize("memory", [0, 8 * MIB] if LONG else [8 * MIB])
@@ -73,6 +74,28 @@ def test_what_is_staged_is_the_device_at_the_freeze(disk: Disk, late: None, repo
         assert backup.staged >= 16 * MIB - memory
         assert os.listdir(area) == []
         assert os.statvfs(area).f_bfree == os.statvfs(area).f_blocks
+
+
+def test_rounds_that_gain_nothing_end_in_the_area(disk: Disk, repository: Repository, area: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """More is left after each round than fits into memory: without an area that is an error, with figures."""
+    original = LiveSource.advance
+    names = itertools.cycle("abcd")
+
+    def advance(source: LiveSource) -> list[tuple[int, int]]:
+        (disk.directory / next(names)).write_bytes(os.urandom(2 * MIB))
+        os.sync()
+        return original(source)
+
+    monkeypatch.setattr(LiveSource, "advance", advance)
+    monkeypatch.setattr(LiveSet, "pending_bytes", property(lambda group: 2 * MIB))
+    device = disk.node, disk.image, DiffTracker(disk.image)
+    with pytest.raises(BusyError, match=r"2 MiB are left, with 1 MiB of memory for them"):
+        back_up(repository, tmp_path / "state", [device], options(None, MIB))
+    backup = back_up(repository, tmp_path / "state", [device], options(area, MIB))
+    assert backup.stored == backup.contents
+    assert backup.result.backups[0].statistics["rounds"] == 3
+    assert backup.staged > 0
 
 
 @pytest.mark.parametrize(("limit", "memory"), [(None, 0), (8 * MIB, 0), (1, 8 * MIB)] if LONG else [(None, 0)])

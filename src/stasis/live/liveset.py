@@ -62,6 +62,7 @@ class LiveSet:
         self.report = FreezeReport()
         self._rate = FIRST_GUESS
         self._sync_seconds = 0.0
+        self._stages = False
         self._closing = contextlib.ExitStack()
         self._look()
 
@@ -101,14 +102,18 @@ class LiveSet:
         return sum(source.pending_bytes for source in self.sources)
 
     def fits(self) -> bool:
-        """Whether the rest is little enough for rounds in memory."""
-        return self.pending_bytes <= self.options.room * FITTING
+        """Whether the rest is little enough for rounds in memory. What is staged is copied twice: only if need be."""
+        return self.pending_bytes <= (self.options.room if self._stages else self.options.memory) * FITTING
 
     def relieve(self, seconds: float) -> None:
-        """The rounds do not get ahead of the writers: slow them if `on_busy` says so, or raise BusyError.
+        """The rounds do not get ahead of the writers: stage the rest, slow them as `on_busy` says, or raise BusyError.
 
         seconds: how long the last round took.
         """
+        if self.options.staging is not None and not self._stages:
+            self._stages = True
+            if self.fits():
+                return
         rate = self.pending_bytes / max(seconds, 0.001)
         if self.options.on_busy == "throttle" and self._throttle.tighten(rate):
             return
