@@ -19,10 +19,11 @@ from stasis.linux import fiemap, immutable
 from tests.runner import Stasis
 from tests.system.helpers import MIB, tool, wait_until
 
-SIZES = {"ext4": 64 * MIB, "xfs": 300 * MIB}
-MAKE = {"ext4": ["mkfs.ext4", "-q", "-b", "4096"], "xfs": ["mkfs.xfs", "-q"]}
-CHECK = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"]}
-IMAGE_OPTIONS = {"ext4": "loop", "xfs": "loop,nouuid"}
+SIZES = {"ext4": 64 * MIB, "small blocks": 64 * MIB, "xfs": 300 * MIB}
+MAKE = {"ext4": ["mkfs.ext4", "-q", "-b", "4096"], "small blocks": ["mkfs.ext4", "-q", "-b", "1024"],
+        "xfs": ["mkfs.xfs", "-q"]}  # fmt: skip
+CHECK = {"ext4": ["e2fsck", "-fn"], "small blocks": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"]}
+IMAGE_OPTIONS = {"ext4": "loop", "small blocks": "loop", "xfs": "loop,nouuid"}
 UNPLEASANT = [
     ["rm", "-f", "{}"], ["truncate", "-s", "0", "{}"], ["mv", "{bait}", "{}"], ["mv", "{}", "{}.away"],
     ["fallocate", "-p", "-o", "0", "-l", "1M", "{}"], ["fallocate", "-c", "-o", "0", "-l", "4096", "{}"],
@@ -73,7 +74,8 @@ class Volume:
     # -- the file system --------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        self.node = self.stasis.json("device", "attach", self.image, "--name", "disk", "--kernel")["node"]
+        options = ["--buffered"] if self.kind == "small blocks" else []  # which have smaller sectors
+        self.node = self.stasis.json("device", "attach", self.image, "--name", "disk", "--kernel", *options)["node"]
 
     def detach(self) -> None:
         self.stasis("device", "detach", "disk")
@@ -109,7 +111,7 @@ class Volume:
         for words in UNPLEASANT:
             command = [word.format(cow, bait=bait) for word in words]
             assert subprocess.run(command, capture_output=True).returncode, command
-        mover = ["e4defrag"] if self.kind == "ext4" else ["xfs_fsr", "-v"]
+        mover = ["xfs_fsr", "-v"] if self.kind == "xfs" else ["e4defrag"]
         subprocess.run([*mover, str(cow)], capture_output=True, timeout=120)
         if self.kind == "xfs":
             tool("cp", "--reflink=always", cow, self.mount / "clone")

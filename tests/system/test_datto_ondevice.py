@@ -4,6 +4,7 @@ are harmed, whatever is done to the file. STASIS_LONG=1 makes it many rounds und
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from tests.daemon.helpers import await_true, kill
 from tests.runner import Stasis
-from tests.system.helpers import LONG, MIB, tool
+from tests.system.helpers import LONG, MIB, snapshot, tool
 from tests.system.ondevice import Volume, blank_in, is_immutable, volume
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("nbdfuse", "losetup", "mkfs.ext4", "mkfs.xfs", "nbdcopy", "fio",
@@ -43,7 +44,7 @@ def _fio(disk: Volume) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "small blocks"] if LONG else ["ext4", "xfs"])
 def test_a_series_on_the_file_system_that_it_protects(stasis: Stasis, short_dir: Path, seed: int, kind: str) -> None:
     with volume(stasis, short_dir, kind, seed) as disk:
         copy, shot = short_dir / "copy", short_dir / "shot"
@@ -146,6 +147,74 @@ def test_it_survives_the_death_of_its_worker(disk: Volume, short_dir: Path) -> N
     disk.fill(6)
     assert (disk.info()["state"], disk.info()["error"]) == (3, 0)
     assert disk.copy_image(short_dir / "b") == first
+    disk.must("destroy", 0)
+
+
+MOMENTS = ["filled", "named", "recorded"]
+
+
+def _is_at(disk: Volume, moment: str) -> bool:
+    """How far the making of a COW file has come."""
+    if moment == "recorded":
+        return any((disk.stasis.state_dir / "devices" / "disk").glob("pinned-*"))
+    wanted = ".cow0" if moment == "named" else ".new"
+    return any(path.name.endswith(wanted) for path in disk.mount.iterdir())
+
+
+@pytest.mark.parametrize("moment", MOMENTS if LONG else MOMENTS[:1])
+def test_a_daemon_that_dies_while_it_is_made_leaves_nothing(disk: Volume, moment: str) -> None:
+    setup = disk.stasis.popen("datto", "setup", "disk", disk.mount / ".cow0")
+    await_true(lambda: _is_at(disk, moment))
+    pid = disk.stasis.daemon_pid()
+    assert pid is not None
+    kill(pid)
+    setup.communicate()
+    known = disk.stasis.json("datto", "list")
+    if known:
+        assert known[0]["state"] == 3
+        disk.must("destroy", 0)
+    await_true(lambda: not [path for path in disk.mount.iterdir() if "cow" in path.name])
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    disk.must("destroy", 0)
+
+
+@pytest.mark.expects_errors("died; starting it again", "does not go on", "cannot be connected again", "not removed")
+@pytest.mark.parametrize("moment", MOMENTS if LONG else MOMENTS[1:2])
+def test_a_worker_that_dies_while_it_is_made_leaves_nothing_in_the_way(disk: Volume, moment: str) -> None:
+    """The file system loses its device, so nothing can be removed now."""
+    setup = disk.stasis.popen("datto", "setup", "disk", disk.mount / ".cow0")
+    await_true(lambda: _is_at(disk, moment))
+    pid = _worker(disk)
+    kill(pid)
+    setup.communicate()
+    await_true(lambda: disk.stasis.json("device", "show", "disk")["pid"] not in (None, pid))
+    disk.unmount()
+    disk.detach()
+    disk.attach()
+    disk.mounted()
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    assert [path.name for path in disk.mount.iterdir() if "cow" in path.name] == [".cow0"]
+    disk.must("destroy", 0)
+
+
+def _worker(disk: Volume) -> int:
+    """Its pid, without asking the daemon, which waits for it."""
+    return int(json.loads((disk.stasis.run_dir / "workers" / "disk.json").read_text())["pid"])
+
+
+def test_a_snapshot_that_is_held_keeps_what_was_where_the_file_is_now(disk: Volume, storage: Path, short_dir: Path
+                                                                     ) -> None:
+    disk.fill(12)
+    with snapshot(disk.stasis, storage, "disk") as taken:
+        image = taken["devices"][0]["uri"]
+        tool("nbdcopy", image, short_dir / "before")
+        for path in disk.mount.glob("f*"):
+            path.unlink()
+        tool("sync", "-f", disk.mount)
+        disk.must("setup-snapshot", "-f", "20", disk.node, disk.mount / ".cow0", 0)
+        disk.fill(12)
+        tool("nbdcopy", image, short_dir / "after")
+        tool("cmp", short_dir / "before", short_dir / "after")
     disk.must("destroy", 0)
 
 
