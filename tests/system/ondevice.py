@@ -78,7 +78,8 @@ class Volume:
         self.node = self.stasis.json("device", "attach", self.image, "--name", "disk", "--kernel", *options)["node"]
 
     def detach(self) -> None:
-        self.stasis("device", "detach", "disk")
+        """A mount namespace that somebody made meanwhile keeps the file system alive for a while after its unmount."""
+        wait_until(lambda: self.stasis.run("device", "detach", "disk").returncode == 0, "detaching")
 
     def mounted(self) -> None:
         tool("mount", self.node, self.mount)
