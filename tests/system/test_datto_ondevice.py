@@ -44,6 +44,7 @@ def _fio(disk: Volume) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "small blocks"] if LONG else ["ext4", "xfs"])
 def test_a_series_on_the_file_system_that_it_protects(stasis: Stasis, short_dir: Path, seed: int, kind: str) -> None:
     with volume(stasis, short_dir, kind, seed) as disk:
