@@ -98,12 +98,15 @@ class Following(Filing):
         self._serve_image()
 
     def _finish_late(self, done: Files) -> None:
-        """The daemon died before it asked for it."""
-        try:
-            self.hand_over(done[0])
-        except OSError as error:
-            print(f"ERROR {done[0].path} was not left in order: {error}", file=sys.stderr, flush=True)
-        self._end(done)
+        """The daemon died before it asked for it. Beside the loop, as a file system may have to be served for it; and
+        before the next files are made, which is done there too."""
+
+        def finished(error: OSError | None) -> None:
+            if error is not None:
+                print(f"ERROR {done[0].path} was not left in order: {error}", file=sys.stderr, flush=True)
+            self._end(done)
+
+        self._host.background.run(lambda: self.hand_over(done[0]), finished)
 
     def _end(self, done: Files) -> None:
         self.handed_over(done[0])
