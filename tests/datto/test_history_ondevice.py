@@ -34,10 +34,27 @@ SIZE = USER + 2 * FILE + 512
 PIECE = 16 * BLOCK
 
 
+class _Beside(rigs._Background):
+    """Knows whether somebody is beside the loop: only there a file system may be waited for."""
+
+    jobs = 0
+
+    def run(self, job: Any, done: Any) -> None:
+        def counted() -> None:
+            _Beside.jobs += 1
+            try:
+                job()
+            finally:
+                _Beside.jobs -= 1
+
+        super().run(counted, done)
+
+
 class _FileSystem(Places):
     """Gives every other file the same half of the space behind the user's blocks."""
 
     def make(self, path: str, header: Header, geometry: Geometry, cache: int, node: str, in_use: int) -> MappedCowFile:
+        assert _Beside.jobs
         start = USER + (header.seqid % 2) * FILE
         order = random.Random(header.seqid).sample(range(FILE // PIECE), FILE // PIECE)
         stretches = tuple((number * PIECE, start + place * PIECE, PIECE) for number, place in enumerate(order))
@@ -60,6 +77,7 @@ class _FileSystem(Places):
             self._host.export.write(zeroes, [(start, FILE, 0)])
 
     def _do(self, operation: str, pinned: Pinned, **fields: Any) -> None:
+        assert _Beside.jobs
         if operation == "release":
             blocks = self._open_blocks(pinned)
             data = memoryview(bytearray(pinned.size))
@@ -110,6 +128,7 @@ def _user(image: bytes) -> bytes:
 def rig(short_dir: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> Rig:
     monkeypatch.setattr(rigs, "SIZE", SIZE)
     monkeypatch.setattr(filing, "Places", _FileSystem)
+    monkeypatch.setattr(rigs, "_Background", _Beside)
     rig = OnDeviceRig(short_dir, monkeypatch, seed)
     assert isinstance(rig.hosted.tracer and rig.hosted.tracer.cow, MappedCowFile)
     rig.image = _blank(rig.image, rig.own())
@@ -187,6 +206,22 @@ def test_a_change_map_learns_of_the_blocks_when_they_are_given_back(rig: OnDevic
     assert not any(tracker.changes.is_marked(start, end - start) for start, end in own)
     rig.ask("drop")
     assert all(tracker.changes.is_marked(start, end - start) for start, end in own)
+    rig.close()
+
+
+def test_a_file_whose_finish_nobody_asked_for_is_given_back_later(rig: OnDeviceRig) -> None:
+    """The daemon died in the middle of a transition."""
+    rig.to_incremental()
+    finished = rig.cow()
+    rig.number += 1
+    rig.ask("prepare_next", cow=str(rig.cow()), size=0, node="x")
+    rig.ask("follow")
+    assert not finished.exists()
+    rig.to_incremental()
+    rig.number += 1
+    rig.ask("snapshot", cow=str(rig.cow()), size=0)
+    assert finished.exists()
+    assert [pinned.seqid for pinned in Pinned.all(rig.directory)] == [3]
     rig.close()
 
 
