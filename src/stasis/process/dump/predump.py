@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 
 from stasis.errors import NotFoundError, StasisError, UnsupportedError
 from stasis.linux import procfs
+from stasis.linux.namespaces import CLONE_NEWPID
 from stasis.linux.taskmem import TaskMemory
 from stasis.process import keeper
+from stasis.process.dump.inside import entering
 from stasis.process.dump.tracking import Changes, Key, Tracking
 from stasis.process.errors import refusal
 from stasis.process.guardian import Guardian
@@ -74,6 +76,9 @@ def pre_dump(
     To be called in a process with one thread. The set is to be continued with `parent=images` by another one, or by
     `dump`, and cannot be restored by itself. Raises UnsupportedError where the kernel cannot watch memory.
     """
+    if (way := entering(pid)) is not None and way.flags & CLONE_NEWPID:
+        reason = "is in a pid namespace of its own, and cannot be watched from one command to the next"
+        raise UnsupportedError(f"process {pid} {reason}", hint="dump it with --pre-copy")
     root, staging = _root(pid), staging_for(images)
     with (
         Guardian(Journal(), partial(shutil.rmtree, staging, ignore_errors=True)),

@@ -19,7 +19,7 @@ from stasis.process.images.schema.events import FhEntry, InotifyFileEntry, Inoti
 from stasis.process.images.schema.files import FdTypes, FileEntry
 from stasis.process.roots import reach
 
-__all__ = ["Inotifies"]
+__all__ = ["Inotifies", "handle_entry"]
 
 # fs/notify/fdinfo.c, inotify_fdinfo
 WATCH = re.compile(r"inotify wd:([0-9a-f]+) ino:([0-9a-f]+) sdev:([0-9a-f]+) mask:([0-9a-f]+) ignored_mask:([0-9a-f]+) "
@@ -67,13 +67,15 @@ def _watches(descriptor: Descriptor, number: int) -> Iterator[InotifyWdEntry]:
     for words in WATCH.findall(descriptor.info):
         wd, inode, device, mask, ignored, length, kind = (int(word, 16) for word in words[:7])
         handle = bytes.fromhex(words[7])[:length]
-        padded = handle.ljust(HANDLE_WORDS * WORD, b"\0")
-        parts = [int.from_bytes(padded[at : at + WORD], "little") for at in range(0, len(padded), WORD)]
-        path = _path(descriptor.pid, device, kind, handle)
-        yield InotifyWdEntry(
-            id=number, i_ino=inode, mask=mask, ignored_mask=ignored, s_dev=device, wd=wd,
-            f_handle=FhEntry(bytes=length, type=kind, handle=parts, path=path),
-        )  # fmt: skip
+        yield InotifyWdEntry(id=number, i_ino=inode, mask=mask, ignored_mask=ignored, s_dev=device, wd=wd,
+                             f_handle=handle_entry(descriptor.pid, device, kind, handle))  # fmt: skip
+
+
+def handle_entry(pid: int, device: int, kind: int, handle: bytes) -> FhEntry:
+    """The message for a file handle, with the path that leads to its file."""
+    padded = handle.ljust(HANDLE_WORDS * WORD, b"\0")
+    parts = [int.from_bytes(padded[at : at + WORD], "little") for at in range(0, len(padded), WORD)]
+    return FhEntry(bytes=len(handle), type=kind, handle=parts, path=_path(pid, device, kind, handle))
 
 
 def _path(pid: int, device: int, kind: int, handle: bytes) -> str | None:

@@ -21,6 +21,7 @@ KINDS = {
     FdTypes.UNIXSK: ("unix", "UnixSockets"),
     FdTypes.INETSK: ("inet", "InetSockets"),
     FdTypes.NETLINKSK: ("netlink", "NetlinkSockets"),
+    FdTypes.PACKETSK: ("packet", "PacketSockets"),
     FdTypes.NS: ("nsfile", "NamespaceFiles"),
     FdTypes.REG: ("regular", "RegularFiles"),
     FdTypes.MEMFD: ("memfd", "Memfds"),
@@ -31,6 +32,7 @@ KINDS = {
     FdTypes.SIGNALFD: ("signalfd", "Signalfds"),
     FdTypes.EVENTPOLL: ("epoll", "Epolls"),
     FdTypes.INOTIFY: ("inotify", "Inotifies"),
+    FdTypes.FANOTIFY: ("fanotify", "Fanotifies"),
     FdTypes.PIDFD: ("pidfd", "Pidfds"),
     FdTypes.TTY: ("terminals", "Terminals"),
 }

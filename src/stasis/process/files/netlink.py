@@ -26,6 +26,8 @@ __all__ = ["NetlinkSockets"]
 
 # include/uapi/linux/netlink.h
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NETLINK_LIST_MEMBERSHIPS = 270, 1, 9
+OPTIONS = {"NETLINK_PKTINFO": 3, "NETLINK_BROADCAST_ERROR": 4, "NETLINK_NO_ENOBUFS": 5, "NETLINK_LISTEN_ALL_NSID": 8,
+           "NETLINK_CAP_ACK": 10, "NETLINK_EXT_ACK": 11, "NETLINK_GET_STRICT_CHK": 12}  # fmt: skip
 MEMBERSHIP_BYTES = 1024
 MOST_GROUPS = MEMBERSHIP_BYTES // 4
 HIGHEST_PROTOCOL = 31  # MAX_LINKS
@@ -56,6 +58,9 @@ class NetlinkSockets(FileKind):
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
         with _opened(descriptor) as sock:
+            for name in _lost_options(sock):
+                where = f"process {descriptor.pid}: {descriptor.where}"
+                saving.warnings.append(f"{where}: its option {name} will not be set")
             port, _ = sock.getsockname()
             peer_port, peer_groups = sock.getpeername()
             entry = NetlinkSkEntry(
@@ -88,6 +93,18 @@ class NetlinkSockets(FileKind):
 
 def _opened(descriptor: Descriptor) -> socket.socket:
     return socket.socket(fileno=duplicate(descriptor))
+
+
+def _lost_options(sock: socket.socket) -> list[str]:
+    """Those that are set and that images have no place for."""
+    found = []
+    for name, number in OPTIONS.items():
+        try:
+            if sock.getsockopt(SOL_NETLINK, number):
+                found.append(name)
+        except OSError:
+            continue  # an option that this kernel does not know or tell
+    return found
 
 
 def _groups(sock: socket.socket) -> list[int]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Descriptors of namespaces (/proc/PID/ns/NAME): those that the tree lives in, which are there at the restore."""
+"""Descriptors of namespaces (/proc/PID/ns/NAME): those that the tree lives in, which are there at the restore, or are
+made before files are opened."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from stasis.errors import StateError
+from stasis.linux.namespaces import FLAGS
 from stasis.process.dump.ids import NAMESPACES
 from stasis.process.files.kind import FileKind
 from stasis.process.images.damage import damaged
@@ -19,11 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NamespaceFiles"]
 
-# include/uapi/linux/sched.h, CLONE_NEW*
-FLAGS = {
-    "time": 0x80, "mnt": 0x20000, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000,
-    "pid": 0x20000000, "net": 0x40000000,
-}  # fmt: skip
 NAMES = {flag: name for name, flag in FLAGS.items()}
 
 
@@ -35,8 +32,8 @@ class NamespaceFiles(FileKind):
         return _name(descriptor.link) in NAMESPACES
 
     def check(self, descriptor: Descriptor, looking: Looking) -> None:
-        ours = os.stat(f"/proc/self/ns/{_name(descriptor.link)}")
-        if not os.path.samestat(ours, descriptor.status):
+        theirs = os.stat(f"/proc/{descriptor.pid}/ns/{_name(descriptor.link)}")
+        if not os.path.samestat(theirs, descriptor.status):
             looking.findings.add(descriptor.pid, descriptor.where, "it is a namespace that the tree does not live in")
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
@@ -49,7 +46,9 @@ class NamespaceFiles(FileKind):
         name = NAMES.get(found.ns_cflag)
         if name is None:
             raise damaged(opened.images.file_path("files"), 0, f"there is no namespace of the kind {found.ns_cflag:#x}")
-        if found.ns_id != (getattr(opened.images.inventory.root_ids, NAMESPACES[name], None) or found.ns_id):
+        tree = opened.images.messages("pstree")
+        lived_in = opened.images.one("ids", tree[0].pid) if tree else opened.images.inventory.root_ids
+        if found.ns_id != (getattr(lived_in, NAMESPACES[name], None) or found.ns_id):
             raise StateError(f"a process had a {name} namespace open that it did not live in",
                              hint="it cannot be found again")  # fmt: skip
         return os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)

@@ -32,7 +32,6 @@ NOTHING: Mapping[int, list[Descriptor]] = MappingProxyType({})
 UNKNOWN = {
     "anon_inode:[io_uring]": "the kernel does not tell what is under way in an io_uring",
     "anon_inode:[userfaultfd]": "its process would wait for pages that nobody fills",
-    "anon_inode:[fanotify]": "fanotify is not supported yet",
     "anon_inode:bpf-": "BPF programs, maps and links are not supported yet",
     "anon_inode:[perf_event]": "counters of perf cannot be set",
     "anon_inode:seccomp notify": "it decides about the system calls of others",
