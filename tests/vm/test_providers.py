@@ -27,13 +27,16 @@ SIZE = 128 * MIB
 
 
 @pytest.fixture
-def group(disks: list[Disk], stasis: Stasis, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A volume group on the first disk. No udev runs in the guest: LVM makes the nodes itself."""
+def group(disks: list[Disk], stasis: Stasis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A volume group on the first disk. Without udev LVM makes the nodes itself; it is to start no monitor."""
     for module in ("dm-snapshot", "dm-thin-pool"):
         load_module(module)
-    for name in ("LVM_SUPPRESS_FD_WARNINGS", "DM_DISABLE_UDEV"):
-        monkeypatch.setenv(name, "1")
-        stasis.environment[name] = "1"
+    settings = tmp_path / "lvm"
+    settings.mkdir()
+    (settings / "lvm.conf").write_text("activation { monitoring = 0 }\n")
+    for name, value in (("LVM_SUPPRESS_FD_WARNINGS", "1"), ("DM_DISABLE_UDEV", "1"), ("LVM_SYSTEM_DIR", str(settings))):
+        monkeypatch.setenv(name, value)
+        stasis.environment[name] = value
     run("pvcreate", "--yes", disks[0].path)
     run("vgcreate", GROUP, disks[0].path)
     try:

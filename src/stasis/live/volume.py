@@ -81,8 +81,11 @@ def _refusal(row: dict[str, str]) -> str:
 
 
 def _creation(row: dict[str, str], name: str, *more: str) -> list[str]:
-    """The command that makes a snapshot; one as large as its origin never runs full."""
-    command = ["lvcreate", "--yes", "--snapshot", "--permission", "r", "--name", name, "--addtag", TAG,
+    """The command that makes a snapshot; one as large as its origin never runs full.
+
+    Not monitored: LVM would start its monitor as a child of ours.
+    """
+    command = ["lvcreate", "--yes", "--snapshot", "--permission", "r", "--monitor", "n", "--name", name, "--addtag", TAG,
                "--addtag", f"{TAG}-{keeper.owner()}", *more]
     if row["pool_lv"]:
         command += ["--setactivationskip", "n"]
