@@ -52,6 +52,8 @@ def test_every_byte_lies_where_the_file_system_said(extents: list[FileExtent], d
     blocks = check_extents(data.draw(st.permutations(extents)), size, DEVICE, "cow")
     offset = data.draw(st.integers(0, size - 1))
     length = data.draw(st.integers(1, size - offset))
+    if (place := blocks.place(offset, length)) >= 0:
+        assert list(blocks.pieces(offset, length)) == [(place, 0, length)]
     at = offset
     for physical, position, count in blocks.pieces(offset, length):
         assert position == at - offset

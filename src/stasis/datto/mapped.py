@@ -8,8 +8,7 @@ the file is brought up to date when the file is given back (placing.release).
 from __future__ import annotations
 
 import os
-from array import array
-from contextlib import nullcontext
+import sys
 from errno import EIO
 from typing import Protocol
 
@@ -18,7 +17,16 @@ from stasis.datto.claim import Claim
 from stasis.datto.cowfile import CowFile
 from stasis.datto.extents import BlockMap, Territory
 from stasis.datto.index import Index
-from stasis.datto.layout import BLOCK_SIZE, FLAG_CLEAN, FLAG_INDEX_ONLY, SECTION_BLOCKS, Geometry, Header
+from stasis.datto.layout import (
+    BLOCK_SIZE,
+    FLAG_CLEAN,
+    FLAG_INDEX_ONLY,
+    HEADER_AREA,
+    SECTION_BLOCKS,
+    SECTION_SHIFT,
+    Geometry,
+    Header,
+)
 from stasis.datto.pinned import Pinned
 from stasis.linux import files
 
@@ -65,7 +73,12 @@ class DeviceBlocks:
         """Write `data` to byte `offset` of the file. OSError; EIO once it is sealed."""
         if self.is_sealed:
             raise OSError(EIO, "the COW file is not ours any more")
-        with nullcontext() if self.claim is None else self.claim.held():
+        if self.claim is not None:
+            with self.claim.held():
+                self._write(data, offset)
+            return
+        place = self.blocks.place(offset, len(data))
+        if place < 0 or os.pwrite(self.fd, data, place) != len(data):
             self._write(data, offset)
 
     def _write(self, data: memoryview, offset: int) -> None:
@@ -106,8 +119,12 @@ class MappedIndex(Index):
         self._blocks.write(data, offset)
 
     def enter(self, block: int, value: int) -> int:
-        before = self.entries(block, block + 1)[0]
-        self._set(*divmod(block, SECTION_BLOCKS), array("Q", [value]))
+        number, low = block >> SECTION_SHIFT, block & (SECTION_BLOCKS - 1)
+        section = self.section(number)
+        before: int = section[low]
+        section[low] = value
+        self._has_entries[number] = 1
+        self._blocks.write(memoryview(value.to_bytes(8, sys.byteorder)), HEADER_AREA + block * 8)
         return before
 
 
