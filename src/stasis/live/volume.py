@@ -85,8 +85,8 @@ def _creation(row: dict[str, str], name: str, *more: str) -> list[str]:
 
     Not monitored: LVM would start its monitor as a child of ours.
     """
-    command = ["lvcreate", "--yes", "--snapshot", "--permission", "r", "--monitor", "n", "--name", name, "--addtag", TAG,
-               "--addtag", f"{TAG}-{keeper.owner()}", *more]
+    command = ["lvcreate", "--yes", "--snapshot", "--permission", "r", "--monitor", "n", "--name", name,
+               "--addtag", TAG, "--addtag", f"{TAG}-{keeper.owner()}", *more]
     if row["pool_lv"]:
         command += ["--setactivationskip", "n"]
     elif int(row["vg_free"]) > int(row["lv_size"]) * 102 // 100:
