@@ -60,8 +60,10 @@ class DirectReader:
         """Read each place into the memory it names. Raises OSError; ConnectionAbortedError when the device is gone."""
         straight: list[Place] = []
         crooked: list[Place] = []
+        odd = max(self._sector, MEMORY_ALIGNMENT) - 1  # both are powers of two
         for place in _cut(places):
-            (crooked if any(number % self._unit for number in place) else straight).append(place)
+            offset, address, length = place
+            (crooked if (offset | address | length) & odd else straight).append(place)
         try:
             self._read_straight(straight)
             for place in crooked:
@@ -70,10 +72,6 @@ class DirectReader:
             if error.errno in (errno.ENXIO, errno.ENODEV) or self._is_gone():
                 raise ConnectionAbortedError(errno.ENODEV, os.strerror(errno.ENODEV), self._path) from error
             raise
-
-    @property
-    def _unit(self) -> int:
-        return max(self._sector, MEMORY_ALIGNMENT)
 
     def _is_gone(self) -> bool:
         """Whether the device vanished, or is another one by now."""

@@ -45,7 +45,7 @@ class Part:
     @property
     def length(self) -> int:
         """Bytes to read."""
-        return total(self.extents)
+        return self.extents[0][1] if len(self.extents) == 1 else total(self.extents)
 
 
 def split_changes(changed: Iterable[Extent], parent: Index) -> tuple[list[ChunkRange], list[Part]]:
@@ -61,7 +61,7 @@ def split_changes(changed: Iterable[Extent], parent: Index) -> tuple[list[ChunkR
             partly.setdefault(number, []).append(piece)
     parts = []
     for number, extents in partly.items():
-        if parent.name(number) == ZERO or total(extents) <= _largest(parent, number):
+        if total(extents) <= _largest(parent, number) or parent.name(number) == ZERO:
             parts.append(Part(number, tuple(extents)))
         else:
             whole.append((number, 1))

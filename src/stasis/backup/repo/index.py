@@ -50,7 +50,7 @@ class Index:
             raise IndexError(number)
         segment, place = divmod(number, NAMES_PER_SEGMENT)
         start = place * NAME_BYTES
-        return self.segment(segment)[start : start + NAME_BYTES]
+        return self._content(segment)[start : start + NAME_BYTES]
 
     def names(self, first: int = 0, count: int | None = None) -> Iterator[bytes]:
         """Names of `count` chunks from `first` on, to the end by default."""
