@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from stasis.process.dump.job import DumpOptions, dump
 from stasis.process.dump.predump import pre_dump
 from stasis.process.restore.job import restore
 from tests.process.injector import count_steps, kill_at
-from tests.process.programs import Program, compiled, goes_on, running, wait_for
-from tests.process.test_killed import FAMILY
+from tests.process.programs import Program, compiled, counts, goes_on, running, wait_for
+from tests.process.test_killed import FAMILY, settled
 
 LONG = bool(os.environ.get("STASIS_LONG"))
 
@@ -111,12 +112,10 @@ def test_a_restorer_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> Non
         total = count_steps(lambda: restore(images))
         for step in _steps(total, seed):
             images = _end(program, images)
+            before = counts(tmp_path)
             kill_at(step, lambda images=images: restore(images))
-            wait_for(lambda: not any(map(_is_dead, program.pids)), "nobody waits for the dead")
-            there = [pid for pid in program.pids if os.path.exists(f"/proc/{pid}")]
-            assert there in ([], program.pids), f"killed at step {step} of {total}: half of the tree is left"
-            if there:
-                goes_on(program)
+            # Those that end with the restorer may take a moment longer than it.
+            wait_for(partial(settled, program, before), f"killed at step {step} of {total}: half of the tree is left")
         program.restore(_end(program, images))
         goes_on(program)
         program.finish()

@@ -86,7 +86,7 @@ def test_a_restorer_that_is_killed_leaves_all_processes_or_none(tmp_path: Path, 
         for _ in range(KILLS):
             before = counts(tmp_path)
             _kill_it(draw, "restore", "--images", images)
-            wait_for(partial(_settled, program, before), "half of the tree is left")
+            wait_for(partial(settled, program, before), "half of the tree is left")
             if os.path.exists(f"/proc/{program.pid}"):  # it was through
                 assert program.descendants() == program.pids
                 goes_on(program)
@@ -96,7 +96,7 @@ def test_a_restorer_that_is_killed_leaves_all_processes_or_none(tmp_path: Path, 
         program.finish()
 
 
-def _settled(program: Program, before: list[int]) -> bool:
+def settled(program: Program, before: list[int]) -> bool:
     """Nothing is there, or everything is and runs without us."""
     there = [pid for pid in program.pids if os.path.exists(f"/proc/{pid}")]
     if not there:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -13,11 +14,12 @@ from stasis.linux import procfs
 from stasis.linux.pidfd import Pidfd
 from stasis.process.images.schema.common import FownEntry
 
-__all__ = ["Descriptor", "descriptor_of", "descriptors", "duplicate", "owner", "set_flags", "set_owner"]
+__all__ = ["F_OWNER_TID", "Descriptor", "descriptor_of", "descriptors", "duplicate", "owner", "set_flags", "set_owner"]
 
 O_CLOEXEC = os.O_CLOEXEC
 CHANGEABLE = os.O_NONBLOCK | os.O_APPEND | os.O_ASYNC | os.O_DIRECT | os.O_NOATIME
 # include/uapi/asm-generic/fcntl.h
+F_OWNER_TID = 0
 F_GETOWN_EX, F_SETOWN_EX, F_GETSIG, F_SETSIG = 16, 15, 11, 10
 OWNER = struct.Struct("<ii")
 
@@ -82,9 +84,10 @@ def owner(fd: int) -> FownEntry:
 
 
 def set_owner(fd: int, entry: FownEntry) -> None:
-    """Give a restored description its owner."""
+    """Give a restored description its owner. One that is not there is told of nothing."""
     if entry.pid:
-        fcntl.fcntl(fd, F_SETOWN_EX, OWNER.pack(entry.pid_type, entry.pid))
+        with contextlib.suppress(ProcessLookupError):
+            fcntl.fcntl(fd, F_SETOWN_EX, OWNER.pack(entry.pid_type, entry.pid))
     if entry.signum:
         fcntl.fcntl(fd, F_SETSIG, entry.signum)
 

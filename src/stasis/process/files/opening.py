@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stasis.errors import UnsupportedError
-from stasis.process.files.descriptor import set_owner
+from stasis.process.files.descriptor import F_OWNER_TID, set_owner
 from stasis.process.files.ghosts import Ghosts
 from stasis.process.files.kinds import all_kinds
 from stasis.process.files.locks import take_locks
@@ -22,6 +22,7 @@ from stasis.process.images.schema.files import FdinfoEntry, FdTypes, FileEntry, 
 if TYPE_CHECKING:
     from stasis.process.files.kind import FileKind
     from stasis.process.images.imageset import ImageSet
+    from stasis.process.images.schema.common import FownEntry
 
 __all__ = ["FileSet"]
 
@@ -149,7 +150,19 @@ class FileSet:
             os.dup2(self._made[entry.id], entry.fd, inheritable=not entry.flags & FD_CLOEXEC)
         for fd in self._made.values():
             os.close(fd)
+        for number in {entry.id: entry.fd for entry in reversed(wanted)}.values():
+            _tell_number(number)
         take_locks(locks, self.images.file_path("filelocks"))
+
+    def owned_by_threads(self, files_id: int) -> list[tuple[int, FownEntry]]:
+        """Descriptors whose signals go to a single thread, which is there later than its process."""
+        found = []
+        for entry in self.images.messages("fdinfo", files_id):
+            file = self.entry(entry.id)
+            wanted = self._kind(file).owner(file, self)
+            if wanted is not None and wanted.pid and wanted.pid_type == F_OWNER_TID:
+                found.append((entry.fd, wanted))
+        return found
 
     def set_owners(self, files_id: int) -> None:
         """Say who gets signals of the descriptions. All processes must be there."""
@@ -158,6 +171,14 @@ class FileSet:
             wanted = self._kind(entry).owner(entry, self)
             if wanted is not None:
                 set_owner(self._made[number], wanted)
+
+
+def _tell_number(fd: int) -> None:
+    """Signals for a descriptor tell its number (si_fd), which the kernel notes when it is set up for them (setfl())."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_ASYNC:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_ASYNC)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
 def _close_all_but(kept: set[int]) -> None:

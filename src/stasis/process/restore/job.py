@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 from stasis.errors import StasisError, UnsupportedError
 from stasis.linux import procfs, ptrace
+from stasis.linux.pidfd import Pidfd
 from stasis.process.cgroups import join
 from stasis.process.dump.ids import own_kinds_of
 from stasis.process.files.connections import let_all_live
+from stasis.process.files.descriptor import set_owner
 from stasis.process.files.locks import packed_lock, posix_locks
 from stasis.process.files.opening import FileSet
 from stasis.process.files.options import FileOptions
@@ -183,6 +185,8 @@ def _restore(nursery: Nursery, options: RestoreOptions, *, has_root: bool = Fals
                 _seize(plan.pid)
             for plan in living:
                 _become(plan, ready[plan.pid], chain, filters)
+            for plan in living:
+                _give_to_threads(plan, files)
             _remove_marked(files.images, root)
             let_all_live(files, [(plan.pid, plan.ids.files_id) for plan in living if plan.ids is not None])
             for name in "post-restore", "pre-resume":
@@ -243,6 +247,18 @@ def _become(plan: TaskPlan, ready: Ready, chain: list[ImageSet], filters: Filter
         set_dumpable(remote, plan.mm)
         remote.leader.signal_mask = task.blk_sigset
         arm_timers(remote, task)
+
+
+def _give_to_threads(plan: TaskPlan, files: FileSet) -> None:
+    """Descriptions whose signals are for one thread."""
+    assert plan.ids is not None
+    for fd, wanted in files.owned_by_threads(plan.ids.files_id):
+        with Pidfd(plan.pid) as pidfd:
+            ours = pidfd.get(fd)
+        try:
+            set_owner(ours, wanted)
+        finally:
+            os.close(ours)
 
 
 def _lock_again(remote: Remote, images: ImageSet) -> None:
