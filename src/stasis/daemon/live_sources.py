@@ -87,18 +87,30 @@ class LiveSources:
 
     def begin(self, repository: Repository, options: CreateOptions, progress: Progress) -> Precopy:
         """Copy while everything goes on, until little is left. Raises BusyError, StasisError."""
-        from stasis.backup.job.precopy import Precopy
-        from stasis.live.liveset import LiveSet
+        from concurrent.futures import ThreadPoolExecutor
 
-        group = self._group = self._stack.enter_context(LiveSet(list(self.sources.values()), self._options))
-        precopy = self._precopy = Precopy(list(self.sources.values()), repository, options, progress)
-        self._stack.callback(precopy.close)
+        from stasis.backup.job.precopy import Precopy
+
+        # The devices' epochs end beside that: each waits twice, for programs in the kernel and for the disk.
+        with ThreadPoolExecutor(1) as pool:
+            looking = pool.submit(self._look)
+            try:
+                precopy = self._precopy = Precopy(list(self.sources.values()), repository, options, progress)
+                self._stack.callback(precopy.close)
+            finally:
+                group = self._group = looking.result()
         if "://" not in repository.url and (below := group.stack.holds(repository.url)) is not None:
             precopy.warnings.append(f"the repository lies on {below.target}, on a device that it holds the backup of: "
                                     "it would be lost with it")
         precopy.run(group, self._options.rounds)
         group.converge()
         return precopy
+
+    def _look(self) -> LiveSet:
+        """Find what lies on the devices, and have what is needed to bring it to rest."""
+        from stasis.live.liveset import LiveSet
+
+        return self._stack.enter_context(LiveSet(list(self.sources.values()), self._options))
 
     def refuse_writes(self, paths: Sequence[tuple[str, str]]) -> None:
         """Raise BusyError if what a snapshot of served devices writes to, (what, path), would be frozen."""
