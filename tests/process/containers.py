@@ -14,7 +14,15 @@ from pathlib import Path
 from stasis.linux import procfs
 from tests.process.programs import compiled, stasis, wait_for
 
-__all__ = ["Container", "contained_cycle", "container"]
+__all__ = ["PLACES", "WITHOUT_OTHERS", "Container", "contained_cycle", "container"]
+
+
+PLACES = ("/tmp/", "/dev/shm/", "/run/")
+WITHOUT_OTHERS = (
+    f"for one in $(cut -d' ' -f5 /proc/self/mountinfo | grep {' '.join(f'-e ^{place}' for place in PLACES)})\n"
+    "do umount -l $one; done\n"
+)
+"""For a shell in a mount namespace of its own: away with mounts of other programs, which may go meanwhile."""
 
 
 class Container:
@@ -37,6 +45,13 @@ class Container:
     def restore(self, images: Path, *options: str) -> None:
         """Bring it back."""
         self.pid = int(stasis("restore", "--images", images, *options))
+
+    def again_and_again(self) -> None:
+        """Dump and restore. With STASIS_LONG twice, and once more with the program left running."""
+        self.restore(self.dump())
+        if os.environ.get("STASIS_LONG"):
+            self.restore(self.dump())
+            self.dump("--leave-running")
 
     def finish(self) -> None:
         """Let the program look at itself; it must be content."""
@@ -80,6 +95,7 @@ def container(directory: Path, *command: str | Path, depth: int = 1) -> Iterator
             for _ in range(depth):
                 (found.pid,) = procfs.children(found.pid, found.pid)
             process.kill()  # it would complain of the program's end
+            process.wait()
             yield found
         finally:
             if found.pid:
@@ -87,10 +103,8 @@ def container(directory: Path, *command: str | Path, depth: int = 1) -> Iterator
             process.kill()
 
 
-def contained_cycle(directory: Path, code: str, *flags: str, times: int = 1) -> None:
+def contained_cycle(directory: Path, code: str, *flags: str) -> None:
     """Compile, set up in namespaces, dump and restore, and let the program look at itself."""
     with container(directory, *flags, compiled(directory, code)) as program:
-        for _ in range(times):
-            program.restore(program.dump())
-        program.dump("--leave-running")
+        program.again_and_again()
         program.finish()

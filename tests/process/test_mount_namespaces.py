@@ -10,7 +10,7 @@ import pytest
 
 from stasis.errors import ExitCode
 from stasis.linux.mountinfo import mount_table
-from tests.process.containers import Container, container
+from tests.process.containers import PLACES, WITHOUT_OTHERS, container
 from tests.process.programs import compiled, cycle, stasis
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.tool("unshare")]
@@ -157,12 +157,7 @@ def _contained(directory: Path, *flags: str) -> Path:
 def _outside(directory: Path) -> list[tuple[str, ...]]:
     """The mounts here, without those that other programs may have made meanwhile."""
     return [(mount.target, *mount.flags, mount.fstype) for mount in mount_table()
-            if not mount.target.startswith("/tmp/") or mount.target.startswith(str(directory))]  # fmt: skip
-
-
-def _cycle(program: Container) -> None:
-    program.restore(program.dump())
-    program.dump("--leave-running")
+            if not mount.target.startswith(PLACES) or mount.target.startswith(str(directory))]  # fmt: skip
 
 
 def test_a_container(tmp_path: Path) -> None:
@@ -170,7 +165,8 @@ def test_a_container(tmp_path: Path) -> None:
     script = _contained(tmp_path)
     with container(tmp_path, "-pmiun", "sh", script) as program:
         assert os.readlink(f"/proc/{program.pid}/exe") == "/program"
-        _cycle(program)
+        program.again_and_again()
+        program.dump("--leave-running")
         assert _outside(tmp_path) == before
         program.finish()
     assert _outside(tmp_path) == before
@@ -182,16 +178,15 @@ def test_all_mounts_of_the_system_and_one_more(tmp_path: Path) -> None:
     script = tmp_path / "setup"
     compiled(tmp_path, 'int main(void) { int fd = open("more/file", O_RDWR | O_CREAT, 0600); set_up();'
                        'CHECK(write(fd, "x", 1) == 1 && !access("more/file", F_OK)); return content(); }')
-    others = "$(cut -d' ' -f5 /proc/self/mountinfo | grep ^/tmp/)"  # those of other programs, which may go meanwhile
-    script.write_text(f"for one in {others}; do umount -l $one; done\nmount -t tmpfs more more\nexec ./program\n")
+    script.write_text(f"{WITHOUT_OTHERS}mount -t tmpfs more more\nexec ./program\n")
     with container(tmp_path, "--mount", "--propagation", "slave", "sh", script) as program:
-        _cycle(program)
+        program.again_and_again()
         program.finish()
     assert _outside(tmp_path) == before
 
 
 def test_another_root_directory(tmp_path: Path) -> None:
-    cycle(tmp_path, ROOTED, times=2)
+    cycle(tmp_path, ROOTED)
 
 
 def test_a_mount_that_cannot_be_made_again_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from stasis.errors import ExitCode
 from stasis.linux.mountinfo import mount_table
-from tests.process.containers import contained_cycle, container
+from tests.process.containers import WITHOUT_OTHERS, contained_cycle, container
 from tests.process.programs import compiled, stasis, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.tool("unshare")]
@@ -113,15 +113,15 @@ int main(void) {
 
 
 def test_host_name(tmp_path: Path) -> None:
-    contained_cycle(tmp_path, NAMES, "--uts", times=2)
+    contained_cycle(tmp_path, NAMES, "--uts")
 
 
 def test_system_v_objects(tmp_path: Path) -> None:
-    contained_cycle(tmp_path, OBJECTS, "--ipc", times=2)
+    contained_cycle(tmp_path, OBJECTS, "--ipc")
 
 
 def test_the_first_of_a_pid_namespace(tmp_path: Path) -> None:
-    contained_cycle(tmp_path, FIRST, "--pid", times=2)
+    contained_cycle(tmp_path, FIRST, "--pid")
 
 NETWORK = r"""
 #include <arpa/inet.h>
@@ -346,10 +346,8 @@ def test_users(short_dir: Path) -> None:
     (short_dir / "data").mkdir()
     compiled(short_dir, USERS)
     script = short_dir / "setup"
-    others = "$(cut -d' ' -f5 /proc/self/mountinfo | grep ^/tmp/)"  # those of other programs, which may go meanwhile
-    script.write_text(f"for one in {others}; do umount -l $one; done\nexec ./program\n")
+    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
     with container(short_dir, "--mount", "sh", script, depth=3) as program:
         (short_dir / "errors").chmod(0o666)
-        program.restore(program.dump())
-        program.dump("--leave-running")
+        program.again_and_again()
         program.finish()
