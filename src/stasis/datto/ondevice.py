@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from errno import EINVAL, EIO
 from pathlib import Path
@@ -40,6 +40,8 @@ class Places:
         """`claimed` has the export watch over a claim, or over none any more."""
         self._host, self._module, self._claimed = host, module, claimed
         self.directory: Path | None = None
+        self.node = ""
+        """The device's node as it is called now; it may have had another name when a file was made."""
         self._session: Session | None = None
         self._is_ending = False
 
@@ -167,7 +169,7 @@ class Places:
     def _do(self, operation: str, pinned: Pinned, **fields: Any) -> None:
         try:
             with self._open_session() as session:
-                session.ask(op=operation, path=pinned.path, inode=pinned.inode, node=pinned.node, **fields)
+                session.ask(op=operation, path=pinned.path, inode=pinned.inode, node=self.node or pinned.node, **fields)
         except StasisError as error:
             raise OSError(error.errno or EIO, error.message) from error
 
@@ -181,11 +183,11 @@ class Places:
 
     # -- later ----------------------------------------------------------------------------------------------
 
-    def sweep(self, directory: Path, node: str, but: Pinned | None) -> None:
-        """Give back what earlier tracers left pinned, but for one file. Beside the loop; what fails is told."""
-        self.directory = directory
+    def sweep(self, directory: Path, node: str, but: Collection[Path]) -> None:
+        """Give back what earlier tracers left pinned, but for some records. Beside the loop; what fails is told."""
+        self.directory, self.node = directory, node
         for pinned in Pinned.all(directory):
-            if but is not None and pinned.place(directory) == but.place(directory):
+            if pinned.place(directory) in but:
                 continue
             here = replace(pinned, node=node)
             try:
