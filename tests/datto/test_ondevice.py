@@ -30,7 +30,7 @@ from stasis.datto.ondevice import MappedSource, Places, new_header
 from stasis.datto.opening import reopen
 from stasis.datto.pinned import Pinned
 from stasis.errors import StasisError
-from stasis.linux import immutable, loop, reflink
+from stasis.linux import immutable, loop, mounts, reflink
 from tests.system.helpers import LONG, MIB, tool
 from tests.system.ondevice import unmount
 
@@ -208,6 +208,14 @@ def test_it_is_taken_up_by_its_blocks_alone(disk: Disk) -> None:
     tool("mount", disk.node, disk.mount)
     again.release()
     assert (disk.mount / ".cow").read_bytes()[again.geometry.first_slot << 12 :][:8192] == b"x" * 4096 + b"y" * 4096
+
+
+def test_where_a_path_lies_is_told_by_its_name_alone(disk: Disk, short_dir: Path) -> None:
+    number = os.stat(disk.node).st_rdev
+    assert mounts.lies_on(str(disk.mount / ".cow"), number)
+    assert mounts.lies_on(str(disk.mount / "missing" / ".cow"), number)
+    assert not mounts.lies_on(str(disk.mount), number)  # its name is an entry of the directory above
+    assert not mounts.lies_on(str(short_dir / ".cow"), number)
 
 
 def test_one_that_lies_elsewhere_by_now_is_not_taken_up(disk: Disk) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -78,14 +79,15 @@ class Volume:
         self.node = self.stasis.json("device", "attach", self.image, "--name", "disk", "--kernel", *options)["node"]
 
     def detach(self) -> None:
-        """A mount namespace that somebody made meanwhile keeps the file system alive for a while after its unmount."""
         wait_until(lambda: self.stasis.run("device", "detach", "disk").returncode == 0, "detaching")
 
     def mounted(self) -> None:
         tool("mount", self.node, self.mount)
 
     def unmount(self) -> None:
+        """And wait for its end: a mount namespace that somebody made meanwhile keeps a file system alive."""
         unmount(self.mount)
+        wait_until(lambda: _is_free(self.node), f"the end of the file system on {self.node}")
 
     def fill(self, count: int, longest: int = 600_000) -> None:
         """Make files, write over others, remove some; durable at the end."""
@@ -155,6 +157,15 @@ def unmount(mount: Path) -> None:
     """Other programs look at mounts too, and then it is busy for a moment."""
     command = ["umount", str(mount)]
     wait_until(lambda: not subprocess.run(command, capture_output=True).returncode, f"unmounting {mount}")
+
+
+def _is_free(node: str) -> bool:
+    try:
+        os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+    return True
 
 
 def is_immutable(path: Path) -> bool:

@@ -252,7 +252,7 @@ class TracerKeeper:
         else:
             state = {"cow": record.cow, "mode": "snapshot" if record.state.is_snapshot else "incremental",
                      "auto_expand": [size << 20 for size in record.auto_expand] if record.auto_expand else None,
-                     **self._place(device.name, record.minor, record.cache)}
+                     "node": nodes.path_of(device.node), **self._place(device.name, record.minor, record.cache)}
             if record.uuid:
                 series.forget_logs(directory, series.log_path(directory, bytes.fromhex(record.uuid), record.seqid))
         return {PLUGIN: {"module": MODULE, "state": state}}

@@ -4,10 +4,11 @@ that makes them, finds them again, and gives them back."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from errno import EIO, ESTALE
+from errno import EINVAL, EIO, ESTALE
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from stasis.datto.opening import FileSource, Source
 from stasis.datto.pinned import Pinned
 from stasis.datto.tracer import Tracer
 from stasis.errors import StasisError, StateError
+from stasis.linux import mounts
 
 __all__ = ["Files", "Filing", "Settings"]
 
@@ -47,6 +49,8 @@ class Filing(Plugin):
 
     _host: Host
     tracer: Tracer | None
+    _pending: Files | None
+    _unfinished: Files | None
     _is_busy: bool
 
     @abstractmethod
@@ -62,10 +66,17 @@ class Filing(Plugin):
         if state is not None:
             self._places.directory = Path(state["directory"])
 
-    def source(self, directory: Path, path: str) -> Source:
-        """The COW file that has this name."""
+    def source(self, directory: Path, path: str, node: str) -> Source:
+        """The COW file that has this name. StateError (EINVAL) for one on the device itself of which nothing is known:
+        looking at it would wait for this worker."""
         pinned = Pinned.find(directory, path)
-        return FileSource(path) if pinned is None else MappedSource(self._places, pinned)
+        if pinned is not None:
+            return MappedSource(self._places, pinned)
+        with contextlib.suppress(OSError):  # no such node: nothing is mounted from it
+            if node and mounts.lies_on(path, os.stat(node).st_rdev):
+                raise StateError(f"it is not known where {path} lies on its device", errno=EINVAL,
+                                 hint="begin a new series with setup-snapshot")
+        return FileSource(path)
 
     # -- making one ---------------------------------------------------------------------------------------
 
@@ -99,7 +110,7 @@ class Filing(Plugin):
     def _make_here(self, site: series.Site, path: str, uuid: bytes, seqid: int, size: int, cache: int, node: str
                    ) -> MappedCowFile | None:
         self._places.directory = site.directory
-        self._places.sweep(site.directory, node, self._pinned())
+        self._places.sweep(site.directory, node, self._records(site.directory))
         geometry, own = Geometry(site.size), self._pinned()
         header = new_header(uuid, seqid, size, geometry)
         return self._places.make(path, header, geometry, cache, node, own.inode if own else 0)
@@ -108,6 +119,12 @@ class Filing(Plugin):
         """What the tracer's present COW file is on the device, if it is there."""
         cow = self.tracer.cow if self.tracer is not None else None
         return cow.pinned if isinstance(cow, MappedCowFile) else None
+
+    def _records(self, directory: Path) -> set[Path]:
+        """Of the files that are in use, about to be, or about to be given back."""
+        used = [pair[0] for pair in (self._pending, self._unfinished) if pair is not None]
+        used += [self.tracer.cow] if self.tracer is not None else []
+        return {cow.pinned.place(directory) for cow in used if isinstance(cow, MappedCowFile)}
 
     # -- claims --------------------------------------------------------------------------------------------
 
@@ -164,9 +181,10 @@ class Filing(Plugin):
         """The device's file system is mounted: see whether the COW file is where it was, and give back older ones."""
         directory, node, own, tracer = Path(message["directory"]), str(message["node"]), self._pinned(), self.tracer
         self._mark_others(directory)
+        used = self._records(directory)
 
         def job() -> None:
-            self._places.sweep(directory, node, own)
+            self._places.sweep(directory, node, used)
             if own is not None:
                 self._places.verify(own, node)
 
@@ -179,7 +197,7 @@ class Filing(Plugin):
 
     def _mark_others(self, directory: Path) -> None:
         """What earlier tracers left pinned is about to be anybody's."""
-        own = self._pinned()
+        used = self._records(directory)
         for pinned in Pinned.all(directory):
-            if own is None or pinned.place(directory) != own.place(directory):
+            if pinned.place(directory) not in used:
                 self._places.mark(pinned)

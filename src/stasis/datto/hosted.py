@@ -81,7 +81,8 @@ class Hosted(Following, RestingRequests):
         """Take up the file of an earlier worker. What forbids it is kept for `info`; the device is served anyway."""
         self._settings = settings = self._take_settings(state)
         try:
-            files = series.take_up(self._site(settings.directory), self.source(settings.directory, str(state["cow"])),
+            cow = self.source(settings.directory, str(state["cow"]), str(state.get("node") or ""))
+            files = series.take_up(self._site(settings.directory), cow,
                                    index_only=state["mode"] != "snapshot", cache=settings.cache or CACHE_DEFAULT)
             self._begin(settings, files)
         except StasisError as error:

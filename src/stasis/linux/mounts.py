@@ -20,6 +20,7 @@ __all__ = [
     "file_holders",
     "file_uses",
     "holders_of",
+    "lies_on",
     "mounts",
     "mounts_of",
     "relatives",
@@ -73,6 +74,15 @@ def mounts() -> list[Mount]:
     """All mounts of this mount namespace, in mount order."""
     text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     return [_parse_mount(line) for line in text.splitlines()]
+
+
+def lies_on(path: str, rdev: int) -> bool:
+    """Whether a path's mount is one of the block device rdev, as far as its name tells: nothing is looked at there."""
+    parts = Path(os.path.abspath(path)).parents
+    found = [mount for mount in mounts() if Path(mount.target) in parts]
+    deepest = max((len(mount.target) for mount in found), default=0)
+    last = [mount for mount in found if len(mount.target) == deepest][-1:]
+    return any(mount.device == rdev or _block_number(mount.source) == rdev for mount in last)
 
 
 def unmount(target: str, *, lazily: bool = False) -> None:
