@@ -135,13 +135,14 @@ def test_a_series_goes_on_over_an_end_of_everything(stasis: Stasis, datto: Datto
                                                     disks: list[Disk], tmp_path: Path) -> None:
     """Unmounted, the daemon ended, as at a shutdown; then the daemon alone, as at a boot. The COW file is on the disk
     itself."""
-    _, node = origin
-    image, size, cow = disks[1].path, disks[2].size, tmp_path / "mnt" / ".cow"
+    kind, node = origin
+    image, cow = disks[1].path, tmp_path / "mnt" / ".cow"
     with mounted(node, tmp_path / "mnt") as target:
         datto.dbdctl("setup-snapshot", "-f", "200", node, f"{cow}0", "0")
         run("dd", "if=/dev/datto0", f"of={image}", "bs=1M", "conv=fsync")
         datto.dbdctl("transition-to-incremental", "0")
-        (target / "before").write_bytes(os.urandom(1 << 20))
+        before = os.urandom(1 << 20)
+        (target / "before").write_bytes(before)
     stasis("daemon", "stop")
     deadline = time.monotonic() + 120
     while stasis.daemon_pid() is not None:
@@ -150,8 +151,11 @@ def test_a_series_goes_on_over_an_end_of_everything(stasis: Stasis, datto: Datto
     (found,) = stasis.json("device", "list")
     assert stasis.json("datto", "show", "0")["state_name"] == "active incremental"
     with mounted(found["node"], tmp_path / "mnt") as target:
-        (target / "after").write_bytes(os.urandom(1 << 20))
+        after = os.urandom(1 << 20)
+        (target / "after").write_bytes(after)
         datto.dbdctl("transition-to-snapshot", f"{cow}1", "0")
+        (target / "after").write_bytes(before)
         datto.update("/dev/datto0", f"{cow}0", image)
-        _same(image, size)
+        with mounted(image, tmp_path / "copy", IMAGE_OPTIONS[kind]) as copied:
+            assert ((copied / "before").read_bytes(), (copied / "after").read_bytes()) == (before, after)
     datto.dbdctl("destroy", "0")
