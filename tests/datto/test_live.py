@@ -14,8 +14,9 @@ import pytest
 
 import stasis as api
 from stasis.cli import update_img
+from stasis.cli.main import main
 from stasis.datto.cowreader import CowReader
-from stasis.errors import StasisError
+from stasis.errors import ExitCode, StasisError
 from stasis.live import tracking
 from tests.daemon.helpers import await_true, kill
 from tests.live.disks import CHECK, formatted, loop, mounted, put_number, tool, writing
@@ -133,7 +134,7 @@ def _end(live: Stasis, client: api.Client, number: int) -> None:
 
 def test_it_waits_after_a_boot_until_its_map_is_taken_up(live: Stasis, node: str, tmp_path: Path) -> None:
     with api.connect(live.run_dir, live.state_dir) as client:
-        client.datto_setup_live(0, node, tmp_path / "cow1", tmp_path / "image")
+        assert live("datto", "setup", "--live", "--image", tmp_path / "image", node, tmp_path / "cow1") == "0"
         client.datto_to_snapshot(0, tmp_path / "cow2")
         client.stop()
         await_true(lambda: live.daemon_pid() is None)
@@ -147,6 +148,14 @@ def test_it_waits_after_a_boot_until_its_map_is_taken_up(live: Stasis, node: str
         assert client.datto_list()[0].state_name == "active snapshot"
         assert live.json("datto", "changes", tmp_path / "cow1") == []
         assert _next(client, tmp_path, 3, tmp_path / "image") == 0
+
+
+@pytest.mark.parametrize("words", [
+    "--live /dev/sdb cow", "--image image /dev/sdb cow", "--live --image image --group a cow b cow2",
+    "--live --image image --allocate 1M /dev/sdb cow", "--live --image image --cache 1M /dev/sdb cow",
+])
+def test_options_that_make_no_sense_together_are_refused(words: str) -> None:
+    assert main(["datto", "setup", *words.split()]) == ExitCode.USAGE
 
 
 def test_what_needs_old_contents_is_refused(client: api.Client, node: str, tmp_path: Path) -> None:
