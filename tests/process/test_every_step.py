@@ -112,9 +112,8 @@ def test_a_restorer_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> Non
         total = count_steps(lambda: restore(images))
         for step in _steps(total, seed):
             images = _end(program, images)
-            before = counts(tmp_path)
             kill_at(step, lambda images=images: restore(images))
-            # Those that end with the restorer may take a moment longer than it.
+            before = counts(tmp_path)  # who was killed with the restorer may take a moment longer, but counts no more
             wait_for(partial(settled, program, before), f"killed at step {step} of {total}: half of the tree is left")
         program.restore(_end(program, images))
         goes_on(program)

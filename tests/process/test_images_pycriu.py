@@ -32,7 +32,9 @@ from stasis.process.images.schema import (
     VmaEntry,
 )
 from tests.process.messages import CLASSES, core, messages, minimal, write_set
+from tests.process.programs import stasis
 from tests.process.test_images_json import DOCUMENTS
+from tests.process.victims import victim
 
 Ask = Callable[..., Any]
 
@@ -191,3 +193,15 @@ def test_payloads_are_the_same_in_both(ask: Ask) -> None:
         ours = encode_document(json.dumps(document).encode(), "document").hex()
         assert ask(ask="dump", image=document) == ours
         assert ask(ask="load", bytes=ours, pretty=False) == document
+
+
+@pytest.mark.root
+@pytest.mark.tool("crit")
+def test_crit_reads_what_was_dumped(tmp_path: Path) -> None:
+    with victim(sys.executable, "-c", "print('ready', flush=True); input()") as process:
+        stasis("dump", process.pid, "--images", tmp_path / "images", "--leave-running")
+        told = subprocess.run(["crit", "x", tmp_path / "images", "ps"], capture_output=True, text=True, timeout=60)
+        assert str(process.pid) in told.stdout, told.stderr
+        shown = subprocess.run(["crit", "show", tmp_path / "images" / f"mm-{process.pid}.img"], capture_output=True,
+                               text=True, timeout=60)  # fmt: skip
+        assert '"mm_start_code"' in shown.stdout, shown.stderr
