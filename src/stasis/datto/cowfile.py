@@ -31,7 +31,7 @@ from stasis.linux import files
 __all__ = ["CowFile"]
 
 MOST_WAITING = 4096
-"""Requests whose blocks are still to be entered. Entered together they cost a seventh."""
+"""Requests whose blocks are still to be entered. Entered together they cost a third."""
 STRETCH = 64 << 10
 """Bytes in one write of data; longer ones have the file system take longer folios, which costs more (see block/cow)."""
 
