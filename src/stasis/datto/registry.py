@@ -177,7 +177,10 @@ class Registry:
                 raise StateError(f"{bdev} is traced already, as minor {other.minor}", errno=EINVAL)
 
     def new_live(self, minor: int, bdev: str, cow: str) -> TracerRecord:
-        """A tracer of a live device, which `enter` makes one of the tracers. The checks are those of setup_snapshot."""
+        """A tracer of a live device, which `enter` makes one of the tracers. The checks are those of setup_snapshot.
+
+        The path is kept as it was given: it may be a link that survives a reboot.
+        """
         self._check_path(bdev)
         self._check_path(cow)
         self._check_free(minor)
@@ -185,7 +188,7 @@ class Registry:
         if target.device is not None:
             raise StateError(f"{bdev} is served", errno=EINVAL, hint="setup-snapshot keeps old contents there")
         self._refuse_traced(bdev, target, [])
-        return TracerRecord(minor, target.path, cow, State.ACTIVE_INCREMENTAL, target.key, f"{LIVE}{minor}")
+        return TracerRecord(minor, bdev, cow, State.ACTIVE_INCREMENTAL, target.key, f"{LIVE}{minor}")
 
     def enter(self, record: TracerRecord) -> None:
         """The tracer has begun."""
