@@ -118,6 +118,8 @@ def _run(jobs: Sequence[DeviceJob], repository: Repository, options: CreateOptio
 def _jobs(sources: Sequence[PointInTimeSource], repository: Repository, options: CreateOptions, progress: Progress,
           warnings: list[str], precopy: Precopy | None = None) -> list[DeviceJob]:
     begun: dict[int, DeviceJob] = {} if precopy is None else {id(job.source): job for job in precopy.jobs}
+    if all(id(source) in begun for source in sources):
+        return [begun[id(source)] for source in sources]
     history = History(repository, options.host, warnings.append)
     base = None if options.base is None else repository.resolve(options.base)
     jobs = [begun.get(id(source)) or DeviceJob(source, repository, options, history, progress) for source in sources]
