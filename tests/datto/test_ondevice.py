@@ -192,6 +192,19 @@ def test_a_file_that_is_removed_is_gone_whatever_protected_it(disk: Disk) -> Non
     assert not list(disk.directory.glob("pinned-*"))
 
 
+def test_nobody_else_s_file_is_removed(disk: Disk) -> None:
+    """The same name and inode: another disk may have both."""
+    cow, path = disk.make(), disk.mount / ".cow"
+    for wrong in ({"uuid": "00" * 16}, {"seqid": 7}, {"inode": 1}):
+        disk.places.remove(Pinned(**{**_fields(cow.pinned), **wrong}))
+        assert path.exists()
+    tool("chattr", "-i", path)
+    path.write_bytes(b"mine" * 100)
+    disk.places.remove(cow.pinned)
+    assert path.read_bytes() == b"mine" * 100
+    cow.close()
+
+
 def test_it_is_taken_up_by_its_blocks_alone(disk: Disk) -> None:
     cow = disk.make()
     cow.keep([(5, 6)], memoryview(b"x" * 4096))

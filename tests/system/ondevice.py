@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stasis.cli import dbdctl, update_img
 from stasis.datto.extents import Territory
-from stasis.linux import fiemap, immutable
+from stasis.linux import fiemap, immutable, mounts
 from tests.runner import Stasis
 from tests.system.helpers import MIB, tool, wait_until
 
@@ -85,9 +85,7 @@ class Volume:
         tool("mount", self.node, self.mount)
 
     def unmount(self) -> None:
-        """And wait for its end: a mount namespace that somebody made meanwhile keeps a file system alive."""
         unmount(self.mount)
-        wait_until(lambda: _is_free(self.node), f"the end of the file system on {self.node}")
 
     def fill(self, count: int, longest: int = 600_000) -> None:
         """Make files, write over others, remove some; durable at the end."""
@@ -154,9 +152,12 @@ class Volume:
 
 
 def unmount(mount: Path) -> None:
-    """Other programs look at mounts too, and then it is busy for a moment."""
+    """And wait for the file system's end: other programs look at mounts, and a mount namespace that somebody made
+    meanwhile keeps it alive."""
+    node = next(one.source for one in mounts.mounts() if one.target == os.path.realpath(mount))
     command = ["umount", str(mount)]
     wait_until(lambda: not subprocess.run(command, capture_output=True).returncode, f"unmounting {mount}")
+    wait_until(lambda: _is_free(node), f"the end of the file system on {node}")
 
 
 def _is_free(node: str) -> bool:

@@ -90,7 +90,7 @@ class Places:
         session.end()
         for path in (temporary_name(pinned.path, session.process.pid), pinned.path):
             with contextlib.suppress(OSError):
-                self._do("forget", replace(pinned, path=path))
+                self._do("forget", replace(pinned, path=path), series=None)
 
     def _try(self, session: Session, blocks: DeviceBlocks, pinned: Pinned, claim: Claim) -> None:
         """What the file system wrote must be found on the device, then what we write there through the file system.
@@ -152,7 +152,7 @@ class Places:
                                   lambda error: self._tell(error, f"{pinned.path} is not removed yet"))
 
     def _remove(self, pinned: Pinned) -> None:
-        self._do("forget", pinned)
+        self._do("forget", pinned, series=(pinned.uuid, pinned.seqid))
         pinned.forget(self._directory())
 
     def mark(self, pinned: Pinned) -> None:
@@ -161,10 +161,10 @@ class Places:
 
     def _mark(self, territory: Territory, but: Pinned | None) -> None:
         kept = Territory(but.blocks.ranges() if but else (), BLOCK_SIZE)
-        tracker = self._host.tracker
+        tracker, size = self._host.tracker, self._host.origin.size
         if tracker is not None:
             tracker.mark_both([(start, end - start) for low, high in territory.ranges
-                               for start, end in kept.outside(low, high)])
+                               for start, end in kept.outside(low, min(high, size))])
 
     def _do(self, operation: str, pinned: Pinned, **fields: Any) -> None:
         try:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from stasis.datto.extents import BlockMap, check_extents, probes
 from stasis.datto.fitness import check_file_system, check_inode
+from stasis.datto.layout import Header
 from stasis.datto.opening import check_place
 from stasis.errors import BusyError, NotFoundError, StasisError, StateError, StorageError, UnsupportedError
 from stasis.linux import blockdev, fiemap, files, immutable, mounts
@@ -257,9 +258,18 @@ def release(path: str, inode: int, head: bytes, size: int, node: str) -> None:
         os.fsync(fd)
 
 
-def forget(path: str, inode: int, node: str) -> None:
-    """Remove a file that was pinned. NotFoundError if the name leads to another one by now."""
+def forget(path: str, inode: int, series: tuple[str, int] | None, node: str) -> None:
+    """Remove a file that was pinned. NotFoundError if the name leads to another one by now.
+
+    `series`: UUID in hex and number that its header must have; None for one that was not made to the end.
+    """
     with _pinned(path, inode, node) as fd:
+        if series is not None:
+            drop_below(node)
+            immutable.drop_cache(fd)
+            header = Header.unpack(os.pread(fd, 64, 0), path)
+            if (header.uuid.hex(), header.seqid) != tuple(series):
+                raise NotFoundError(f"{path} is a COW file of another series by now", errno=errno.ENOENT)
         immutable.set_immutable(fd, False)
         os.unlink(path)
     _sync_directory(path)
