@@ -17,7 +17,7 @@ from tests.process.programs import compiled, stasis, wait_for
 __all__ = ["PLACES", "WITHOUT_OTHERS", "Container", "contained_cycle", "container"]
 
 
-PLACES = ("/tmp/", "/dev/shm/", "/run/")
+PLACES = ("/tmp/", "/dev/shm/", "/run/", "/sys/fs/bpf")
 WITHOUT_OTHERS = (
     f"for one in $(cut -d' ' -f5 /proc/self/mountinfo | grep {' '.join(f'-e ^{place}' for place in PLACES)})\n"
     "do umount -l $one; done\n"

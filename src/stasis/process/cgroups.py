@@ -16,6 +16,7 @@ from stasis.linux import procfs
 from stasis.linux.namespaces import FLAGS
 from stasis.linux.namespaces import join as enter_namespace
 from stasis.process.dump.ids import Home, namespace_ids
+from stasis.process.helpers import fork_helper, wait_for_helper
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -87,7 +88,7 @@ def _roots(pid: int) -> dict[str, str]:
     if number in (None, Home.ids().get("cgroup_ns_id")):
         return {}
     reader, writer = os.pipe()
-    child = os.fork()
+    child = fork_helper()
     if child == 0:
         try:
             enter_namespace(f"/proc/{pid}/ns/cgroup", FLAGS["cgroup"])
@@ -97,7 +98,7 @@ def _roots(pid: int) -> dict[str, str]:
     os.close(writer)
     with open(reader, errors="surrogateescape") as told:
         inner = {name: path for _, name, path in (line.split(":", 2) for line in told.read().splitlines())}
-    os.waitpid(child, 0)
+    wait_for_helper(child)
     return {name: path.removesuffix(inner[name].rstrip("/")) for name, path in groups_of(pid) if name in inner}
 
 

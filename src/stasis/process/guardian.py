@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 from stasis.linux import ptrace
 from stasis.linux.taskmem import TaskMemory
+from stasis.process.helpers import fork_helper, wait_for_helper
 from stasis.process.remote import ALL_BLOCKED, RemoteThread
 from stasis.process.seccomp import seize_options
 
@@ -41,7 +42,7 @@ class Guardian:
     ) -> None:
         """`undo`: what else is to be done after a death, in the guardian; `first`: what cannot wait."""
         reader, self._writer = os.pipe()
-        self.pid = os.fork()
+        self.pid = fork_helper()
         if self.pid == 0:
             os.close(self._writer)
             _guard(reader, journal, first, undo)
@@ -56,7 +57,7 @@ class Guardian:
         with contextlib.suppress(BrokenPipeError):  # it was killed: nobody guards, and nothing is left to guard
             os.write(self._writer, DONE)
         os.close(self._writer)
-        os.waitpid(self.pid, 0)
+        wait_for_helper(self.pid)
 
 
 def _guard(

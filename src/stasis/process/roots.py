@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from stasis.linux import process
 from stasis.linux.namespaces import CLONE_NEWNS, join
+from stasis.process.helpers import fork_helper, wait_for_helper
 
 __all__ = ["anchor", "anchored", "reach"]
 
@@ -35,7 +36,7 @@ def anchor() -> int:
 def anchored(pid: int) -> Iterator[None]:
     """Have an anchor in the mount namespace of a process, which ends with us."""
     reader, writer = os.pipe()
-    child = os.fork()
+    child = fork_helper()
     if child == 0:
         process.set_parent_death_signal(signal.SIGKILL)
         with contextlib.suppress(OSError):
@@ -56,4 +57,4 @@ def anchored(pid: int) -> Iterator[None]:
         if child in _anchors:
             _anchors.remove(child)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        wait_for_helper(child)

@@ -27,6 +27,7 @@ from stasis.linux import process, procfs
 from stasis.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, FLAGS, enter, mount_proc, unshare
 from stasis.process.dump.ids import Home
 from stasis.process.findings import Finding
+from stasis.process.helpers import work_inside
 from stasis.process.images.imageset import ImageSet
 from stasis.process.namespaces.identities import Identities
 from stasis.process.roots import anchored
@@ -85,10 +86,11 @@ def _fields(finding: Finding) -> tuple[int, str, str, str, bool]:
 
 
 def dump_inside(
-    pid: int, way: Entering, images: str | os.PathLike[str], work: Callable[[int, str], DumpResult], *, ends: bool
+    pid: int, way: Entering, images: str | os.PathLike[str], work: Callable[[int, str], DumpResult], *,
+    ends: bool = False, stops: bool = False,
 ) -> DumpResult:
-    """What came of `work`, which dumps the inner pid into the directory; the process `ends` with it. The pids of the
-    result are the inner ones."""
+    """What came of `work`, which dumps the inner pid into the directory; the process `ends` or `stops` with it. The
+    pids of the result are the inner ones."""
     from stasis.process.dump.job import DumpResult
 
     path = os.path.abspath(images)
@@ -97,6 +99,8 @@ def dump_inside(
         warnings = _run(pid, way, lambda inner: work(inner, path).warnings)
         if ends:
             select.select([pidfd], [], [], PATIENCE)
+        elif stops and way.flags & CLONE_NEWPID:  # the first process cannot be stopped from within
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
     finally:
         os.close(pidfd)
     if warnings is None and not os.path.isdir(path):
@@ -154,6 +158,7 @@ def _enter(pid: int, way: Entering, work: Callable[[], Any], tell: int) -> NoRet
         worker = os.fork()
         if worker == 0:
             process.set_parent_death_signal(signal.SIGKILL)
+            work_inside()
             if is_private and way.flags & CLONE_NEWPID:
                 mount_proc()
             os.write(tell, json.dumps({"found": work()}).encode() + b"\n")

@@ -124,7 +124,8 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
         raise UsageError("only a tree that is left running can be watched", hint="leave it running, or do not track it")
     if way := entering(pid):
         ends = not chosen.leave_running and not chosen.leave_stopped
-        return dump_inside(pid, way, images, lambda inner, path: _dump(inner, path, chosen), ends=ends)
+        return dump_inside(pid, way, images, lambda inner, path: _dump(inner, path, chosen), ends=ends,
+                           stops=chosen.leave_stopped)  # fmt: skip
     return _dump(pid, images, chosen)
 
 

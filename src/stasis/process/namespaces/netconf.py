@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stasis.linux.namespaces import FLAGS, unshare
+from stasis.process.helpers import fork_helper, wait_for_helper
 from stasis.process.images.schema.common import SysctlEntry, SysctlType
 
 __all__ = ["changed", "read_list", "unix_settings", "write_list"]
@@ -100,7 +101,7 @@ def _all() -> Iterator[tuple[str, str]]:
 def _fresh() -> Iterator[tuple[str, str]]:
     """The same of a new namespace, which a child looks at."""
     reader, writer = os.pipe()
-    child = os.fork()
+    child = fork_helper()
     if child == 0:
         try:
             unshare(FLAGS["net"])
@@ -112,5 +113,5 @@ def _fresh() -> Iterator[tuple[str, str]]:
     os.close(writer)
     with open(reader, errors="surrogateescape") as told:
         words = told.read().split("\0")[:-1]
-    os.waitpid(child, 0)
+    wait_for_helper(child)
     yield from zip(words[::2], words[1::2], strict=True)

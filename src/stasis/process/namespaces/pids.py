@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from stasis.linux import process, procfs
+from stasis.process.helpers import helpers
 
 if TYPE_CHECKING:
     from stasis.process.findings import Findings
@@ -19,14 +20,23 @@ __all__ = ["check", "make", "write"]
 
 
 def check(root: int, findings: Findings) -> None:
-    """Note processes that came in from outside: they are not in the tree, and end with its first process."""
+    """Note processes that came in from outside: they are not in the tree, and end with its first process. One may be
+    what is left for a moment of a dumper that was killed."""
     if root != 1:
         findings.add(root, "pid namespace", "it is not the first process of its own pid namespace")
         return
-    known = {*_below(root), *_below(os.getpid())}
+    known = {*_below(root), *_below(os.getpid()), *helpers()}
     for pid in process.processes():
-        if pid not in known and os.path.exists(f"/proc/{pid}"):
-            findings.add(pid, "pid namespace", f"{process.name(pid)} has entered it and is not in the tree")
+        if pid not in known and _lives(pid):
+            reason = f"{process.name(pid)} has entered it and is not in the tree"
+            findings.add(pid, "pid namespace", reason, passes=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return procfs.stat(pid).state not in "ZX"
+    except ProcessLookupError:
+        return False
 
 
 def _below(pid: int) -> set[int]:

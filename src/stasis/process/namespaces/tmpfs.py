@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from stasis.errors import StasisError
 from stasis.linux.namespaces import CLONE_NEWNS, join
 from stasis.linux.newmount import clone_tree
+from stasis.process.helpers import fork_helper, wait_for_helper
 from stasis.process.images.damage import damaged
 from stasis.process.namespaces.identities import Identities
 
@@ -66,14 +67,14 @@ def _copy(root: int, mount: MountInfo) -> int:
     """A copy of a mount of another mount namespace, without what is mounted below."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        child = os.fork()
+        child = fork_helper()
         if child == 0:
             try:
                 join(f"/proc/{root}/ns/mnt", CLONE_NEWNS)
                 socket.send_fds(theirs, [b"m"], [clone_tree(mount.target)])
             finally:
                 os._exit(0)
-        os.waitpid(child, 0)
+        wait_for_helper(child)
         theirs.close()
         _, fds, _, _ = socket.recv_fds(ours, 1, 1)
     if not fds:
