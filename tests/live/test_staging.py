@@ -155,6 +155,22 @@ def test_an_overlay_is_where_its_upper_directory_is(disk: Disk, tmp_path: Path) 
         assert stack.holds(str(tmp_path / "lower")) is None
 
 
+def test_an_overlay_that_hides_its_own_upper_directory_lies_nowhere(disk: Disk, tmp_path: Path) -> None:
+    """As the root of a live system, which was mounted where another root was."""
+    (tmp_path / "lower" / "files").mkdir(parents=True)
+    with mounted("tmpfs", tmp_path / "memory", "-t", "tmpfs") as memory:
+        for name in ("files", "work"):
+            (memory / name).mkdir()
+        layers = f"lowerdir={tmp_path / 'lower'},upperdir={memory / 'files'},workdir={memory / 'work'}"
+        with (
+            mounted("overlay", tmp_path / "over", "-t", "overlay", "-o", layers) as over,
+            mounted(over, memory, "--bind"),
+            Stack([os.stat(disk.node).st_rdev]) as stack,
+        ):
+            assert stack.holds(str(over)) is None
+            assert stack.holds(str(memory / "files")) is None
+
+
 def test_an_area_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=f"the staging area {tmp_path}/none cannot be used: No such file"):
         StagingArea(tmp_path / "none")

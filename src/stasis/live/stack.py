@@ -82,11 +82,13 @@ class Stack:
     def holds(self, path: str) -> FileSystem | None:
         """The file system of the stack that a path lies on (the nearest parent that exists); None if none does.
 
-        What is written to an overlay goes to its upper directory.
+        What is written to an overlay goes to its upper directory. One that was mounted before the root was changed is
+        named by a path that leads elsewhere now, maybe into the overlay itself.
         """
-        here = mount_below(path, self._sight.mounts)
-        if here is not None and (upper := _upper_directory(here)):
-            return self.holds(upper)
+        here, seen = mount_below(path, self._sight.mounts), set[int]()
+        while here is not None and here.device not in seen and (upper := _upper_directory(here)):
+            seen.add(here.device)
+            here = mount_below(upper, self._sight.mounts)
         return next((one for one in self.file_systems if here is not None and one.device == here.device), None)
 
     @property
