@@ -59,7 +59,8 @@ class UnixSockets(FileKind):
     def check(self, descriptor: Descriptor, looking: Looking) -> None:
         found = self.sockets[descriptor.status.st_ino]
         if found.state == TCP_LISTEN and found.waiting:
-            looking.findings.add(descriptor.pid, descriptor.where, "connections wait in it that were not accepted")
+            looking.findings.add(descriptor.pid, descriptor.where, "connections wait in it that were not accepted",
+                                 passes=True)  # fmt: skip
         if reason := reason_against(found):
             looking.findings.add(descriptor.pid, descriptor.where, reason)
         self._check_queue(descriptor, found, looking)
