@@ -4,22 +4,25 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from stasis.errors import ExitCode
+from stasis.linux import procfs
 from stasis.linux.mountinfo import mount_table
 from tests.process.containers import PLACES, WITHOUT_OTHERS, container
-from tests.process.programs import compiled, cycle, stasis
+from tests.process.programs import compiled, cycle, stasis, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.tool("unshare")]
 
 SCRIPT = """set -e
-mkdir root
+mkdir root lower upper working
+echo below > lower/file
 mount -t tmpfs -o size=30m,mode=755 here root
 cd root
-mkdir proc sys dev work old usr tmp etc shared shared/peer
+mkdir proc sys dev work old usr tmp etc shared shared/peer over
 cp ../program ../program.c .
 mount --bind .. work
 mount -t proc -o nosuid,hidepid=invisible proc proc
@@ -33,6 +36,7 @@ ln -s pts/ptmx dev/ptmx
 mount -t mqueue mqueue dev/mqueue
 mount --bind /usr usr
 mount -o remount,bind,ro,nosuid,noatime usr
+mount -t overlay -o lowerdir=$PWD/../lower,upperdir=$PWD/../upper,workdir=$PWD/../working over over
 mount -t tmpfs data tmp
 mkdir tmp/a
 mount --make-shared tmp
@@ -79,6 +83,10 @@ int main(void) {
     CHECK(write(gone, "ghost", 5) == 5 && !link("/tmp/kept", "/tmp/a/other") && !symlink("/etc/x", "/tmp/link"));
     CHECK(!mknod("/tmp/device", S_IFCHR | 0604, makedev(1, 5)) && !mkfifo("/tmp/fifo", 0622));
     CHECK(!setxattr("/tmp/kept", "trusted.colour", "blue", 4, 0));
+    int changed = open("/over/file", O_RDWR | O_APPEND), master = posix_openpt(O_RDWR | O_NOCTTY);
+    CHECK(changed >= 0 && write(changed, "above", 5) == 5 && master >= 0 && !grantpt(master) && !unlockpt(master));
+    int slave = open(ptsname(master), O_RDWR | O_NOCTTY);
+    CHECK(slave >= 0);
     char *mapped = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     pid_t child = fork();
     if (!child) {
@@ -112,7 +120,11 @@ int main(void) {
     CHECK(pread(gone, text, 99, 0) == 5 && !strcmp(text, "ghost") && access("/tmp/gone", F_OK));
     CHECK(readlink("/tmp/link", text, 99) == 6 && !lstat("/tmp/device", &status) && status.st_rdev == makedev(1, 5));
     CHECK(open("/usr/written", O_CREAT | O_RDWR, 0600) < 0 && errno == EROFS);
-    CHECK(posix_openpt(O_RDWR) >= 0 && !access("/dev/pts/0", F_OK));
+    CHECK(write(slave, "typed\n", 6) == 6 && read(master, text, 99) == 7 && !memcmp(text, "typed\r\n", 7));
+    CHECK(posix_openpt(O_RDWR | O_NOCTTY) >= 0 && !access("/dev/pts/0", F_OK) && !access("/dev/pts/1", F_OK));
+    memset(text, 0, 100);
+    CHECK(pread(changed, text, 99, 0) == 11 && !strcmp(text, "below\nabove") && !access("/work/upper/file", F_OK));
+    CHECK(write(changed, "!", 1) == 1);
     // What is mounted in the group comes to its slave.
     CHECK(!mkdir("/tmp/a/more", 0700) && !mount("x", "/tmp/a/more", "tmpfs", 0, 0));
     int status_of;
@@ -198,3 +210,32 @@ def test_a_mount_that_cannot_be_made_again_is_named(tmp_path: Path) -> None:
         said = stasis("dump", program.pid, "--images", tmp_path / "images", status=ExitCode.UNSUPPORTED)
         program.finish()
     assert f"mount {tmp_path}/gone (tmpfs): the directory or file that it shows was deleted" in said
+
+
+def test_a_container_is_copied_ahead(tmp_path: Path) -> None:
+    compiled(tmp_path, 'int main(void) { char *big = malloc(9 << 20); memset(big, 7, 9 << 20); set_up();'
+                       'CHECK(big[8 << 20] == 7 && getpid() == 1); return content(); }')
+    script = tmp_path / "setup"
+    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
+    with container(tmp_path, "-pm", "--mount-proc", "sh", script) as program:
+        said = stasis("pre-dump", program.pid, "--images", tmp_path / "ahead", status=ExitCode.UNSUPPORTED)
+        assert "--pre-copy" in said
+        program.restore(program.dump("--pre-copy", "2"))
+        program.finish()
+
+
+def test_a_process_that_has_entered_is_named(tmp_path: Path) -> None:
+    compiled(tmp_path, "int main(void) { set_up(); return content(); }")
+    script = tmp_path / "setup"
+    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
+    with container(tmp_path, "-pm", "--mount-proc", "sh", script) as program:
+        command = ["nsenter", "-t", str(program.pid), "-p", "-m", "sleep", "1000"]
+        with subprocess.Popen(command) as stranger:
+            wait_for(lambda: procfs.children(stranger.pid, stranger.pid), "nsenter does not fork")
+            try:
+                said = stasis("dump", program.pid, "--images", tmp_path / "images", status=ExitCode.UNSUPPORTED)
+            finally:
+                for pid in procfs.children(stranger.pid, stranger.pid):
+                    os.kill(pid, 9)
+        assert "sleep has entered it and is not in the tree" in said
+        program.finish()

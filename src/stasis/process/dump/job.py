@@ -17,6 +17,7 @@ from typing import Any
 from stasis.errors import UsageError
 from stasis.linux import procfs, ptrace
 from stasis.linux.memlock import no_collection
+from stasis.linux.namespaces import CLONE_NEWPID
 from stasis.linux.procfs import Mapping
 from stasis.process import keeper
 from stasis.process.cgroups import GroupTable
@@ -123,6 +124,9 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     if chosen.track and not chosen.leave_running:
         raise UsageError("only a tree that is left running can be watched", hint="leave it running, or do not track it")
     if way := entering(pid):
+        if chosen.track and way.flags & CLONE_NEWPID:
+            raise UsageError(f"process {pid} is in a pid namespace of its own, and cannot be watched afterwards",
+                             hint="leave --track out")  # fmt: skip
         ends = not chosen.leave_running and not chosen.leave_stopped
         return dump_inside(pid, way, images, lambda inner, path: _dump(inner, path, chosen), ends=ends,
                            stops=chosen.leave_stopped)  # fmt: skip
