@@ -239,3 +239,17 @@ def test_a_process_that_has_entered_is_named(tmp_path: Path) -> None:
                     os.kill(pid, 9)
         assert "sleep has entered it and is not in the tree" in said
         program.finish()
+
+
+def test_many_of_one_container(tmp_path: Path) -> None:
+    compiled(tmp_path, 'int main(void) { set_up(); int file = open("count", O_WRONLY | O_CREAT | O_APPEND, 0600);'
+                       'CHECK(getpid() == 1 && write(file, ".", 1) == 1); return content(); }')
+    script = tmp_path / "setup"
+    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
+    with container(tmp_path, "-pmiun", "--mount-proc", "sh", script) as program:
+        images = program.dump("--leave-running")
+        copies = [int(stasis("restore", "--images", images, *option)) for option in ((), ("--pid-namespace",))]
+        program.finish()
+        stasis("restore", "--images", images, "--attach")
+        wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in copies), "the copies do not end")
+    assert (tmp_path / "count").read_text() == "...."

@@ -26,7 +26,7 @@ __all__ = [
 
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT, SYS_MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 SYS_FSPICK, SYS_PIVOT_ROOT, SYS_UMOUNT2 = 433, 155, 166
-AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, AT_SYMLINK_NOFOLLOW = -100, 0x1000, 0x8000, 0x100
+AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, AT_SYMLINK_NOFOLLOW, AT_NO_AUTOMOUNT = -100, 0x1000, 0x8000, 0x100, 0x800
 # include/uapi/linux/mount.h
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC = 1, 1
@@ -81,7 +81,8 @@ def new_filesystem(
 
 def clone_tree(path: str, *, at: int = AT_FDCWD, recursive: bool = False) -> int:
     """A descriptor for a copy of the mount at `path`, from that directory or file on, without what is mounted below."""
-    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_SYMLINK_NOFOLLOW | (AT_RECURSIVE if recursive else 0)
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT
+    flags |= AT_RECURSIVE if recursive else 0
     where = _text(path)
     return _call("open_tree", path, SYS_OPEN_TREE, at, ctypes.addressof(where), flags | (0 if path else AT_EMPTY_PATH))
 

@@ -119,7 +119,10 @@ def _restore_inside(images: str | os.PathLike[str], options: RestoreOptions) -> 
     from stasis.process.restore.namespace import restore_inside
 
     with ImageSet.open(images) as opened:
-        wanted = [tid for plan in read_tree(opened).walk() for tid in plan.entry.threads]
+        tree = read_tree(opened)
+        if tree.ids is not None and "pid" in own_kinds_of(opened, tree.ids):
+            return restore(images, options)  # it comes with one
+        wanted = [tid for plan in tree.walk() for tid in plan.entry.threads]
         root = next(iter(opened.messages("pstree"))).pid
 
     def work() -> tuple[int, list[str]]:
