@@ -6,13 +6,15 @@ A loop device stands for the kernel node and its backing file for the origin, so
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EBUSY, EEXIST, EINVAL, EISDIR, ENOSPC, EOPNOTSUPP
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,7 @@ from stasis.datto.mapped import MappedCowFile
 from stasis.datto.ondevice import MappedSource, Places, new_header
 from stasis.datto.opening import reopen
 from stasis.datto.pinned import Pinned
+from stasis.datto.placing import temporary_name
 from stasis.errors import StasisError
 from stasis.linux import immutable, loop, mounts, reflink
 from tests.system.helpers import LONG, MIB, tool
@@ -346,6 +349,51 @@ def test_who_has_the_file_open_for_writing_is_seen(tmp_path: Path) -> None:
         assert immutable.has_other_writers(mine.fileno())  # closed, but mapped
         mapping.close()
         assert not immutable.has_other_writers(mine.fileno())
+
+
+def _before(monkeypatch: pytest.MonkeyPatch, word: str, action: Callable[[Session], None]) -> None:
+    """Do something once, before the helper is asked for a step."""
+    real, left = Session.ask, [action]
+
+    def ask(self: Session, **fields: Any) -> dict[str, Any]:
+        if word in fields and left:
+            left.pop()(self)
+        return real(self, **fields)
+
+    monkeypatch.setattr(Session, "ask", ask)
+
+
+@pytest.mark.parametrize("how", ["open", "mapped"])
+def test_a_file_that_somebody_can_write_to_is_not_used(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Who opened it before it was protected could write old pages over what lies there."""
+    with contextlib.ExitStack() as held:
+        def open_it(session: Session) -> None:
+            fd = os.open(temporary_name(str(disk.mount / ".cow"), session.process.pid), os.O_RDWR)
+            held.callback(mmap.mmap(fd, 4096).close if how == "mapped" else partial(os.close, fd))
+            if how == "mapped":
+                os.close(fd)
+
+        _before(monkeypatch, "token", open_it)
+        assert "open for writing" in disk.refuses(EBUSY)
+    monkeypatch.undo()
+    disk.make().close()
+
+
+@pytest.mark.parametrize("step", ["settle", "keep"])
+def test_blocks_that_somebody_else_wrote_meanwhile_are_not_used(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def write(_session: Session) -> None:
+        claim = disk.claims[-1]
+        assert claim is not None
+        start, _ = claim.territory.ranges[0]
+        claim.see([(start, 512, 0)])
+
+    _before(monkeypatch, step, write)
+    assert "taken away" in disk.refuses(EBUSY)
+    assert disk.claims[-1] is None
 
 
 def test_no_page_of_a_file_stays_in_memory(disk: Disk) -> None:
