@@ -63,7 +63,7 @@ class Container:
 
     def end(self) -> None:
         """Kill what is left of it."""
-        if lives(self.pid) and os.readlink(f"/proc/{self.pid}/exe").endswith("/program"):
+        if lives(self.pid) and os.readlink(f"/proc/{self.pid}/exe").endswith(("/program", "/busybox")):
             os.kill(self.pid, signal.SIGKILL)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -253,3 +254,45 @@ def test_many_of_one_container(tmp_path: Path) -> None:
         stasis("restore", "--images", images, "--attach")
         wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in copies), "the copies do not end")
     assert (tmp_path / "count").read_text() == "...."
+
+
+SHELL = """set -e
+mkdir root && cd root
+mkdir bin proc dev old
+cp "$(command -v busybox)" bin/busybox
+mount --bind . .
+cd .
+mount -t proc proc proc
+mount -t tmpfs dev dev
+mknod -m 666 dev/null c 1 3
+pivot_root . old
+exec bin/busybox sh -c '
+    busybox() { /bin/busybox "$@"; }
+    cd / && busybox umount -l old && busybox hostname inside && number=0
+    exec </dev/null >>out 2>&1
+    trap "echo told; exit 0" TERM
+    while :; do
+        number=$((number + 1))
+        echo $number $$ $(busybox hostname) | busybox cat
+        busybox sleep 0.01
+        [ $number != 3 ] || echo > ready
+    done'
+"""
+
+
+@pytest.mark.tool("busybox")
+def test_a_shell_in_a_directory(tmp_path: Path) -> None:
+    """Its pipelines come and go while it is dumped; the directory is outside, too, and what it writes stays there."""
+    script, out = tmp_path / "setup", tmp_path / "root/out"
+    script.write_text(WITHOUT_OTHERS + SHELL)
+    (tmp_path / "ready").symlink_to("root/ready")
+    with container(tmp_path, "-pmiun", "sh", script) as program:
+        for _ in range(2):
+            program.restore(program.dump())
+            lines = len(out.read_text().splitlines())
+            wait_for(lambda lines=lines: len(out.read_text().splitlines()) > lines + 2, "it stands still")  # type: ignore[misc]
+        os.kill(program.pid, signal.SIGTERM)
+        wait_for(lambda: not os.path.exists(f"/proc/{program.pid}"), "it does not end")
+    *counted, told = out.read_text().splitlines()
+    assert counted == [f"{number} 1 inside" for number in range(1, len(counted) + 1)]
+    assert told == "told"
