@@ -69,6 +69,16 @@ def test_it_gets_tighter_until_nothing_is_left(tmp_path: Path, busy: Cgroup) -> 
     assert len(keeper.left) == 1  # what was there before, and not what we set
 
 
+def test_who_is_slowed_already_need_not_be_seen(tmp_path: Path, busy: Cgroup) -> None:
+    """A write that takes longer than the look at it does not show."""
+    keeper, writers = Keeper(), [busy]
+    limits = Throttle(keeper, [DISK], tmp_path, pause=lambda _: [one.wrote(2 * MIB) for one in writers] and None)
+    assert limits.tighten(float("inf"))
+    writers.clear()
+    assert limits.tighten(float("inf"))
+    assert limits.limits == {(busy.path, DISK): 2 * MIB}
+
+
 def test_without_a_writer_that_is_seen_nothing_is_done(tmp_path: Path) -> None:
     Cgroup(tmp_path / "idle.service")
     assert not throttle(tmp_path, Keeper()).tighten(1e9)

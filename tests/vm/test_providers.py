@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from stasis.block.frontend.node import load_module
 from stasis.errors import StasisError
+from stasis.linux import process
 from stasis.live.providers import PointSource, open_file
 from tests.live.disks import put_number, writing
 from tests.runner import Stasis
@@ -44,6 +46,9 @@ def group(disks: list[Disk], stasis: Stasis, tmp_path: Path, monkeypatch: pytest
     finally:
         run("vgremove", "--yes", GROUP)
         run("pvremove", disks[0].path)
+        for pid in process.processes():  # thin pools have it started all the same
+            if process.name(pid) == "dmeventd":
+                os.kill(pid, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,8 @@ class Throttle:
         self._pause(LOOK_SECONDS)
         slowed = False
         for (group, disk), count in before.items():
-            speed = (iomax.written(group, disk) - count) / LOOK_SECONDS
+            # Who is slow by now may show nothing in so short a time.
+            speed = max((iomax.written(group, disk) - count) / LOOK_SECONDS, self.limits.get((group, disk), 0))
             if speed > 0:
                 slowed |= self._slow(group, disk, min(speed, rate) / 2)
         return slowed
