@@ -177,6 +177,13 @@ def test_a_claim_that_is_filled_is_broken_by_any_write_to_it() -> None:
         claim.require("cow")
 
 
+def test_a_territory_in_numbers_never_leaves_anything_out() -> None:
+    territory = Territory([(10, 20), (40, 50), (60, 70)], 4096)
+    assert territory.as_numbers(6) == [10, 10, 40, 10, 60, 10]
+    assert territory.as_numbers(5) == [10, 60]
+    assert Territory((), 4096).as_numbers(5) == []
+
+
 def test_an_empty_map_has_no_length() -> None:
     assert BlockMap(()).length == 0
     assert BlockMap(()).ranges() == []

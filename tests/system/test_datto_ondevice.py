@@ -105,6 +105,25 @@ def test_the_file_s_own_writes_are_no_changes(disk: Volume) -> None:
     disk.must("destroy", 0)
 
 
+def test_a_backup_of_its_image_is_right_to_the_last_byte(disk: Volume, short_dir: Path) -> None:
+    """Also where COW files are and were: they list no changes of their own."""
+    repo = short_dir / "repo"
+    disk.stasis("repo", "init", repo, "--no-encryption")
+    disk.fill(4)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    disk.stasis("backup", "create", "datto:0", "--repo", repo)
+    disk.fill(4)
+    disk.must("transition-to-incremental", 0)
+    disk.fill(4)
+    disk.must("transition-to-snapshot", disk.mount / ".cow1", 0)
+    disk.stasis("backup", "create", "datto:0", "--repo", repo)
+    made = disk.stasis.json("backup", "list", "--repo", repo)
+    assert [one["kind"] for one in made] == ["full", "incremental"]
+    disk.stasis("backup", "restore", made[-1]["id"], short_dir / "restored", "--repo", repo)
+    assert (short_dir / "restored").read_bytes() == disk.copy_image(short_dir / "image")
+    disk.must("destroy", 0)
+
+
 def test_it_survives_its_daemon_and_a_new_attachment(disk: Volume, short_dir: Path) -> None:
     disk.fill(6)
     disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)

@@ -169,6 +169,8 @@ class Tracer:
     """When its snapshot was taken, in seconds since 1970."""
     finished: dict[str, str] = field(default_factory=dict)
     """Paths of the finished COW files of the series, by their numbers."""
+    own: dict[str, list[int]] = field(default_factory=dict)
+    """By the numbers of COW files on the device itself: what of it is theirs, offset and length in bytes by turns."""
     trusted_from: int = 0
     """What changed since snapshots with smaller numbers is not relied on."""
     live: bool = False

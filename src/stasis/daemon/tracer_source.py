@@ -70,10 +70,16 @@ class TracerSource:
             unit *= 2
         flags = bytearray(-(-size // unit))
         for number in range(mark.number, own.number):
-            for offset, length in self._listed(number, size):
+            for offset, length in [*self._listed(number, size), *self._own(number), *self._own(number + 1)]:
                 first, end = offset // unit, -(-(offset + length) // unit)
                 flags[first:end] = b"\1" * (end - first)
         return bounded_extents(bytes(flags), 0, unit, size)
+
+    def _own(self, number: int) -> list[Extent]:
+        """What belongs to a COW file on the device itself, which lists no changes of its own and reads as zeroes in its
+        image: it differs from the images before and after."""
+        numbers = self._tracer.own.get(str(number), [])
+        return list(zip(numbers[::2], numbers[1::2], strict=True))
 
     def _listed(self, number: int, size: int) -> list[Extent]:
         path = self._tracer.finished.get(str(number))

@@ -127,6 +127,11 @@ class Territory:
         if start < end:
             yield start, end
 
+    def as_numbers(self, most: int) -> list[int]:
+        """Offset and length of each range by turns; with more than `most` numbers, one range that holds them all."""
+        flat = [number for start, end in self.ranges for number in (start, end - start)]
+        return flat if len(flat) <= most else [flat[0], flat[-2] + flat[-1] - flat[0]]
+
     def touches(self, start: int, end: int) -> bool:
         """Whether a range has a byte of the file."""
         return next(self.inside(start, end), None) is not None

@@ -33,6 +33,9 @@ from stasis.nbd.server import Server
 
 __all__ = ["Hosted", "attach"]
 
+MOST_NUMBERS = 1000
+"""Of the places of a COW file in an answer, which is bounded."""
+
 
 
 def attach(host: Host, state: Mapping[str, Any] | None) -> Hosted:
@@ -241,6 +244,7 @@ class Hosted(Following, RestingRequests):
                 "cow": self.tracer.cow.path, "cow_size": header.fsize, "seqid": header.seqid,
                 "uuid": header.uuid.hex(), "version": header.version, "changed": header.changed_blocks,
                 "filled": 0 if header.is_index_only else self.tracer.cow.filled_percent,
+                "own": [] if header.is_index_only else self.tracer.cow.territory.as_numbers(MOST_NUMBERS),
             }
         return fields
 

@@ -10,7 +10,10 @@ from typing import Any
 from stasis.datto.layout import CACHE_DEFAULT
 from stasis.datto.states import State
 
-__all__ = ["Target", "TracerRecord"]
+__all__ = ["FILES_REMEMBERED", "Target", "TracerRecord"]
+
+FILES_REMEMBERED = 256
+"""Of each series."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,9 @@ class TracerRecord:
     """When its snapshot was taken, in seconds since 1970."""
     finished: dict[str, str] = field(default_factory=dict)
     """Finished COW files of the series by their numbers."""
+    own: dict[str, list[int]] = field(default_factory=dict)
+    """What of the device belongs to COW files on it, by their numbers: offset and length in bytes by turns. Their images
+    do not show it."""
     trusted_from: int = 0
     """What changed since snapshots before this one is not relied on any more."""
     mark: tuple[str, int] | None = None
@@ -69,6 +75,8 @@ class TracerRecord:
         for name in ("cow", "cow_size", "seqid", "uuid", "version", "changed", "filled"):
             if name in described:
                 setattr(self, name, described[name])
+        if described.get("own"):
+            self.own = dict([*self.own.items(), (str(self.seqid), described["own"])][-FILES_REMEMBERED:])
         if "mode" in described and self.state.is_active:
             self.state = State.ACTIVE_SNAPSHOT if described["mode"] == "snapshot" else State.ACTIVE_INCREMENTAL
         if described.get("error") and not self.error:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from errno import EBUSY, EFBIG, EINVAL, ENOENT
 from typing import Any, Protocol
 
-from stasis.datto.record import Target, TracerRecord
+from stasis.datto.record import FILES_REMEMBERED, Target, TracerRecord
 from stasis.datto.states import Move, State, move
 from stasis.errors import BusyError, NotFoundError, StasisError, StateError, StorageError, UsageError
 
@@ -21,7 +21,6 @@ __all__ = ["LIVE", "MIB", "PATH_MAX", "Backend", "Registry", "Target", "TracerRe
 
 MIB = 1 << 20
 PATH_MAX = 4096
-FILES_REMEMBERED = 256
 LIVE = "live:"
 """Before its minor: what stands for the device of a tracer that only looks at the change map of a live device."""
 
