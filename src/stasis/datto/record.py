@@ -52,8 +52,8 @@ class TracerRecord:
     finished: dict[str, str] = field(default_factory=dict)
     """Finished COW files of the series by their numbers."""
     own: dict[str, list[int]] = field(default_factory=dict)
-    """What of the device belongs to COW files on it, by their numbers: offset and length in bytes by turns. Their images
-    do not show it."""
+    """What of the device belongs to COW files on it, by their numbers: offset and length in bytes by turns. Images do
+    not show it."""
     trusted_from: int = 0
     """What changed since snapshots before this one is not relied on any more."""
     mark: tuple[str, int] | None = None
