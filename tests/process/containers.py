@@ -20,7 +20,7 @@ __all__ = ["PLACES", "WITHOUT_OTHERS", "Container", "contained_cycle", "containe
 PLACES = ("/tmp/", "/dev/shm/", "/run/", "/sys/fs/bpf")
 WITHOUT_OTHERS = (
     f"for one in $(cut -d' ' -f5 /proc/self/mountinfo | grep {' '.join(f'-e ^{place}' for place in PLACES)})\n"
-    "do umount -l $one; done\n"
+    "do umount -l $one 2>/dev/null || :; done\n"
 )
 """For a shell in a mount namespace of its own: away with mounts of other programs, which may go meanwhile."""
 

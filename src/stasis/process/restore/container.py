@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -36,10 +37,13 @@ if TYPE_CHECKING:
 __all__ = ["restore_first"]
 
 FAILED = 1
+PATIENCE = 2.0
 FIRST = 1
 """The pid of the first process inside."""
-Work = Callable[[int], dict[str, Any]]
-"""Called in the helper with the outer pid of the first process; what it returns is passed on."""
+Work = Callable[[int, Callable[[dict[str, Any]], None]], None]
+"""Called in the helper with the outer pid of the first process, and what to call with that which is to be passed on,
+before anything runs: a first process that ends at once takes the helper along."""
+DONE = b"done\n"
 
 
 def restore_first(nursery: Nursery, work: Work) -> tuple[dict[str, Any], dict[int, int]]:
@@ -71,7 +75,7 @@ def restore_first(nursery: Nursery, work: Work) -> tuple[dict[str, Any], dict[in
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)
         raise
-    return report, outer_pids(first)
+    return report, {FIRST: first, **outer_pids(first)}
 
 
 def _prepare(crew: Crew, ids: TaskKobjIdsEntry, own: list[str]) -> None:
@@ -93,14 +97,27 @@ def _have_helped(first: int, nursery: Nursery, work: Work, start: int, told: tup
     os.close(start)
     nursery.close()
     with open(told[0], "rb") as file:
-        said = file.readline()
+        lines = file.readlines()
     os.waitpid(helper, 0)
-    if not said:
+    reports: list[dict[str, Any]] = [json.loads(line) for line in lines if line != DONE]
+    for report in reports:
+        if "error" in report:
+            raise StasisError.from_dict(report)
+    if not reports or (DONE not in lines and not _is_on_its_own(first)):
         raise StasisError("the restore inside of the pid namespace ended without a word")
-    report: dict[str, Any] = json.loads(said)
-    if "error" in report:
-        raise StasisError.from_dict(report)
-    return report
+    return reports[0]
+
+
+def _is_on_its_own(first: int) -> bool:
+    """Whether the first process runs without its helper, or came to an end of its own: with its tracer it would have
+    been killed, or would be now."""
+    pidfd = process.pidfd_open(first)
+    try:
+        select.select([pidfd], [], [], PATIENCE)
+    finally:
+        os.close(pidfd)
+    found = os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    return found is None or (found.si_code, found.si_status) != (os.CLD_KILLED, signal.SIGKILL)
 
 
 def _help(first: int, nursery: Nursery, work: Work, start: int, tell: int) -> NoReturn:
@@ -120,7 +137,8 @@ def _help(first: int, nursery: Nursery, work: Work, start: int, tell: int) -> No
             Identities.use(FIRST)
             os.write(start, b"s")
             os.close(start)
-            os.write(tell, json.dumps(work(first)).encode() + b"\n")
+            work(first, lambda made: _write(tell, made))
+            os.write(tell, DONE)
             os._exit(0)
         nursery.close()
         os.waitpid(worker, 0)
@@ -135,4 +153,8 @@ def _help(first: int, nursery: Nursery, work: Work, start: int, tell: int) -> No
 
 
 def _tell(fd: int, error: StasisError) -> None:
-    os.write(fd, json.dumps({"message": str(error), **error.as_dict()}).encode() + b"\n")
+    _write(fd, {"message": str(error), **error.as_dict()})
+
+
+def _write(fd: int, report: dict[str, Any]) -> None:
+    os.write(fd, json.dumps(report).encode() + b"\n")

@@ -137,16 +137,13 @@ def _restore_first(nursery: Nursery, options: RestoreOptions) -> RestoreResult:
     """Into a pid namespace that the tree had of its own."""
     from stasis.process.restore.container import restore_first
 
-    def work(first: int) -> dict[str, Any]:
-        def hook(name: str, pid: int) -> None:
-            if name != "post-resume":
-                options.hook(name, first if pid else 0)
-
-        return _restore(nursery, options._replace(hook=hook), has_root=True).as_dict()
+    def work(first: int, tell: Callable[[dict[str, Any]], None]) -> None:
+        chosen = options._replace(hook=lambda name, pid: options.hook(name, first if pid else 0))
+        _restore(nursery, chosen, before=lambda made: tell(made.as_dict()))
 
     report, pids = restore_first(nursery, work)
     made = RestoreResult(**report)
-    options.hook("post-resume", pids[made.pid])
+    _end_up(nursery.crew.files, options, pids[made.pid])
     return made._replace(pid=pids[made.pid], pids=[pids.get(pid, 0) for pid in made.pids])
 
 
@@ -171,8 +168,11 @@ def _mapper(map_paths: Mapping[str, str]) -> Callable[[str], str]:
     return mapped
 
 
-def _restore(nursery: Nursery, options: RestoreOptions, *, has_root: bool = False) -> RestoreResult:
-    """Make it all. `has_root`: the first process is there and waits."""
+def _restore(
+    nursery: Nursery, options: RestoreOptions, *, before: Callable[[RestoreResult], None] | None = None
+) -> RestoreResult:
+    """Make it all. With `before` the first process is there and waits, and its end will be ours: this is called before
+    anything runs, and what follows is left to the caller."""
     root, files, chain = nursery.crew.root, nursery.crew.files, nursery.crew.chain
     living = [plan for plan in root.walk() if not plan.is_zombie]
     roll, filters = Roll(), Filters(files.images)
@@ -180,7 +180,7 @@ def _restore(nursery: Nursery, options: RestoreOptions, *, has_root: bool = Fals
         try:
             nursery.crew.is_sibling = options.sibling
             began = time.monotonic()
-            ready = spawn(nursery, has_root=has_root)
+            ready = spawn(nursery, has_root=before is not None)
             forking = time.monotonic() - began
             roll.enter(plan.pid for plan in living)
             warnings = join(files.images, _members(living), options.cgroup_roots) if options.manage_cgroups else []
@@ -194,6 +194,12 @@ def _restore(nursery: Nursery, options: RestoreOptions, *, has_root: bool = Fals
             let_all_live(files, [(plan.pid, plan.ids.files_id) for plan in living if plan.ids is not None])
             for name in "post-restore", "pre-resume":
                 options.hook(name, root.pid)
+            made = RestoreResult(
+                root.pid, [plan.pid for plan in root.walk()], 0, warnings, forking, 0.0,
+                sum(one.pages_compared for one in ready.values()), sum(one.pages_shared for one in ready.values()),
+            )  # fmt: skip
+            if before is not None:
+                before(made)
             _let_go(living, roll)
         except BaseException as error:
             if options.sibling:
@@ -203,15 +209,18 @@ def _restore(nursery: Nursery, options: RestoreOptions, *, has_root: bool = Fals
             if isinstance(error, OSError):
                 raise StasisError(f"the restore failed: {error.strerror or error}", errno=error.errno or 0) from error
             raise
+    if before is None:
+        _end_up(files, options, root.pid)
+    return made
+
+
+def _end_up(files: FileSet, options: RestoreOptions, pid: int) -> None:
+    """All runs."""
     if files.images.has("remap-fpath"):
         from stasis.process.files.linkremap import forget_links
 
         forget_links(files)
-    options.hook("post-resume", root.pid)
-    return RestoreResult(
-        root.pid, [plan.pid for plan in root.walk()], 0, warnings, forking, 0.0,
-        sum(one.pages_compared for one in ready.values()), sum(one.pages_shared for one in ready.values()),
-    )  # fmt: skip
+    options.hook("post-resume", pid)
 
 
 def _remove_marked(images: ImageSet, root: TaskPlan) -> None:
@@ -273,7 +282,7 @@ def _lock_again(remote: Remote, images: ImageSet) -> None:
 
 def _let_go(living: list[TaskPlan], roll: Roll) -> None:
     """All at once, as far as that goes: up to here they end with us, from here on without us they live."""
-    for plan in living:
+    for plan in reversed(living):  # as long as the first process of a pid namespace ends with us, all do
         task = plan.core.tc
         if task is not None and task.task_state == TaskState.STOPPED:
             os.kill(plan.pid, signal.SIGSTOP)
