@@ -180,7 +180,10 @@ def test_a_pid_that_is_taken_is_named(program: subprocess.Popen[bytes], tmp_path
 
 
 def test_what_cannot_be_kept_is_named_and_nothing_happens(tmp_path: Path) -> None:
-    code = "import socket, time; s = socket.socket(); r = socket.socket(socket.AF_PACKET, socket.SOCK_RAW); print(1, flush=True); time.sleep(99)"  # noqa: E501
+    code = (
+        "import socket, struct, time; ring = socket.socket(socket.AF_PACKET, socket.SOCK_RAW); "
+        "ring.setsockopt(263, 5, struct.pack('=4I', 4096, 4, 2048, 8)); print(1, flush=True); time.sleep(99)"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
