@@ -66,7 +66,8 @@ def test_a_file_system_that_cannot_be_frozen(disks: list[Disk], tracked_state: S
             said = stasis.fail(ExitCode.BUSY, *create, timeout=600)
             assert "was written to while it should have rested" in said
             assert "--pre-snapshot" in said
-            hooks = ("--pre-snapshot", f"kill -STOP {pid}; cat {directory}/number > {tmp_path}/then",
+            stopped = f"until grep -q 'State:.T' /proc/{pid}/status; do :; done"  # a write may still be under way
+            hooks = ("--pre-snapshot", f"kill -STOP {pid}; {stopped}; cat {directory}/number > {tmp_path}/then",
                      "--post-snapshot", f"kill -CONT {pid}")
             made = json.loads(stasis(*create, *hooks, timeout=600).splitlines()[-1])
             assert (made["backups"][0]["kind"], made["backups"][0]["consistency"]) == ("incremental", "hooks")
