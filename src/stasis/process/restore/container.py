@@ -21,7 +21,6 @@ from stasis.errors import PermissionDeniedError, StasisError
 from stasis.linux import process
 from stasis.linux.clone3 import fork_as
 from stasis.linux.namespaces import CLONE_NEWNS, CLONE_NEWPID, FLAGS, enter, fork_into_new, mount_proc, unshare
-from stasis.process.dump.ids import own_kinds_of
 from stasis.process.namespaces.identities import Identities
 from stasis.process.namespaces.imports import import_all
 from stasis.process.namespaces.mounting import Copies
@@ -53,10 +52,9 @@ def restore_first(nursery: Nursery, work: Work) -> tuple[dict[str, Any], dict[in
     """
     crew = nursery.crew
     assert crew.root.ids is not None
-    own = own_kinds_of(crew.files.images, crew.root.ids)
-    is_foreign = "user" in own
+    is_foreign = "user" in crew.own
     if is_foreign:
-        _prepare(crew, crew.root.ids, own)
+        _prepare(crew, crew.root.ids)
     started, told = os.pipe(), os.pipe()
     try:
         first = fork_into_new(CLONE_NEWPID | (FLAGS["user"] if is_foreign else 0))
@@ -78,11 +76,11 @@ def restore_first(nursery: Nursery, work: Work) -> tuple[dict[str, Any], dict[in
     return report, {FIRST: first, **outer_pids(first)}
 
 
-def _prepare(crew: Crew, ids: TaskKobjIdsEntry, own: list[str]) -> None:
+def _prepare(crew: Crew, ids: TaskKobjIdsEntry) -> None:
     """Have done what a first process in a user namespace of its own has no right to."""
     import_all()
     crew.shared_fd = make_shared(list(crew.root.walk()), crew.chain)
-    if "mnt" in own:
+    if "mnt" in crew.own:
         crew.copies = Copies.of(ids.mnt_ns_id or 0, crew.files.images, crew.files.map_path)
     for images in crew.chain:
         images.keep()

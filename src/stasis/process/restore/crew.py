@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from stasis.errors import StasisError
 from stasis.linux import process, procfs
+from stasis.process.dump.ids import own_kinds_of
 
 if TYPE_CHECKING:
     from stasis.process.files.opening import FileSet
@@ -146,7 +147,7 @@ def live_with(parent: int, until_then: int) -> None:
 class Crew:
     """What all processes know of each other. `is_guest`: the tree is in the session of the one who restores it.
     `is_sibling`: the first process is a child of the restorer's parent. `links`: what the other ends of network devices
-    are called."""
+    are called; `own`: kinds of namespaces that the tree has of its own."""
 
     def __init__(
         self, root: TaskPlan, files: FileSet, chain: list[ImageSet], reports: Reports, gates: dict[str, Gate],
@@ -159,6 +160,7 @@ class Crew:
         self.gates = gates
         self.links = links
         self.copies: Copies | None = None
+        self.own = [] if root.ids is None else own_kinds_of(files.images, root.ids)
         self.pids = frozenset(plan.pid for plan in root.walk())
         self.is_guest = False
         self.is_sibling = False

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from stasis.process.dump.ids import own_kinds_of
 from stasis.process.dump.mm import VmaStatus
 from stasis.process.images.pagemap import Pagemap
 from stasis.process.restore.shared import make_shared
@@ -45,7 +44,7 @@ def enter_namespaces(crew: Crew) -> None:
     """The first process goes into namespaces that the tree has of its own; all others are born there."""
     ids = crew.root.ids
     assert ids is not None
-    if not own_kinds_of(crew.files.images, ids):
+    if not crew.own:
         return
     from stasis.process.namespaces.own import Settings, make_namespaces
 
@@ -115,7 +114,7 @@ def _pages_files(plan: TaskPlan, crew: Crew) -> list[tuple[int, int, int]]:
     """(device, inode, descriptor) of the files that have its pages, where it is to live in other namespaces."""
     assert plan.ids is not None
     assert plan.fs is not None
-    if not own_kinds_of(crew.files.images, plan.ids) and crew.files.file_name(plan.fs.root_id) == "/":
+    if not crew.own and crew.files.file_name(plan.fs.root_id) == "/":
         return []
     found = []
     for images in crew.chain:
