@@ -294,9 +294,14 @@ class Hosted(Following, RestingRequests):
         return {}
 
     def _do_abort(self, connection: Connection, _message: Message) -> None:
-        if self._pending is not None:
-            self._discard(self._pending)
-        connection.reply()
+        """Give up what was prepared; what is still being made for a daemon that died, once it is made."""
+
+        def ended(_error: OSError | None) -> None:
+            if self._pending is not None:
+                self._discard(self._pending)
+            connection.reply()
+
+        self._host.background.run(lambda: None, ended)
 
     def _do_incremental(self, connection: Connection, _message: Message) -> None:
         tracer = self._require()
