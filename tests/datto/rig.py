@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from errno import EIO
 from pathlib import Path
 from typing import Any
@@ -226,3 +227,20 @@ class Rig:
         self.host.origin.close()
         self.buffer.close()
         self.loop.close()
+
+
+def live_through_a_series(rig: Rig, choose: random.Random, step: Callable[[Any, random.Random], None]) -> None:
+    """Steps of a tracer in both modes, with restarts, deaths, rests and power cuts between them at random."""
+    for mode in ("snapshot", "incremental"):
+        if mode != rig.mode:
+            rig.to_incremental()
+        for _ in range(choose.randrange(6)):
+            step(rig, choose)
+            if choose.random() < 0.3:
+                choose.choice((rig.restart, rig.die, rig.rest))()
+        if rig.mode == "snapshot":
+            assert rig.read_image() == rig.image
+        if choose.random() < 0.3:
+            rig.cut()
+            assert rig.hosted.tracer is not None, rig.hosted.describe()
+            assert rig.hosted.tracer.cow.is_index_only == (rig.mode == "incremental")

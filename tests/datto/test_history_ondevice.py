@@ -24,7 +24,7 @@ from stasis.datto.mapped import MappedCowFile
 from stasis.datto.ondevice import Places
 from stasis.datto.pinned import Pinned
 from tests.datto import rig as rigs
-from tests.datto.rig import BLOCK, Rig
+from tests.datto.rig import BLOCK, Rig, live_through_a_series
 
 HISTORIES = 60 if os.environ.get("STASIS_LONG") else 3
 TRANSITIONS = 12
@@ -145,19 +145,7 @@ def _step(rig: Rig, choose: random.Random) -> None:
 def test_changes_lead_from_each_image_to_the_next(rig: OnDeviceRig, seed: int, number: int) -> None:
     choose = random.Random(f"{seed} {number}")
     for _ in range(TRANSITIONS):
-        for mode in ("snapshot", "incremental"):
-            if mode != rig.mode:
-                rig.to_incremental()
-            for _ in range(choose.randrange(6)):
-                _step(rig, choose)
-                if choose.random() < 0.3:
-                    choose.choice((rig.restart, rig.die, rig.rest))()
-            if rig.mode == "snapshot":
-                assert rig.read_image() == rig.image
-            if choose.random() < 0.3:
-                rig.cut()
-                assert rig.hosted.tracer is not None, rig.hosted.describe()
-                assert rig.hosted.tracer.cow.is_index_only == (rig.mode == "incremental")
+        live_through_a_series(rig, choose, _step)
         finished = rig.number
         rig.to_snapshot()
         assert _user(rig.copied) == _user(rig.image)

@@ -7,7 +7,6 @@ that update-img keeps; disk 1 is the origin, whose file system is only mounted f
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -19,12 +18,11 @@ from typing import Any
 
 from stasis.block.frontend.node import load_module
 from stasis.datto.layout import Header
-from tests.vm.machine import MIB, Disk, run
+from tests.vm.machine import MIB, Disk, run, take_step
 
 KEPT, ORIGIN = (Disk.by_serial(f"disk{number}").path for number in range(2))
 PLACE, DATA = Path("/kept"), Path("/data")
 COPY = PLACE / "copy"
-JOB = Path(os.environ["VMTEST_JOB"])
 SECONDS = 120
 
 
@@ -168,18 +166,9 @@ STEPS: tuple[Callable[[], None], ...] = (
 
 
 def main() -> None:
-    number = int(os.environ["VMTEST_BOOT"])
     for module in ("nbd", "ext4"):
         load_module(module)
-    if number < len(STEPS):
-        (JOB / "again").touch()
-    try:
-        STEPS[number - 1]()
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            (JOB / "again").unlink()
-        raise
-    print(f"boot {number}: {STEPS[number - 1].__name__} PASSED", flush=True)
+    take_step(STEPS)
 
 
 if __name__ == "__main__":

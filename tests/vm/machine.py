@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,20 @@ def run(*command: str | Path) -> str:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command} returned {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def take_step(steps: Sequence[Callable[[], None]]) -> None:
+    """What this boot of a machine that is booted once for each step has to do. A step that fails is the last."""
+    job, number = Path(os.environ["VMTEST_JOB"]), int(os.environ["VMTEST_BOOT"])
+    again = job / "again"
+    if number < len(steps):
+        again.touch()
+    try:
+        steps[number - 1]()
+    except BaseException:
+        again.unlink(missing_ok=True)
+        raise
+    print(f"boot {number}: {steps[number - 1].__name__} PASSED", flush=True)
 
 
 def wait_for(path: str) -> str:

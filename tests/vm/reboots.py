@@ -8,7 +8,6 @@ and 2 (XFS) are unmounted at the end. Disk 3 remembers: copies of the others, an
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -19,14 +18,13 @@ from pathlib import Path
 from stasis.block.frontend.node import load_module
 from stasis.live.tracker import Mark, Tracker
 from tests.live.writers import read_direct
-from tests.vm.machine import MIB, Disk, run
+from tests.vm.machine import MIB, Disk, run, take_step
 
 ROOT, DATA, LOGGED, MEMORY = (Disk.by_serial(f"disk{number}").path for number in range(4))
 COPIES = {ROOT: 16 * MIB, DATA: 160 * MIB, LOGGED: 300 * MIB}
 PLACE = Path("/root-disk")
 STATE = PLACE / "state"
 MOUNTS = {DATA: Path("/data"), LOGGED: Path("/logged")}
-JOB = Path(os.environ["VMTEST_JOB"])
 TAKEN_UP = "taken up"
 
 
@@ -217,19 +215,9 @@ STEPS: tuple[Callable[[], None], ...] = (
 
 
 def main() -> None:
-    number = int(os.environ["VMTEST_BOOT"])
     for module in ("loop", "ext4", "xfs"):
         load_module(module)
-    more = number < len(STEPS)
-    if more:
-        (JOB / "again").touch()
-    try:
-        STEPS[number - 1]()
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            (JOB / "again").unlink()
-        raise
-    print(f"boot {number}: {STEPS[number - 1].__name__} PASSED", flush=True)
+    take_step(STEPS)
 
 
 if __name__ == "__main__":
