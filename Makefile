@@ -2,7 +2,8 @@
 # One command per job. `make demo` and `make test` do all set-up by themselves on a fresh Debian 12.
 
 PYTHON ?= python3
-PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+# Tests mostly wait, so two for each processor.
+PROCESSES ?= $(shell n=$$((2 * $$(nproc))); echo $$((n < 8 ? n : 8)))
 VENV := .venv
 STAMP := $(VENV)/installed
 S3_STAMP := build/s3server/installed
