@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -44,13 +45,12 @@ def temporary_name(path: str, pid: int) -> str:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove what helpers left that were killed together with their workers."""
+    """Remove what helpers left that were killed together with their workers: a file that is being made is locked."""
     for name in glob.glob(glob.escape(temporary_name(path, 0)).replace(".0.new", ".*.new")):
-        pid = name.split(".")[-2]
-        if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
-            with contextlib.suppress(OSError), _opened(name) as fd:
-                immutable.set_immutable(fd, False)
-                os.unlink(name)
+        with contextlib.suppress(OSError), _opened(name) as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            immutable.set_immutable(fd, False)
+            os.unlink(name)
 
 
 def token(key: bytes, offset: int, length: int) -> bytes:
@@ -105,6 +105,7 @@ class _File:
         except OSError as error:
             raise StorageError(f"{path} cannot be made: {error.strerror}", errno=error.errno or errno.EIO,
                                hint="name a place you may write to") from error
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
 
     def remove(self) -> None:
         """Give everything back."""
