@@ -251,8 +251,9 @@ def test_state_is_what_it_was(tmp_path: Path, code: str) -> None:
 @pytest.mark.parametrize("user", ["root", "nobody", "capable"])
 def test_credentials_are_what_they_were(tmp_path: Path, user: str) -> None:
     os.chmod(tmp_path, 0o777)
-    for directory in tmp_path.parents[:2]:
-        os.chmod(directory, 0o755)
+    for directory in tmp_path.parents:
+        if any(name.startswith("pytest-of-") for name in directory.parts):
+            os.chmod(directory, 0o755)
     program = compiled(tmp_path, CREDENTIALS, *(["-DKEEP"] if user == "capable" else []))
     nobody = pwd.getpwnam("nobody")
     who = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": [nobody.pw_gid]} if user == "nobody" else {}
