@@ -67,6 +67,20 @@ for number in range(4):
 open(sys.argv[1], "w").close()
 time.sleep(1e6)
 """
+WRITING = """
+import mmap, random, sys, time
+size = int(sys.argv[1])
+memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(0, size, 4096):
+    memory[page] = 1
+open(sys.argv[2], "w").close()
+pages, number, began = size // 4096, 0, time.monotonic()
+while True:  # 20 MB/s: 5000 pages in a second
+    memory[random.randrange(pages) * 4096] = number & 255
+    number += 1
+    if number % 50 == 0:
+        time.sleep(max(0, began + number / 5000 - time.monotonic()))
+"""
 
 
 @contextmanager
@@ -171,6 +185,31 @@ def events(bench: Bench) -> list[Row]:
         shutil.rmtree(lab.directory / "images")
     title = "frozen time of a task with 5 threads and every event descriptor"
     return [value_row("process-frozen-events", title, frozen, 25.0, "ms")]
+
+
+@group("process-precopy", suite="process")
+def precopy(bench: Bench) -> list[Row]:
+    """A task that keeps writing to its memory: how long it stands still with rounds of pre-copy, and without."""
+    size = bench.image_size // 2
+    ratios = []
+    with bench.lab.scope() as lab:
+        told, nothing = lab.path("told"), subprocess.DEVNULL
+        process = subprocess.Popen([sys.executable, "-c", WRITING, str(size), str(told)], start_new_session=True,
+                                   stdin=nothing, stdout=nothing, stderr=nothing)  # fmt: skip
+        try:
+            _until(told.exists)
+            for _ in range(ROUNDS):
+                at_once = _dump(lab, process.pid, "--leave-running")["frozen_seconds"]
+                ratios.append(
+                    _dump(lab, process.pid, "--leave-running", "--pre-copy", "4")["frozen_seconds"] / at_once
+                )
+        finally:
+            process.kill()
+            process.wait()
+        for images in lab.directory.glob("images*"):
+            shutil.rmtree(images)
+    title = f"frozen time of {size // MIB} MiB written at 20 MB/s, with --pre-copy / without"
+    return [value_row("process-precopy", title, ratios, 0.1, "x")]
 
 
 @group("process-restore", "process-memory", suite="process")
