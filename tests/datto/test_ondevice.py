@@ -7,7 +7,6 @@ A loop device stands for the kernel node and its backing file for the origin, so
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import subprocess
@@ -362,18 +361,6 @@ def _before(monkeypatch: pytest.MonkeyPatch, word: str, action: Callable[[Sessio
         return real(self, **fields)
 
     monkeypatch.setattr(Session, "ask", ask)
-
-
-def test_what_a_killed_helper_left_goes_whoever_has_its_pid_now(disk: Disk) -> None:
-    """A file that is being made is locked; one whose maker is gone is not."""
-    path = str(disk.mount / ".cow")
-    left, made = Path(temporary_name(path, os.getpid())), Path(temporary_name(path, os.getppid()))
-    for name in (left, made):
-        name.write_bytes(b"unfinished")
-    with made.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        disk.make().close()
-        assert (left.exists(), made.exists()) == (False, True)
 
 
 @pytest.mark.parametrize("how", ["open", "mapped"])
