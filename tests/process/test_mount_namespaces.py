@@ -23,9 +23,9 @@ mkdir root lower upper working
 echo below > lower/file
 mount -t tmpfs -o size=30m,mode=755 here root
 cd root
-mkdir proc sys dev work old usr tmp etc shared shared/peer over
+mkdir proc sys dev outer old usr tmp etc shared shared/peer over
 cp ../program ../program.c .
-mount --bind .. work
+mount --bind .. outer
 mount -t proc -o nosuid,hidepid=invisible proc proc
 mount -t sysfs -o ro sysfs sys
 mount -t tmpfs -o mode=755 dev dev
@@ -45,7 +45,7 @@ mount --bind tmp/a shared
 mount --make-slave shared
 mount --bind tmp shared/peer 2>/dev/null || { mkdir tmp/a/peer; mount --bind tmp shared/peer; }
 pivot_root . old
-cd /work
+cd /outer
 exec /program </dev/null >>errors 2>&1
 """
 
@@ -124,7 +124,7 @@ int main(void) {
     CHECK(write(slave, "typed\n", 6) == 6 && read(master, text, 99) == 7 && !memcmp(text, "typed\r\n", 7));
     CHECK(posix_openpt(O_RDWR | O_NOCTTY) >= 0 && !access("/dev/pts/0", F_OK) && !access("/dev/pts/1", F_OK));
     memset(text, 0, 100);
-    CHECK(pread(changed, text, 99, 0) == 11 && !strcmp(text, "below\nabove") && !access("/work/upper/file", F_OK));
+    CHECK(pread(changed, text, 99, 0) == 11 && !strcmp(text, "below\nabove") && !access("/outer/upper/file", F_OK));
     CHECK(write(changed, "!", 1) == 1);
     // What is mounted in the group comes to its slave.
     CHECK(!mkdir("/tmp/a/more", 0700) && !mount("x", "/tmp/a/more", "tmpfs", 0, 0));
