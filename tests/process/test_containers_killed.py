@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from stasis.linux import procfs
 from stasis.linux.mountinfo import mount_table
 from tests.process.containers import PLACES, WITHOUT_OTHERS, Container, container
 from tests.process.programs import compiled, stasis, wait_for
+from tests.process.victims import killed_while
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.tool("unshare")]
 
@@ -53,15 +52,6 @@ def _goes_on(directory: Path) -> None:
         wait_for(lambda place=place: _counts(directory)[place] > before[place], "it stands still")  # type: ignore[misc]
 
 
-def _kill_it(draw: random.Random, *words: object) -> None:
-    command = [sys.executable, "-m", "stasis", "process", *map(str, words)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        try:
-            process.wait(timeout=draw.uniform(0.05, LONGEST))
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
 def _inside(directory: Path) -> list[int]:
     """The processes that have the file mapped: those of the container, and of one that is being made."""
     found = []
@@ -96,7 +86,7 @@ def test_a_dumper_that_is_killed_leaves_the_container(tmp_path: Path, seed: int)
     draw = random.Random(seed)
     with container(tmp_path, "-pmiun", "--mount-proc", "sh", _alone(tmp_path)) as program:
         for number in range(KILLS):
-            _kill_it(draw, "dump", program.pid, "--images", tmp_path / f"set-{number}", "--leave-running")
+            killed_while(draw, LONGEST, "dump", program.pid, "--images", tmp_path / f"set-{number}", "--leave-running")
             wait_for(lambda: _is_free(program), "a process is traced still")
             _goes_on(tmp_path)
             wait_for(lambda: not list(tmp_path.glob(".stasis-images-*")), "something is left of the images")
@@ -111,7 +101,7 @@ def test_a_restorer_that_is_killed_leaves_all_or_nothing(tmp_path: Path, seed: i
         images = program.dump()
         for _ in range(KILLS):
             before = _counts(tmp_path)
-            _kill_it(draw, "restore", "--images", images)
+            killed_while(draw, LONGEST, "restore", "--images", images)
             wait_for(partial(_settled, program, before), "half of it is left")
             if there := _inside(tmp_path):  # it was through
                 program.pid = min(there, key=lambda pid: int(procfs.status(pid)["NSpid"].split()[-1]))

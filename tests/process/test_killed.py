@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 
 from stasis.linux import procfs
 from tests.process.programs import Program, compiled, counts, goes_on, running, wait_for
+from tests.process.victims import killed_while
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
 
@@ -48,16 +47,6 @@ int main(void) {
 """
 
 
-def _kill_it(draw: random.Random, *words: object) -> None:
-    """Start the command, and kill it after a while if it has not ended by then."""
-    command = [sys.executable, "-m", "stasis", "process", *map(str, words)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        try:
-            process.wait(timeout=draw.uniform(0.05, LONGEST))
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
 def _nobody_traces(pids: list[int]) -> bool:
     return all(procfs.status(pid, tid)["TracerPid"] == "0" for pid in pids for tid in procfs.threads(pid))
 
@@ -68,7 +57,7 @@ def test_a_dumper_that_is_killed_leaves_everything_as_it_was(tmp_path: Path, see
         pids = program.descendants()
         descriptors = [sorted(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
         for _ in range(KILLS):
-            _kill_it(draw, "dump", program.pid, "--images", tmp_path / "images", "--leave-running")
+            killed_while(draw, LONGEST, "dump", program.pid, "--images", tmp_path / "images", "--leave-running")
             wait_for(lambda: _nobody_traces(pids), "a thread is traced still")
             goes_on(program)
             assert [sorted(os.listdir(f"/proc/{pid}/fd")) for pid in pids] == descriptors
@@ -85,7 +74,7 @@ def test_a_restorer_that_is_killed_leaves_all_processes_or_none(tmp_path: Path, 
         images = program.dump()
         for _ in range(KILLS):
             before = counts(tmp_path)
-            _kill_it(draw, "restore", "--images", images)
+            killed_while(draw, LONGEST, "restore", "--images", images)
             wait_for(partial(settled, program, before), "half of the tree is left")
             if os.path.exists(f"/proc/{program.pid}"):  # it was through
                 assert program.descendants() == program.pids

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["COUNTING", "counting", "victim"]
+__all__ = ["COUNTING", "counting", "killed_while", "victim"]
 
 COUNTING = """
 import hashlib, sys, threading
@@ -56,3 +57,13 @@ def progress(process: subprocess.Popen[str]) -> int:
     process.stdin.write("\n")
     process.stdin.flush()
     return int(process.stdout.readline())
+
+
+def killed_while(draw: random.Random, longest: float, *words: object) -> None:
+    """Start a `stasis process` command, and kill it after up to `longest` seconds if it has not ended by then."""
+    command = [sys.executable, "-m", "stasis", "process", *map(str, words)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            process.wait(timeout=draw.uniform(0.05, longest))
+        except subprocess.TimeoutExpired:
+            process.kill()
