@@ -33,8 +33,10 @@ for line in sys.stdin:
 
 @contextmanager
 def victim(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has said that it is ready; ended with the block."""
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    """A process that has said that it is ready, in a session of its own; ended with the block."""
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
