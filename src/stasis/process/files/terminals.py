@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Terminals: pseudo terminals whose both ends are in the tree, and the terminal of the caller, which at the restore
-is the terminal of whoever restores."""
+"""Terminals: pseudo terminals whose both ends are in the tree, with what waits in them, and the terminal of the caller,
+which at the restore is the terminal of whoever restores."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import stat
 import struct
@@ -17,10 +18,12 @@ from stasis.linux.ioctl import IOR, IOW
 from stasis.process.files.descriptor import Descriptor, duplicate, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.files.regular import path_entry
+from stasis.process.files.unread import ROOM, Pair, Settings, Unread, get, held_outside, looked_at
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry
 from stasis.process.images.schema.terminals import (
     TermiosEntry,
+    TtyDataEntry,
     TtyFileEntry,
     TtyInfoEntry,
     TtyPtyEntry,
@@ -37,14 +40,15 @@ __all__ = ["Terminals", "controlled", "put_in_front", "take_control"]
 PTMX = os.makedev(5, 2)
 SLAVE_MAJORS = range(136, 144)  # Documentation/admin-guide/devices.txt
 # include/uapi/asm-generic/ioctls.h
-FIONREAD, TIOCGWINSZ, TIOCSWINSZ, TIOCPKT, TIOCEXCL, TIOCSCTTY = 0x541B, 0x5413, 0x5414, 0x5420, 0x540C, 0x540E
-TCGETS2, TCSETS2 = IOR("T", 0x2A, 44), IOW("T", 0x2B, 44)
+FIONREAD, TIOCGWINSZ, TIOCSWINSZ, TIOCPKT, TIOCSCTTY = 0x541B, 0x5413, 0x5414, 0x5420, 0x540E
+TIOCGLCKTRMIOS, TIOCSLCKTRMIOS, EXTPROC = 0x5456, 0x5457, 0o200000
 TIOCGPTN, TIOCSPTLCK = IOR("T", 0x30, 4), IOW("T", 0x31, 4)
 TIOCGPTLCK, TIOCGPKT, TIOCGEXCL = IOR("T", 0x39, 4), IOR("T", 0x38, 4), IOR("T", 0x40, 4)
-TERMIOS = struct.Struct("<4IB19sII")  # struct termios2
+LOCKED = struct.Struct("<4IB19s")  # struct termios
 WINSIZE = struct.Struct("<4H")
 INT = struct.Struct("<i")
 MOST_TERMINALS = 4096
+MOST_UNREAD = 1 << 16
 
 
 class Terminals(FileKind):
@@ -54,7 +58,8 @@ class Terminals(FileKind):
     def __init__(self, options: FileOptions) -> None:
         super().__init__(options)
         self._described: dict[int, TtyInfoEntry] = {}
-        self._pairs: set[int] = set()
+        self._masters: dict[int, Descriptor] = {}
+        self._slaves: dict[int, Descriptor] = {}
 
     def claims(self, descriptor: Descriptor) -> bool:
         device = descriptor.status.st_rdev
@@ -65,83 +70,128 @@ class Terminals(FileKind):
         found = [descriptor for descriptor in looking.descriptors if self.claims(descriptor)]
         masters = {_index(one) for one in found if _is_master(one)}
         slaves = {_index(one) for one in found if not _is_master(one)}
+        self._check_pairs([one for one in found if _index(one) in masters], masters - slaves, looking)
         for one in found:
-            if _index(one) in masters:
-                self._check_pair(one, looking)
-            elif _outside_name(one.status) in self.options.outside:
+            if _index(one) in masters or _outside_name(one.status) in self.options.outside:
                 continue
-            elif len(slaves) > 1:
+            if len(slaves - masters) > 1:
                 reason = "it is one of several terminals whose other ends are outside the tree"
                 looking.findings.add(one.pid, one.where, reason)
             elif not self.options.shell_job:
                 reason = "the other end of the terminal is outside the tree"
                 looking.findings.add(one.pid, one.where, reason, "--shell-job")
 
-    def _check_pair(self, one: Descriptor, looking: Looking) -> None:
-        fd = duplicate(one)
-        try:
-            if _get(fd, FIONREAD):
-                reason = "what was written to it and not read yet would be lost"
+    @staticmethod
+    def _check_pairs(pairs: list[Descriptor], alone: set[int], looking: Looking) -> None:
+        """What waits in a terminal can be taken along if nobody but the tree reads and writes there."""
+        waiting = [one for one in pairs if _ask(one, FIONREAD)]
+        outside = held_outside({one.pid for one in looking.descriptors}) if waiting else set()
+        for one in waiting:
+            if _index(one) in alone:
+                reason = "its other end is not open, and what was written to it and not read yet would be lost"
+            elif _index(one) in outside:
+                reason = "processes outside the tree have it open, who could read what was not read yet meanwhile"
+            else:
+                reason = _why_not_now(one)
+            if reason:
                 looking.findings.add(one.pid, one.where, reason, passes=True)
-        finally:
-            os.close(fd)
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
         index = _index(descriptor)
-        info = index + 1
+        info = _info_id(descriptor)
+        (self._masters if _is_master(descriptor) else self._slaves)[index] = descriptor
         if info not in self._described:
             self._described[info] = _describe(fd, info, index, descriptor)
             if not _is_master(descriptor) and _outside_name(descriptor.status) in self.options.outside:
                 self._described[info].type = TtyType.EXT_TTY
-                self._described[info].dev = descriptor.status.st_dev
-        if _is_master(descriptor):
-            self._pairs.add(info)
+                self._described[info].pty = None
         device = "/dev/ptmx" if _is_master(descriptor) else f"/dev/pts/{index}"
         entry = TtyFileEntry(id=number, tty_info_id=info, flags=descriptor.flags, fown=owner(fd),
                              regf_id=_device_file(device, descriptor, saving))  # fmt: skip
         return FileEntry(type=FdTypes.TTY, id=number, tty=entry)
 
     def finish(self, saving: Saving) -> None:
-        """All processes were here: which session each terminal controls, and which of its groups is in front."""
+        """All processes were here: which session each terminal controls, and which of its groups is in front; and what
+        waits to be read."""
         stats = [procfs.stat(pid) for pid in saving.descriptors]
         for info in self._described.values():
-            assert info.pty is not None
-            device = _encoded(os.makedev(SLAVE_MAJORS[0] + info.pty.index // 256, info.pty.index % 256))
+            index = info.id >> 1
+            device = _encoded(os.makedev(SLAVE_MAJORS[0] + index // 256, index % 256))
             of_terminal = [stat for stat in stats if stat.tty_nr == device]
-            is_ours = info.id in self._pairs
-            if is_ours and of_terminal and any(stat.pid == of_terminal[0].session for stat in stats):
+            if index in self._masters and of_terminal and any(stat.pid == of_terminal[0].session for stat in stats):
                 info.sid, info.pgrp = of_terminal[0].session, max(of_terminal[0].tpgid, 0)
             saving.out.write("tty-info", info)
+        self._keep_unread(saving)
+
+    def _keep_unread(self, saving: Saving) -> None:
+        """Of canonical terminals also the beginning of a line, which nothing tells of."""
+        pairs = [index for index, slave in self._slaves.items() if index in self._masters and (
+            _ask(self._masters[index], FIONREAD) or _ask(slave, FIONREAD) or _settings(slave).canonical)]  # fmt: skip
+        outside = held_outside(saving.descriptors) if pairs else set()
+        ours = [index for index in pairs if index not in outside and not _why_not_now(self._slaves[index])]
+        masters = [duplicate(self._masters[index]) for index in ours]
+        try:
+            found = looked_at(masters) if masters else []
+        finally:
+            for fd in masters:
+                os.close(fd)
+        for index, unread in zip(ours, found, strict=True):
+            for reader, data in ((self._masters[index], unread.output), (self._slaves[index], unread.input)):
+                if data:
+                    saving.out.write("tty-data", TtyDataEntry(tty_id=_info_id(reader), data=data))
 
     def restore(self, entry: FileEntry, opened: Opened) -> int:
         found: TtyFileEntry = self.message_of(entry)
         info = _info_of(found, opened)
         masters = opened.state.setdefault(Terminals, {})
         if _is_master_entry(found, opened):
-            fd = _open_master(info)
-            masters[info.id] = entry.id
+            fd = _open_master(info, opened)
+            masters[_index_of(info, opened)] = entry.id
             set_flags(fd, found.flags)
             return fd
-        if info.id not in masters:
-            for other in opened.images.messages("files"):
-                mine = other.tty
-                if mine is not None and mine.tty_info_id == info.id and _is_master_entry(mine, opened):
-                    opened.open(other.id)
         if info.type == TtyType.EXT_TTY:
-            name = f"tty[{info.rdev:x}:{info.dev or 0:x}]"
+            name = self.resource(entry, opened)
             raise StateError(f"the terminal {name} was left to the restorer to bring",
                              hint=f"give a descriptor for it: --inherit-fd with {name}")  # fmt: skip
         flags = found.flags & (os.O_ACCMODE | os.O_NONBLOCK) | os.O_NOCTTY | os.O_CLOEXEC
-        if info.id in masters:
-            assert info.pty is not None
-            return os.open(f"/dev/pts/{info.pty.index}", flags)
-        return os.open(_callers_terminal(), flags)
+        index = _index_of(info, opened)
+        self._open_master_of(index, opened)
+        return os.open(f"/dev/pts/{index}" if index in masters else _callers_terminal(), flags)
+
+    @staticmethod
+    def _open_master_of(index: int, opened: Opened) -> None:
+        for other in opened.images.messages("files"):
+            if index in opened.state[Terminals]:
+                return
+            is_master = other.tty is not None and _is_master_entry(other.tty, opened)
+            if is_master and _index_of(_info_of(other.tty, opened), opened) == index:
+                opened.open(other.id)
 
     def resource(self, entry: FileEntry, opened: Opened) -> str:
         info = _info_of(self.message_of(entry), opened)
-        if info.type == TtyType.EXT_TTY:
-            return f"tty[{info.rdev:x}:{info.dev or 0:x}]"
-        return f"tty[{info.id}]"
+        return f"tty[{info.rdev:x}:{info.dev or 0:x}]"
+
+    def connect(self, opened: Opened) -> None:
+        """Terminals that were made get what waited in them; those of the caller have what waits in them."""
+        waiting: dict[int, Unread] = {}
+        for data in opened.images.messages("tty-data"):
+            if len(data.data) > MOST_UNREAD:
+                raise damaged(opened.images.file_path("tty-data"), 0, "more waits in a terminal than it can hold")
+            info = next((info for info in opened.images.messages("tty-info") if info.id == data.tty_id), None)
+            if info is None:
+                raise damaged(opened.images.file_path("tty-data"), 0, f"there is no terminal {data.tty_id}")
+            before = waiting.get(_index_of(info, opened), Unread(b"", b""))
+            is_masters = info.rdev == _encoded(PTMX)
+            waiting[_index_of(info, opened)] = (
+                before._replace(output=data.data) if is_masters else before._replace(input=data.data)
+            )
+        for index, number in opened.state.get(Terminals, {}).items():
+            master = opened.open(number)
+            if index in waiting:
+                with Pair(master) as pair:
+                    pair.put(waiting[index])
+            if _info_of(self.message_of(opened.entry(number)), opened).locked:  # now that the other ends are open
+                fcntl.ioctl(master, TIOCSPTLCK, INT.pack(1))
 
     def done(self, opened: Opened) -> None:
         opened.state.pop(Terminals, None)
@@ -194,20 +244,59 @@ def _encoded(device: int) -> int:
     return (minor & 0xFF) | os.major(device) << 8 | (minor & ~0xFF) << 12
 
 
-def _get(fd: int, request: int) -> int:
-    return int(INT.unpack(fcntl.ioctl(fd, request, bytes(INT.size)))[0])
+def _info_id(descriptor: Descriptor) -> int:
+    """As criu counts them: the master's is that of the slave and one more."""
+    return _index(descriptor) << 1 | _is_master(descriptor)
+
+
+def _ask(descriptor: Descriptor, request: int) -> int:
+    fd = duplicate(descriptor)
+    try:
+        return get(fd, request)
+    finally:
+        os.close(fd)
+
+
+def _settings(descriptor: Descriptor) -> Settings:
+    fd = duplicate(descriptor)
+    try:
+        return Settings.of(fd)
+    finally:
+        os.close(fd)
+
+
+def _why_not_now(descriptor: Descriptor) -> str:
+    """Why what waits in a terminal cannot be taken out and put back."""
+    fd = duplicate(descriptor)
+    try:
+        if not _is_master(descriptor) and get(fd, FIONREAD) >= ROOM:
+            return "more was written to it and not read yet than can be put back"
+        if Settings.of(fd).lflag & EXTPROC or any(_locked(fd)):
+            return "its settings are another machine's or locked, and what was not read yet cannot be put back"
+        if _is_master(descriptor) and select.select([], [], [fd], 0)[2]:
+            return "its packet mode has something to tell, and what was not read yet would be lost"
+        return ""
+    finally:
+        os.close(fd)
+
+
+def _locked(fd: int) -> bytes:
+    return fcntl.ioctl(fd, TIOCGLCKTRMIOS, bytes(LOCKED.size))
 
 
 def _describe(fd: int, number: int, index: int, descriptor: Descriptor) -> TtyInfoEntry:
-    *modes, line, cc, ispeed, ospeed = TERMIOS.unpack(fcntl.ioctl(fd, TCGETS2, bytes(TERMIOS.size)))
+    found = Settings.of(fd)
+    *locked, locked_line, locked_cc = LOCKED.unpack(_locked(fd))
     rows, columns, width, height = WINSIZE.unpack(fcntl.ioctl(fd, TIOCGWINSZ, bytes(WINSIZE.size)))
     is_master = _is_master(descriptor)
     return TtyInfoEntry(
-        id=number, type=TtyType.PTY, locked=bool(_get(fd, TIOCGPTLCK)) if is_master else False,
-        exclusive=bool(_get(fd, TIOCGEXCL)), packet_mode=bool(_get(fd, TIOCGPKT)) if is_master else False,
-        sid=0, pgrp=0, rdev=_encoded(descriptor.status.st_rdev),
-        termios=TermiosEntry(c_iflag=modes[0], c_oflag=modes[1], c_cflag=modes[2], c_lflag=modes[3], c_line=line,
-                             c_ispeed=ispeed, c_ospeed=ospeed, c_cc=list(cc)),
+        id=number, type=TtyType.PTY, locked=bool(get(fd, TIOCGPTLCK)) if is_master else False,
+        exclusive=bool(get(fd, TIOCGEXCL)), packet_mode=bool(get(fd, TIOCGPKT)) if is_master else False,
+        sid=0, pgrp=0, rdev=_encoded(descriptor.status.st_rdev), dev=descriptor.status.st_dev,
+        termios=TermiosEntry(c_iflag=found.iflag, c_oflag=found.oflag, c_cflag=found.cflag, c_lflag=found.lflag,
+                             c_line=found.line, c_ispeed=found.ispeed, c_ospeed=found.ospeed, c_cc=list(found.cc)),
+        termios_locked=TermiosEntry(c_iflag=locked[0], c_oflag=locked[1], c_cflag=locked[2], c_lflag=locked[3],
+                                    c_line=locked_line, c_ispeed=0, c_ospeed=0, c_cc=list(locked_cc)),
         winsize=WinsizeEntry(ws_row=rows, ws_col=columns, ws_xpixel=width, ws_ypixel=height),
         pty=TtyPtyEntry(index=index),
     )  # fmt: skip
@@ -222,47 +311,57 @@ def _device_file(device: str, descriptor: Descriptor, saving: Saving) -> int:
 
 def _info_of(found: TtyFileEntry, opened: Opened) -> TtyInfoEntry:
     for info in opened.images.messages("tty-info"):
-        if info.id == found.tty_info_id and info.pty is not None:
+        if info.id == found.tty_info_id:
             assert isinstance(info, TtyInfoEntry)
             return info
-    raise damaged(opened.images.file_path("tty-info"), 0, f"it has no pseudo terminal {found.tty_info_id}")
+    raise damaged(opened.images.file_path("tty-info"), 0, f"it has no terminal {found.tty_info_id}")
+
+
+def _index_of(info: TtyInfoEntry, opened: Opened) -> int:
+    if info.pty is None:
+        raise damaged(opened.images.file_path("tty-info"), 0, f"its terminal {info.id} is no pseudo terminal")
+    return info.pty.index
 
 
 def _is_master_entry(found: TtyFileEntry, opened: Opened) -> bool:
     return opened.regular(found.regf_id or 0).name.endswith("ptmx")
 
 
-def _open_master(info: TtyInfoEntry) -> int:
+def _open_master(info: TtyInfoEntry, opened: Opened) -> int:
     """A new pseudo terminal with the number and settings of the old one."""
-    assert info.pty is not None
+    wanted = _index_of(info, opened)
     refused: list[int] = []
     try:
         while len(refused) < MOST_TERMINALS:
             fd = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-            index = _get(fd, TIOCGPTN)
-            if index == info.pty.index:
+            index = get(fd, TIOCGPTN)
+            if index == wanted:
                 _set_up(fd, info)
                 return fd
             refused.append(fd)
-            if index > info.pty.index:
+            if index > wanted:
                 break  # the kernel gives the lowest that is free
     finally:
         for fd in refused:
             os.close(fd)
-    raise BusyError(f"the terminal /dev/pts/{info.pty.index}, which a process had made, is in use",
+    raise BusyError(f"the terminal /dev/pts/{wanted}, which a process had made, is in use",
                     hint="restore where its number is free")  # fmt: skip
 
 
 def _set_up(fd: int, info: TtyInfoEntry) -> None:
-    found, size = info.termios, info.winsize
+    found, locked, size = info.termios, info.termios_locked, info.winsize
     if found is not None:
         cc = bytes(value & 0xFF for value in found.c_cc)
-        fcntl.ioctl(fd, TCSETS2, TERMIOS.pack(found.c_iflag, found.c_oflag, found.c_cflag, found.c_lflag,
-                                              found.c_line & 0xFF, cc, found.c_ispeed, found.c_ospeed))  # fmt: skip
+        Settings(found.c_iflag, found.c_oflag, found.c_cflag, found.c_lflag, found.c_line & 0xFF, cc,
+                 found.c_ispeed, found.c_ospeed).set(fd)  # fmt: skip
+    if locked is not None and any((locked.c_iflag, locked.c_oflag, locked.c_cflag, locked.c_lflag, *locked.c_cc)):
+        cc = bytes(value & 0xFF for value in locked.c_cc)
+        fcntl.ioctl(fd, TIOCSLCKTRMIOS, LOCKED.pack(locked.c_iflag, locked.c_oflag, locked.c_cflag, locked.c_lflag,
+                                                    locked.c_line & 0xFF, cc))  # fmt: skip
     if size is not None:
         fields = (size.ws_row, size.ws_col, size.ws_xpixel, size.ws_ypixel)
         fcntl.ioctl(fd, TIOCSWINSZ, WINSIZE.pack(*(field & 0xFFFF for field in fields)))
-    fcntl.ioctl(fd, TIOCSPTLCK, INT.pack(info.locked))
+    fcntl.ioctl(fd, TIOCSPTLCK, INT.pack(0))
     fcntl.ioctl(fd, TIOCPKT, INT.pack(info.packet_mode))
 
 
