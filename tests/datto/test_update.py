@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from stasis.datto.cowreader import CowReader
 from stasis.datto.layout import HEADER_AREA, SECTION_BLOCKS, Geometry
@@ -176,33 +176,3 @@ def test_update_img_loads_next_to_nothing() -> None:
     loaded = subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}"], check=True,
                             capture_output=True, text=True).stdout.split()
     assert not {"typing", "re", "enum", "contextlib", "socket", "ctypes", "json", "dataclasses"} & set(loaded)
-
-
-# -- marks that wait ------------------------------------------------------------------------------------------
-
-RANGES = st.lists(st.tuples(st.integers(0, 3 * SECTION_BLOCKS * 8 - 1), st.integers(1, 40)), max_size=60)
-"""Offset and length in sectors of 512 bytes."""
-
-
-@settings(max_examples=25)
-@given(RANGES, st.sets(st.integers(0, 3 * SECTION_BLOCKS - 1), max_size=30))
-def test_what_is_marked_soon_is_what_would_be_marked_at_once(ranges: list[tuple[int, int]], before: set[int]) -> None:
-    size = 3 * SECTION_BLOCKS * BLOCK - 700
-    found = []
-    for soon in (False, True):
-        with tempfile.TemporaryDirectory() as directory:
-            cow = create(f"{directory}/cow", size, uuid=UUID, seqid=7, size=0, cache=1 << 20)
-            cow.become_index_only()
-            for block in before:
-                cow.mark(block, block + 1)
-            for sector, sectors in ranges:
-                offset = min(sector * 512, size - 1)
-                length = min(sectors * 512, size - offset)
-                if soon:
-                    cow.mark_soon([(offset, length, 0)])
-                else:
-                    cow.mark(offset // BLOCK, -(-(offset + length) // BLOCK))
-            cow.finish()
-            cow.close()
-            found.append((Path(directory) / "cow").read_bytes())
-    assert found[0] == found[1]

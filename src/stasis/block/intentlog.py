@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stasis.errors import StateError
@@ -78,9 +78,17 @@ class IntentLog:
         self._write(new)
         os.fdatasync(self.fd)
 
-    def add_all(self, regions: Iterable[int]) -> None:
-        """`add`, for a batch of writes whose regions are mostly set; those behind the last one are left out."""
-        if not self._touched.issuperset(regions):
+    def add_requests(self, requests: Sequence[tuple[int, int, int]]) -> None:
+        """`add` the regions of (offset, length, …) in bytes, mostly set already; those behind the last are left out."""
+        # Hot: one call for a batch of writes. Where they go everywhere, no region is looked at any more.
+        touched, shift = self._touched, self.shift
+        if len(touched) == len(self.regions):
+            return
+        regions = [request[0] >> shift for request in requests]
+        if regions != [(request[0] + request[1] - 1) >> shift for request in requests]:
+            regions = [region for offset, length, _ in requests
+                       for region in range(offset >> shift, ((offset + length - 1) >> shift) + 1)]
+        if not touched.issuperset(regions):
             self.add({region for region in regions if region < len(self.regions)})
 
     def rename_generation(self, generation: bytes) -> None:

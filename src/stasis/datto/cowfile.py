@@ -18,7 +18,6 @@ from stasis.datto.extents import NOTHING
 from stasis.datto.index import Index
 from stasis.datto.layout import (
     BLOCK_SHIFT,
-    BLOCK_SIZE,
     FLAG_CLEAN,
     FLAG_INDEX_ONLY,
     VERSION_CHANGED_BLOCKS,
@@ -26,12 +25,11 @@ from stasis.datto.layout import (
     Header,
 )
 from stasis.datto.scan import Run
+from stasis.datto.waiting import Waiting
 from stasis.linux import files
 
 __all__ = ["CowFile"]
 
-MOST_WAITING = 4096
-"""Requests whose blocks are still to be entered. Entered together they cost a third."""
 STRETCH = 64 << 10
 """Bytes in one write of data; longer ones have the file system take longer folios, which costs more (see block/cow)."""
 
@@ -42,13 +40,11 @@ class CowFile:
     territory = NOTHING
     """What of the device belongs to the file itself."""
     can_grow = True
-    can_wait = True
-    """Whether blocks may be entered later than they are written; what may be lost until then is in the log."""
 
     def __init__(self, path: str, fd: int, geometry: Geometry, header: Header, cache: int, *, fresh: bool) -> None:
         self.path, self.fd, self.geometry, self.header = path, fd, geometry, header
         self.index = Index(fd, geometry, cache, fresh=fresh)
-        self._waiting: list[Request] = []
+        self._waiting = Waiting(geometry.blocks)
         info = os.fstat(fd)
         self._inode = info.st_dev, info.st_ino
 
@@ -112,20 +108,16 @@ class CowFile:
         self._count(self.index.mark(first, end))
 
     def mark_soon(self, requests: Sequence[Request]) -> bool:
-        """Enter what these requests change with the next `catch_up`; True if it is time for that."""
-        self._waiting += requests
-        return len(self._waiting) >= MOST_WAITING
+        """Enter what these requests change with the next `catch_up`; True if it is time for that.
+
+        Until then the log must have their regions.
+        """
+        return self._waiting.add(requests)
 
     def catch_up(self) -> None:
         """Enter what waits for it. OSError."""
-        waiting, self._waiting = self._waiting, []
-        mask, limit = BLOCK_SIZE - 1, self.geometry.size
-        blocks = {offset >> BLOCK_SHIFT for offset, length, _ in waiting
-                  if (offset & mask) + length <= BLOCK_SIZE and offset < limit}
-        self._count(self.index.mark_many(sorted(blocks)))
-        for offset, length, _ in waiting:
-            if (offset & mask) + length > BLOCK_SIZE and offset < limit:
-                self.mark(offset >> BLOCK_SHIFT, -(-min(offset + length, limit) >> BLOCK_SHIFT))
+        for number, plane in self._waiting.take():
+            self._count(self.index.mark_plane(number, plane))
 
     def _count(self, changed: int) -> None:
         if self.header.version >= VERSION_CHANGED_BLOCKS:

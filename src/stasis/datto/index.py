@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import sys
 from array import array
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
 from errno import EIO
 
 from stasis.datto.layout import CHANGED, HEADER_AREA, SECTION_BLOCKS, SECTION_SHIFT, SECTION_SIZE, Geometry
 from stasis.datto.scan import Run
+from stasis.datto.waiting import pieces, places
 from stasis.linux import files
 
 __all__ = ["Index", "allowed_sections"]
@@ -26,8 +25,14 @@ DESCRIPTOR_SIZE = 24
 
 DENSE = 8
 """With as many entries in a section it is cheaper to write all that lies between them, up to 32 KiB, in one."""
+CROWDED = 256
+"""With as many it is cheaper to take the whole section as one number than to look at each."""
 
 _ONES = array("Q", [CHANGED]) * SECTION_BLOCKS
+_LOW = 0 if sys.byteorder == "little" else 7
+"""Which byte of an entry holds CHANGED."""
+_MORE_THAN_CHANGED = int.from_bytes(array("Q", [~CHANGED & (1 << 64) - 1]) * SECTION_BLOCKS, "little")
+"""All bits of a section that are not set in one without slots."""
 
 
 def allowed_sections(cache: int, sections: int) -> int:
@@ -88,27 +93,19 @@ class Index:
 
     # -- entries ------------------------------------------------------------------------------------
 
-    def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(section, first entry in it, entry behind the last) for blocks first to end."""
-        while first < end:
-            stop = min(end, ((first >> SECTION_SHIFT) + 1) << SECTION_SHIFT)
-            low = first & (SECTION_BLOCKS - 1)
-            yield first >> SECTION_SHIFT, low, low + stop - first
-            first = stop
-
     def entries(self, first: int, end: int) -> list[int]:
         """Entries of the blocks first to end."""
         values: list[int] = []
-        for number, low, high in self.pieces(first, end):
+        for number, low, high in pieces(first, end):
             values += self.section(number)[low:high].tolist()
         return values
 
-    def runs_without(self, first: int, end: int, *, marked: bool = False) -> list[Run]:
-        """Runs of blocks that have no entry; with `marked`, whose entry is not that of a block just marked."""
+    def runs_without(self, first: int, end: int) -> list[Run]:
+        """Runs of blocks that have no entry."""
         runs: list[Run] = []
         start = -1
         for block, entry in enumerate(self.entries(first, end), first):
-            if (entry != CHANGED) if marked else not entry:
+            if not entry:
                 start = block if start < 0 else start
             elif start >= 0:
                 runs.append((start, block))
@@ -133,7 +130,7 @@ class Index:
         if count == 1:
             self.enter(first, slot)
             return
-        for number, low, high in self.pieces(first, first + count):
+        for number, low, high in pieces(first, first + count):
             self._set(number, low, array("Q", range(slot, slot + high - low)))
             slot += high - low
 
@@ -142,30 +139,37 @@ class Index:
         if end - first == 1:
             return int(not self.enter(first, CHANGED))
         fresh = 0
-        for number, low, high in self.pieces(first, end):
+        for number, low, high in pieces(first, end):
             fresh += self.section(number)[low:high].tolist().count(0)
             self._set(number, low, _ONES[: high - low])
         return fresh
 
-    def mark_many(self, blocks: Sequence[int]) -> int:
-        """`mark` for single blocks, ascending, with few writes to the file. Returns how many had no entry."""
-        fresh = start = 0
-        while start < len(blocks):
-            number = blocks[start] >> SECTION_SHIFT
-            stop = bisect_left(blocks, (number + 1) << SECTION_SHIFT, start)
-            fresh += self._mark_in(number, [block & (SECTION_BLOCKS - 1) for block in blocks[start:stop]])
-            start = stop
+    def mark_plane(self, number: int, plane: bytearray) -> int:
+        """`mark` for the blocks of a section whose byte in `plane` is 1. Returns how many had no entry."""
+        view = self.section(number)
+        section = view.obj
+        assert isinstance(section, bytearray)
+        if plane.count(1) >= CROWDED and not int.from_bytes(section, "little") & _MORE_THAN_CHANGED:
+            return self._merge(number, section, plane)
+        todo = [place for place in places(plane) if view[place] != CHANGED]
+        fresh = [view[place] for place in todo].count(0)
+        for place in todo:
+            view[place] = CHANGED
+        step = len(todo) if len(todo) >= DENSE else 1  # what lies between is written as it is
+        for first, last in zip(todo[::step], todo[step - 1 :: step], strict=True):
+            self._write(view[first : last + 1].cast("B"), HEADER_AREA + number * SECTION_SIZE + first * 8)
+        self._has_entries[number] |= bool(todo)
         return fresh
 
-    def _mark_in(self, number: int, places: Sequence[int]) -> int:
-        view = self.section(number)
-        fresh = [view[place] for place in places].count(0)
-        for place in places:
-            view[place] = CHANGED
-        step = len(places) if len(places) >= DENSE else 1  # what lies between is written as it is
-        for first, last in zip(places[::step], places[step - 1 :: step], strict=True):
-            self._write(view[first : last + 1].cast("B"), HEADER_AREA + number * SECTION_SIZE + first * 8)
-        self._has_entries[number] = 1
+    def _merge(self, number: int, section: bytearray, plane: bytearray) -> int:
+        # Hot: 10 µs for up to 4096 blocks, where one of them by itself takes 0.15.
+        before = section[_LOW::8]
+        after = int.from_bytes(before, "little") | int.from_bytes(plane, "little")
+        section[_LOW::8] = after.to_bytes(SECTION_BLOCKS, "little")
+        fresh = section.count(1) - before.count(1)
+        if fresh:
+            self._write(memoryview(section), HEADER_AREA + number * SECTION_SIZE)
+            self._has_entries[number] = 1
         return fresh
 
     def _set(self, number: int, low: int, values: array[int]) -> None:

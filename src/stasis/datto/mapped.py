@@ -12,7 +12,6 @@ import sys
 from errno import EIO
 from typing import Protocol
 
-from stasis.block.origin import Request
 from stasis.datto.claim import Claim
 from stasis.datto.cowfile import CowFile
 from stasis.datto.extents import BlockMap, Territory
@@ -28,6 +27,7 @@ from stasis.datto.layout import (
     Header,
 )
 from stasis.datto.pinned import Pinned
+from stasis.datto.waiting import Waiting
 from stasis.linux import files
 
 __all__ = ["DeviceBlocks", "MappedCowFile", "Owner"]
@@ -139,7 +139,7 @@ class MappedCowFile(CowFile):
         self.pinned, self._blocks, self._owner = pinned, blocks, owner
         self.index = MappedIndex(blocks, geometry, cache, fresh=fresh)
         self.territory = Territory(blocks.blocks.ranges(), BLOCK_SIZE)
-        self._waiting: list[Request] = []
+        self._waiting = Waiting(geometry.blocks)
 
     @property
     def claim(self) -> Claim | None:

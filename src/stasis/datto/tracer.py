@@ -18,15 +18,13 @@ from stasis.block.intentlog import IntentLog
 from stasis.block.origin import DISCARD_STEP, Origin, Request
 from stasis.datto.claim import Claim
 from stasis.datto.cowfile import CowFile
-from stasis.datto.layout import BLOCK_SHIFT, BLOCK_SIZE, CHANGED, SECTION_BLOCKS, SECTION_SHIFT
+from stasis.datto.layout import BLOCK_SHIFT, BLOCK_SIZE
 from stasis.datto.scan import Run
+from stasis.datto.waiting import SECTION_MASK, SECTION_SPAN
 from stasis.linux.iobuffer import IoBuffer
 
 __all__ = ["WARN_AT", "Tracer"]
 
-SECTION_SPAN = SECTION_SHIFT + BLOCK_SHIFT
-"""Shift of the bytes of the device that a section of the index is for."""
-SECTION_MASK = SECTION_BLOCKS - 1
 BLOCK_MASK = BLOCK_SIZE - 1
 
 WINDOW_BLOCKS = 64
@@ -83,26 +81,23 @@ class Tracer:
         if self.claim is not None:
             requests = self.claim.see(requests)
         try:
+            if self.cow.is_index_only:
+                self._mark_soon(requests)
+                return
             if self.cow.territory.is_rough:
                 self._guard(requests)
             if fresh := self._without_entry(requests):
                 self._guard(fresh)
-                if self.cow.is_index_only and self.cow.can_wait:
-                    self._mark_soon(fresh)
-                elif runs := self._runs(fresh):
+                if runs := self._runs(fresh):
                     self._enter(runs)
         except OSError as error:
             self.fail(error.errno or EIO)
 
     def _mark_soon(self, requests: Sequence[Request]) -> None:
         # Hot: that its region is in the log is all that a write must wait for. Each block by itself took 2 µs.
-        log = self.log
-        shift = log.shift
-        regions = [request[0] >> shift for request in requests]
-        if regions != [(request[0] + request[1] - 1) >> shift for request in requests]:
-            regions = [region for offset, length, _ in requests
-                       for region in range(offset >> shift, ((offset + length - 1) >> shift) + 1)]
-        log.add_all(regions)
+        if self.cow.territory.ranges:
+            self._guard(requests)
+        self.log.add_requests(requests)
         if self.cow.mark_soon(requests):
             self.cow.catch_up()
 
@@ -116,18 +111,17 @@ class Tracer:
         return not self.error
 
     def _without_entry(self, requests: Sequence[Request]) -> list[Request]:
-        """Requests for blocks that have no entry, or in incremental mode not the right one, as far as is known here."""
+        """Requests for blocks that have no entry, as far as is known here."""
         # Hot: for blocks that are in the index already this is all that tracing costs a write. The comprehension is
         # twice as fast as a loop that does the same.
-        index, marked = self.cow.index, self.cow.is_index_only
+        index = self.cow.index
         get = index.sections.get
         fresh = [
             request
             for request in requests
             if (section := get(request[0] >> SECTION_SPAN)) is None
             or (request[0] & BLOCK_MASK) + request[1] > BLOCK_SIZE
-            or not (entry := section[(request[0] >> BLOCK_SHIFT) & SECTION_MASK])
-            or (marked and entry != CHANGED)
+            or not section[(request[0] >> BLOCK_SHIFT) & SECTION_MASK]
         ]
         if index.is_bounded:
             index.used.update(request[0] >> SECTION_SPAN for request in requests)
@@ -144,8 +138,8 @@ class Tracer:
             raise OSError(ESTALE, "the blocks of the COW file were written through its file system")
 
     def _runs(self, requests: Sequence[Request]) -> list[Run]:
-        """Runs of blocks of these requests that have no entry, or in incremental mode not the right one."""
-        index, marked, blocks = self.cow.index, self.cow.is_index_only, self.cow.geometry.blocks
+        """Runs of blocks of these requests that have no entry."""
+        index, blocks = self.cow.index, self.cow.geometry.blocks
         runs: list[Run] = []
         for offset, length, _ in requests:
             block, end = offset >> BLOCK_SHIFT, -(-(offset + length) >> BLOCK_SHIFT)
@@ -154,16 +148,12 @@ class Tracer:
             if end - block == 1 and offset >> SECTION_SPAN in index.sections:
                 runs.append((block, end))  # or it would not be here
             else:
-                runs += index.runs_without(block, min(end, blocks), marked=marked)
+                runs += index.runs_without(block, min(end, blocks))
         return merge_runs(runs) if len(runs) > 1 else runs
 
     def _enter(self, runs: Sequence[Run]) -> None:
         shift = self.log.shift - BLOCK_SHIFT
         self.log.add({region for first, end in runs for region in range(first >> shift, ((end - 1) >> shift) + 1)})
-        if self.cow.is_index_only:
-            for first, end in runs:
-                self.cow.mark(first, end)
-            return
         for window in _windows(runs):
             self._keep(window)
         self._warn()
