@@ -69,6 +69,18 @@ def test_it_gets_tighter_until_nothing_is_left(tmp_path: Path, busy: Cgroup) -> 
     assert len(keeper.left) == 1  # what was there before, and not what we set
 
 
+def test_limits_are_set_again_after_a_release(tmp_path: Path, busy: Cgroup) -> None:
+    """The keeper wrote what was there before; it is to write that once more at the end."""
+    keeper = Keeper()
+    limits = throttle(tmp_path, keeper, busy)
+    assert limits.tighten(float("inf"))
+    slowed, (path, before) = busy.limit, keeper.left[0]
+    Path(path).write_text(before)
+    limits.again()
+    assert busy.limit.split()[:3] == slowed.split()[:3]  # a file keeps the end of what was longer
+    assert keeper.left == [(path, before)] * 2
+
+
 def test_who_is_slowed_already_need_not_be_seen(tmp_path: Path, busy: Cgroup) -> None:
     """A write that takes longer than the look at it does not show."""
     keeper, writers = Keeper(), [busy]

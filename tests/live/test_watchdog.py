@@ -268,3 +268,21 @@ def test_writers_wait_while_it_is_frozen(disk: Disk) -> None:
         freezer.thaw()
         writer.join()
         assert (disk.directory / "written").exists()
+
+
+def test_what_it_keeps_is_written_once_a_freeze_has_begun(disk: Disk, tmp_path: Path) -> None:
+    """Who is held to little writes on for the time that it takes to come to rest."""
+    limits = tmp_path / "io.max"
+    limits.write_text("low")
+    with frozen_at_end(disk), Stack([os.stat(disk.node).st_rdev]) as stack, Freezer(stack.file_systems) as freezer:
+        with limits.open("r+b") as file:
+            freezer.restore_later(file.fileno(), "max")
+        freezer.freeze(LONG)
+        freezer.thaw()
+        assert limits.read_text() == "low"
+        freezer.freeze(LONG, release=True)
+        wait_until(lambda: limits.read_text() == "max", "the limits are written")
+        assert is_frozen(disk)
+        limits.write_text("low")
+        freezer.thaw()
+    assert limits.read_text() == "low"

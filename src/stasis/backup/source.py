@@ -115,5 +115,8 @@ class MovingGroup(Protocol):
     def fits(self) -> bool:
         """Whether so little is left that no more rounds are needed."""
 
+    def gather(self) -> bool:
+        """Have the sources hold what is left, which fits. False if it did not after all: rounds are needed."""
+
     def relieve(self, seconds: float) -> None:
         """More is written than copied, the last round took `seconds`: do something about it, or raise BusyError."""

@@ -107,8 +107,12 @@ class Freezer:
             self._process.wait()
             self._thaw_here()
 
-    def freeze(self, seconds: float) -> Frozen:
-        """Freeze all. Thawed in any case `seconds` from now. Raises BusyError, FreezeExpired, StasisError."""
+    def freeze(self, seconds: float, *, release: bool = False) -> Frozen:
+        """Freeze all. Thawed in any case `seconds` from now. Raises BusyError, FreezeExpired, StasisError.
+
+        release: once it has begun, write what was left with `restore_later`. A freeze waits for the writes that are
+        underway, and those of a cgroup that is held to little would take long.
+        """
         self.await_start()
         self._limit, started = seconds, time.monotonic()
         self._deadline = started + seconds
@@ -116,6 +120,8 @@ class Freezer:
             return Frozen((), (), 0.0)
         self._attempt += 1
         self._send({"do": "freeze", "seconds": seconds, "attempt": self._attempt})
+        if release:
+            self._send({"do": "release"})
         answer = self._answer("frozen", seconds + GRACE_SECONDS)
         if answer["failed"] is not None:
             self.thaw_quietly()
@@ -150,7 +156,7 @@ class Freezer:
             self.thaw()
 
     def restore_later(self, descriptor: int, text: str) -> None:
-        """Have `text` written to a file when we end, in whatever way, or at `release`."""
+        """Have `text` written to a file when we end, in whatever way, or when a freeze releases it."""
         if self._process is None:
             self._start()
         self.await_start()
@@ -159,13 +165,6 @@ class Freezer:
             socket.send_fds(self._control, [data], [descriptor])
         except OSError as error:
             raise self._died() from error
-
-    def release(self) -> None:
-        """Have everything that was left with `restore_later` written now."""
-        if self._process is None:
-            return
-        self._send({"do": "release"})
-        self._answer("released", GRACE_SECONDS)
 
     # -- talking ------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from stasis.live.freezer import FreezeExpired, Freezer, Frozen
 from stasis.live.options import LiveOptions
 from stasis.live.source import LiveSource
 from stasis.live.stack import Stack
+from stasis.live.stash import StashFull
 from stasis.live.throttle import Throttle
 from stasis.units import format_size
 
@@ -54,7 +55,7 @@ class _Disturbed(BusyError):
 
 
 class LiveSet:
-    """The live devices of one run; a context manager. `begin`, job rounds, `converge`, then `take`."""
+    """The live devices of one run; a context manager. Rounds until it `fits` and can be gathered, then `take`."""
 
     def __init__(self, sources: Sequence[LiveSource], options: LiveOptions) -> None:
         """Find the file systems, and start the watchdog. Raises StasisError."""
@@ -62,6 +63,7 @@ class LiveSet:
         self.report = FreezeReport()
         self._rate = FIRST_GUESS
         self._sync_seconds = 0.0
+        self._late = 0
         self._stages = False
         self._closing = contextlib.ExitStack()
         self._look()
@@ -129,12 +131,30 @@ class LiveSet:
 
     # -- the instant --------------------------------------------------------------------------------------------------
 
+    def gather(self) -> bool:
+        """Copy what is left into memory while more is written, until little is. False if there is no room for that, or
+        too little for what a freeze has to copy: all of it is to be read in another round then."""
+        try:
+            self.converge()
+        except StashFull:
+            fitting = False
+        else:
+            held = sum(source.stashed_bytes for source in self.sources)
+            fitting = self._late <= (self.options.room - min(held, self.options.memory)) * FITTING
+        if not fitting:
+            for source in self.sources:
+                source.unstash()
+        return fitting
+
     def converge(self) -> None:
-        """Copy what changed into memory, until the rest fits the freeze that is allowed or nothing is gained."""
+        """Copy what changed into memory, until the rest fits the freeze that is allowed or nothing is gained.
+
+        Raises StashFull.
+        """
         before = float("inf")
         for _ in range(STASH_ROUNDS):
             self._sync()
-            pending = self.pending_bytes
+            pending = self._late = self.pending_bytes
             if self._estimate(pending) <= min(self.options.max_freeze / 2, AIM) or pending > before * CONVERGED:
                 break
             before = pending
@@ -186,6 +206,8 @@ class LiveSet:
             except (FreezeExpired, _Disturbed) as error:
                 for source in self.sources:
                     source.give_up()
+                if self._releases:
+                    self._throttle.again()
                 if number == len(limits) - 1:
                     raise self._too_busy(error, limit) from error
                 if number >= ATTEMPTS - 1 and self.options.on_busy == "throttle":
@@ -200,11 +222,16 @@ class LiveSet:
                          f"per second{used})",
                          hint=error.hint or "choose a time when less is written; no change is lost")
 
+    @property
+    def _releases(self) -> bool:
+        """Whether slowed writers are let go at a freeze, which stops them. It does not stop those past file systems."""
+        return bool(self._freezer.file_systems) and not self._raw
+
     def _attempt(self, limit: float, inside: Callable[[], T]) -> T:
         with memlock.no_collection():
             started = time.monotonic()
             try:
-                frozen = self._freezer.freeze(limit)
+                frozen = self._freezer.freeze(limit, release=self._releases)
                 result = self._while_frozen(frozen, started, limit, inside)
                 taken = time.time()
             except BaseException:

@@ -96,7 +96,6 @@ class _Copy:
             extents = [(0, self._size)] if since is None else self._tracker.changed_since(since)
             self._round(buffer, extents, is_first=True)
             self._rounds(buffer)
-            self._group.converge()
             self._group.take(lambda: None)
             self._unstash(buffer)
         os.fsync(self._fd)
@@ -106,7 +105,7 @@ class _Copy:
 
     def _rounds(self, buffer: IoBuffer) -> None:
         left, before = self._options.rounds, float("inf")
-        while not self._group.fits():
+        while not (self._group.fits() and self._group.gather()):
             started, pending = time.monotonic(), float(self._group.pending_bytes)
             self._round(buffer, self._source.advance(), is_first=False)
             left -= 1

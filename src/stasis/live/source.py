@@ -108,9 +108,11 @@ class LiveSource:
         self.mark = Mark(mark.generation, mark.number)
 
     def advance(self) -> list[Extent]:
-        """End a round: what was written since the one before."""
+        """End a round: what was written since the one before, and what `unstash` gave back."""
         self._tracking.check()
-        return self._whole_blocks(self._tracking.turn())
+        self._owed = merge([*self._owed, *self._whole_blocks(self._tracking.turn())])
+        told, self._owed = self._owed, []
+        return told
 
     @property
     def pending_bytes(self) -> int:
@@ -128,11 +130,22 @@ class LiveSource:
         self._tracking.prepare_switch()
 
     def stash_round(self) -> int:
-        """End a round, and copy what was written in it into memory. The bytes copied."""
-        self._owed = merge([*self._owed, *self.advance()])
+        """End a round, and copy what was written in it into memory. The bytes copied. Raises StashFull."""
+        self._owed = self.advance()
         copied = self._copy(self._owed)
         self._owed = []
         return copied
+
+    @property
+    def stashed_bytes(self) -> int:
+        """How much room is taken by what was copied into memory."""
+        return self._stash.used
+
+    def unstash(self) -> None:
+        """Hold nothing any more: the next `advance` tells all of it, to be read anew."""
+        self._owed = merge([*self._owed, *self.stashed])
+        self._stash.clear()
+        self.unreadable = []
 
     # -- the instant --------------------------------------------------------------------------------------------------
 

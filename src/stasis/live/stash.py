@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from stasis.backup.source import Extent
     from stasis.live.direct import Place
 
-__all__ = ["Budget", "Stash"]
+__all__ = ["Budget", "Stash", "StashFull"]
 
 SEGMENT = 8 << 20
 BOUNCE = 4 << 20
 """Memory in which blocks travel to the staging area."""
+
+
+class StashFull(StorageError):
+    """There is neither memory nor space in the staging area for a block."""
 
 
 class Budget:
@@ -44,17 +48,17 @@ class Budget:
         """Space in the staging area; None if there is no more, or no such area."""
         return None if self.area is None else self.area.take(length)
 
-    def exhausted(self, what: str) -> StorageError:
-        """There is neither memory nor space for more."""
+    def exhausted(self, what: str) -> StashFull:
+        """There is no room for more of the device `what`."""
         memory = f"{format_size(self.limit)} of memory"
         if self.area is None:
-            return StorageError(f"what changed on {what} while it was copied does not fit into {memory}",
-                                hint="allow more with --freeze-memory, name a directory with --staging, or choose a "
-                                     "time when less is written; nothing is lost")
-        return StorageError(f"the staging area {self.area.directory} is full: what changed on {what} while it was "
-                            f"copied needs more than {memory} and {format_size(self.area.used)} there",
-                            hint="give it more space (--staging, --staging-size), or choose a time when less is "
-                                 "written; nothing is lost")
+            return StashFull(f"what changed on {what} while it was copied does not fit into {memory}",
+                             hint="allow more with --freeze-memory, name a directory with --staging, or choose a "
+                                  "time when less is written; nothing is lost")
+        return StashFull(f"the staging area {self.area.directory} is full: what changed on {what} while it was "
+                         f"copied needs more than {memory} and {format_size(self.area.used)} there",
+                         hint="give it more space (--staging, --staging-size), or choose a time when less is "
+                              "written; nothing is lost")
 
     def close(self) -> None:
         """Give the staging area back."""
@@ -102,6 +106,15 @@ class Stash:
         """The numbers of the blocks that are held."""
         return sorted(self._slots)
 
+    @property
+    def used(self) -> int:
+        """Bytes of room that they take."""
+        return self._next
+
+    def clear(self) -> None:
+        """Hold nothing any more; the room stays."""
+        self._slots, self._next = {}, 0
+
     def prepare(self, length: int) -> None:
         """Have room for so many more bytes, as far as there is any."""
         wanted = -(-length // self._segment_size)
@@ -112,7 +125,7 @@ class Stash:
     def batches(self, extents: Iterable[Extent]) -> Iterator[list[Place]]:
         """Where the blocks of the extents (whole blocks) are to be read to: each list before the next is asked for.
 
-        Raises StorageError where there is no room for a block.
+        Raises StashFull where there is no room for a block; `clear` is all that helps then.
         """
         here: list[Place] = []
         staged: list[tuple[int, int]] = []

@@ -57,23 +57,32 @@ class Throttle:
                 slowed |= self._slow(group, disk, min(speed, rate) / 2)
         return slowed
 
+    def again(self) -> None:
+        """The keeper was told to write what it keeps before its end: set the same limits once more."""
+        for (group, disk), limit in self.limits.items():
+            self._set(group, disk, limit, leave=True)
+
     def _slow(self, group: Path, disk: int, speed: float) -> bool:
         key = group, disk
         known = self.limits.get(key)
         limit = max(LOWEST, int(speed if known is None else min(speed, known / 2)))
-        if limit == known:
+        if limit == known or not self._set(group, disk, limit, leave=known is None):
             return False
+        self.limits[key] = limit
+        return True
+
+    def _set(self, group: Path, disk: int, limit: int, *, leave: bool) -> bool:
+        """leave: what is in force now is for the keeper."""
         try:
             fd = os.open(group / "io.max", os.O_WRONLY | os.O_CLOEXEC)
         except OSError:
             return False
         try:
-            if known is None:
+            if leave:
                 self._keeper.restore_later(fd, iomax.limit_line(group, disk))
             os.write(fd, iomax.limit_line(group, disk, limit).encode())
         except OSError:
             return False
         finally:
             os.close(fd)
-        self.limits[key] = limit
         return True

@@ -11,11 +11,10 @@ Messages are JSON, one per packet:
     to us       {"do": "freeze", "seconds": S, "attempt": A}   freeze all; thaw at the latest S seconds from now
                 {"do": "thaw"}                     thaw all
                 {"do": "restore", "text": T}       with a descriptor: write T to it at the end (throttled cgroups)
-                {"do": "release"}                  write what `restore` left with us now
+                {"do": "release"}                  write what `restore` left with us now; sent right behind "freeze"
     from us     {"ready": true}
                 {"frozen": [N...], "unable": [N...], "failed": N or null, "errno": E, "attempt": A}
                 {"thawed": true, "expired": B, "others": [N...], "stuck": [N...]}
-                {"released": true}
 
 N is the place of a file system in the order. `expired`: the deadline came first. `others`: somebody else thawed it.
 The end of the connection, which the copier's death is, thaws and restores everything.
@@ -117,7 +116,6 @@ class Watchdog:
             self._restores.append((message["descriptor"], message["text"].encode()))
         elif message["do"] == "release":
             self._restore()
-            self._send({"released": True})
 
     def _expire(self) -> None:
         self._deadline = None

@@ -182,23 +182,25 @@ class Precopy:
             job.plan(base)
 
     def run(self, group: MovingGroup, rounds: int) -> None:
-        """Rounds until what is left is little. Raises BusyError and what reading and storing raise.
-
-        What is stored can be read afterwards.
+        """Rounds until what is left is little, and held by the sources. Raises BusyError and what reading and storing
+        raise. What is stored can be read afterwards.
         """
         try:
             for job in self.jobs:
                 job.begin()
             self._rounds(group, rounds)
-        finally:
+        except BaseException:
             self._repository.sync()
+            raise
 
     def _rounds(self, group: MovingGroup, rounds: int) -> None:
         left, before = rounds, float("inf")
         while True:
             seconds = self._round()
             if group.fits():
-                return
+                self._repository.sync()  # now, as it takes a while in which more is written
+                if group.gather():
+                    return
             left, pending = left - 1, float(sum(job.source.pending_bytes for job in self.jobs))
             if not left or pending > before * GAINING:
                 group.relieve(seconds)
