@@ -103,7 +103,6 @@ class LiveSources:
             precopy.warnings.append(f"the repository lies on {below.target}, on a device that it holds the backup of: "
                                     "it would be lost with it")
         precopy.run(group, self._options.rounds)
-        group.converge()
         return precopy
 
     def _look(self) -> LiveSet:
