@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from stasis.cli import output
+from stasis.cli.memory_progress import memory_progress
 from stasis.cli.options import add_command, size
 from stasis.errors import ExitCode, UsageError
 from stasis.units import format_size
@@ -77,6 +78,10 @@ stasis process restore --images /var/tmp/images --map-path /srv/app.log=/tmp/app
                          help="restore into a new pid namespace, whoever has the pids outside")
     command.add_argument("--map-path", metavar="OLD=NEW", action="append", default=[],
                          help="use NEW for files and directories whose path is OLD or below it; may be repeated")
+    command.add_argument("--root", metavar="DIR",
+                         help="the directory that is the root of the processes from now on, with all files below it")
+    command.add_argument("--leave-stopped", action="store_true",
+                         help="leave the processes stopped, as SIGSTOP does")
     command.add_argument("--tcp", choices=("close",), default="",
                          help="close: bring TCP connections back as sockets that are not connected")
     command.add_argument("--veth", metavar="INSIDE=OUTSIDE[@BRIDGE]", action="append", default=[], type=_link,
@@ -175,11 +180,12 @@ def dump(arguments: argparse.Namespace) -> None:
     from stasis.process.dump.job import DumpOptions
     from stasis.process.dump.job import dump as dump_tree
 
-    options = DumpOptions(leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped,
-                          timeout=arguments.timeout, parent=arguments.parent,
-                          pre_copy=arguments.pre_copy, files=_file_options(arguments),
-                          track=arguments.track)  # fmt: skip
-    result = dump_tree(arguments.pid, arguments.images, options)
+    with memory_progress("copied", as_json=arguments.json) as shown:
+        options = DumpOptions(leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped,
+                              timeout=arguments.timeout, parent=arguments.parent,
+                              pre_copy=arguments.pre_copy, files=_file_options(arguments),
+                              track=arguments.track, progress=shown)  # fmt: skip
+        result = dump_tree(arguments.pid, arguments.images, options)
     if arguments.json:
         output.print_json(result)
     else:
@@ -193,7 +199,9 @@ def pre_dump(arguments: argparse.Namespace) -> None:
     """stasis process pre-dump"""
     from stasis.process.dump.predump import pre_dump as pre_dump_tree
 
-    result = pre_dump_tree(arguments.pid, arguments.images, parent=arguments.parent, timeout=arguments.timeout)
+    with memory_progress("copied", as_json=arguments.json) as shown:
+        result = pre_dump_tree(arguments.pid, arguments.images, parent=arguments.parent, timeout=arguments.timeout,
+                               progress=shown)  # fmt: skip
     if arguments.json:
         output.print_json(result)
     else:
@@ -217,8 +225,11 @@ def restore(arguments: argparse.Namespace) -> int:
     options = RestoreOptions(map_paths=dict(map(_mapping, arguments.map_path)),
                              files=FileOptions(inherited=dict(arguments.inherit_fd), tcp=arguments.tcp),
                              pid_namespace=arguments.pid_namespace, links=dict(arguments.veth),
-                             manage_cgroups=arguments.manage_cgroups == "soft")  # fmt: skip
-    result = restore_tree(arguments.images, options)
+                             manage_cgroups=arguments.manage_cgroups == "soft",
+                             leave_stopped=arguments.leave_stopped,
+                             root=os.path.realpath(arguments.root) if arguments.root else "")  # fmt: skip
+    with memory_progress("brought back", as_json=arguments.json) as shown:
+        result = restore_tree(arguments.images, options._replace(progress=shown))
     _warn(result.warnings or [])
     if arguments.pidfile:
         with open(arguments.pidfile, "w") as file:

@@ -128,6 +128,8 @@ def _add_restore(command: argparse.ArgumentParser) -> None:
     command.add_argument("--external", metavar="veth[IN]:OUT", action="append", default=[], type=_device,
                          help="what the other end of a network device is to be called; veth[IN]:OUT@BRIDGE")
     command.add_argument("--pidfile", metavar="FILE", help="write the first process's pid to this file")
+    command.add_argument("-r", "--root", metavar="DIR", help="the directory that is to be the root of the processes")
+    command.add_argument("-s", "--leave-stopped", action="store_true", help="leave the processes stopped")
     command.add_argument("--inherit-fd", metavar="fd[N]:RES", action="append", default=[], type=_inherited,
                          help="use descriptor N of this command for what the images call RES, as pipe:[4711]")
 
@@ -242,7 +244,8 @@ def restore(arguments: argparse.Namespace) -> int:
         sibling=arguments.restore_sibling, cgroup_roots=dict(arguments.cgroup_root), links=dict(arguments.external),
         files=_file_options(arguments)._replace(inherited=dict(arguments.inherit_fd)),
         manage_cgroups=arguments.manage_cgroups == "soft",
-        hook=lambda action, pid: _run_scripts(arguments, action, pid),
+        hook=lambda action, pid: _run_scripts(arguments, action, pid), leave_stopped=arguments.leave_stopped,
+        root=os.path.realpath(arguments.root) if arguments.root else "",
     )
     result = restore_tree(arguments.images_dir, options)
     if arguments.pidfile:

@@ -27,7 +27,7 @@ from stasis.process.dump.ids import FIRST_ID, Home, ObjectIds, namespace_ids, ow
 from stasis.process.dump.inside import check_inside, dump_inside, entering
 from stasis.process.dump.losses import losses
 from stasis.process.dump.pages import Look, dump_private_pages, dump_shared_pages
-from stasis.process.dump.predump import continued
+from stasis.process.dump.predump import continued, memory_of
 from stasis.process.dump.tasks import task_core, zombie_core
 from stasis.process.dump.threads import thread_core, thread_info
 from stasis.process.dump.tracking import Tracking
@@ -47,6 +47,7 @@ from stasis.process.images.schema.memory import MmEntry
 from stasis.process.images.schema.tasks import CoreEntry, FsEntry, March, PstreeEntry, TaskKobjIdsEntry
 from stasis.process.images.setwriter import ImageSetWriter, staging_for
 from stasis.process.journal import Journal
+from stasis.process.meter import Meter, Progress
 from stasis.process.namespaces.own import write_namespaces
 from stasis.process.remote import Remote
 from stasis.process.restore.crew import Roll
@@ -68,7 +69,8 @@ class DumpOptions:
     that is left running writes from then on is watched, so that another dump can continue this set. `freeze_group`: the
     directory of a control group that all are in, which stands still while they are seized. `hook` is called
     with "pre-dump" before the tree is stopped and with "post-dump" when all is written, before it is let go; what it
-    raises undoes the dump. A tree that is left running goes on before, where there is none."""
+    raises undoes the dump. A tree that is left running goes on before, where there is none. `progress` is called with
+    the bytes of memory that are copied, and with about how many there are."""
 
     leave_running: bool = False
     leave_stopped: bool = False
@@ -79,6 +81,7 @@ class DumpOptions:
     track: bool = False
     freeze_group: str = ""
     hook: Callable[[str], None] | None = None
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,7 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
         no_collection(),
         Guardian(journal, partial(shutil.rmtree, staging, ignore_errors=True), links.remove,
                  group.put_back if group is not None else bool, roll.end, first=connections.release),
-        ImageSetWriter(images, staging=staging, holds=True) as out,
+        ImageSetWriter(images, staging=staging, holds=True, meter=Meter(chosen.progress)) as out,
         continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout, chosen.track) as (
             tracking, warnings,
         ),
@@ -160,6 +163,7 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
         findings, frozen = _stand_still(tree, seen, chosen.files)
         findings.refuse()
         writing = _Dump(out, journal, seen, tracking, chosen, connections, links)
+        out.meter.expect(memory_of(seen.layouts) if out.meter.is_read else 0)
         for task in tree.tasks:
             writing.add(task)
         writing.finish(tree)

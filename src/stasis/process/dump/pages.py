@@ -19,12 +19,14 @@ from stasis.linux.procfs import Mapping
 from stasis.process.dump.mm import Vma, VmaStatus
 from stasis.process.images.pagemap import PE_PARENT, PE_PRESENT, PagemapWriter
 from stasis.process.images.setwriter import ImageSetWriter
+from stasis.process.meter import Meter
 from stasis.process.remote import Remote
 
 __all__ = ["PAGE", "Look", "dump_private_pages", "dump_shared_pages", "write_shared"]
 
 PAGE = 4096
-PORTION = 1 << 30  # one write(2) takes at most 2 GiB less a page
+PORTION = 64 << 20
+"""What the task writes by one call; progress is told between two."""
 BUFFER = 1 << 20
 RLIMIT_FSIZE = 1
 UNLIMITED = (1 << 64) - 1
@@ -87,7 +89,7 @@ def write_shared(path: str, number: int, out: ImageSetWriter, last_page: bytes =
                 pagemap.add(start, (end - start) // PAGE, PE_PRESENT)
                 pages += (end - start) // PAGE
                 whole = min(end, os.fstat(fd).st_size // PAGE * PAGE)
-                _send(fd, pagemap.fd, start, whole)
+                _send(fd, pagemap.fd, start, whole, out.meter)
                 if whole < end:
                     os.write(pagemap.fd, last_page or os.pread(fd, PAGE, whole).ljust(PAGE, b"\0"))
     finally:
@@ -114,10 +116,10 @@ def data_segments(fd: int) -> Iterator[Run]:
         yield start, -(-position // PAGE) * PAGE
 
 
-def _send(source: int, target: int, start: int, end: int) -> None:
+def _send(source: int, target: int, start: int, end: int, meter: Meter) -> None:
     while start < end:
         try:
-            sent = os.sendfile(target, source, start, end - start)
+            sent = os.sendfile(target, source, start, min(end - start, PORTION))
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -125,6 +127,7 @@ def _send(source: int, target: int, start: int, end: int) -> None:
         if not sent:
             raise StasisError("shared memory became smaller while it was read")
         start += sent
+        meter.add(sent)
 
 
 def _pieces(
@@ -176,6 +179,7 @@ class _Sink:
     def __init__(self, remote: Remote, out: ImageSetWriter, pagemap: PagemapWriter, base: int = 0) -> None:
         self.pages = 0
         self.left = 0
+        self._meter = out.meter
         self._remote = remote
         self._pagemap = pagemap
         self._base = base
@@ -223,6 +227,7 @@ class _Sink:
             else:
                 self._pagemap.add(start, length // PAGE, PE_PARENT)
                 self.left += length // PAGE
+                self._meter.add(length)
 
     def _write_remotely(self, start: int, length: int) -> None:
         self.flush()
@@ -231,6 +236,7 @@ class _Sink:
         while length:
             written = self._remote.call("pwrite64", self._remote_fd, start, min(length, PORTION), self._position)
             start, length, self._position = start + written, length - written, self._position + written
+            self._meter.add(written)
 
     def _allocate(self, length: int) -> None:
         """Get the disk's blocks for a long run at once, where the file system can: then a write only copies."""
@@ -259,6 +265,7 @@ class _Sink:
             rest = b"".join(self._pending)[written:]
             written += os.pwrite(self._pagemap.fd, rest, self._position + written)
         self._position += written
+        self._meter.add(written)
         self._pending.clear()
         self._pending_bytes = 0
 

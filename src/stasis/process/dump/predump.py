@@ -11,8 +11,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,9 +31,10 @@ from stasis.process.images.pagemap import PE_PARENT, PE_PRESENT, PagemapWriter
 from stasis.process.images.schema.inventory import InventoryEntry
 from stasis.process.images.setwriter import ImageSetWriter, staging_for
 from stasis.process.journal import Journal
+from stasis.process.meter import Meter, Progress
 from stasis.process.tree import Tree
 
-__all__ = ["PreDumpResult", "continued", "pre_dump"]
+__all__ = ["PreDumpResult", "continued", "memory_of", "pre_dump"]
 
 PAGE = 4096
 BUFFER = 1 << 20
@@ -69,7 +70,8 @@ class _Plan(NamedTuple):
 
 
 def pre_dump(
-    pid: int, images: str | os.PathLike[str], *, parent: str | os.PathLike[str] | None = None, timeout: float = 10.0
+    pid: int, images: str | os.PathLike[str], *, parent: str | os.PathLike[str] | None = None, timeout: float = 10.0,
+    progress: Progress | None = None,
 ) -> PreDumpResult:
     """Copy the memory of a tree to the directory `images` while it runs on, and watch what it writes from then on.
 
@@ -82,7 +84,7 @@ def pre_dump(
     root, staging = _root(pid), staging_for(images)
     with (
         Guardian(Journal(), partial(shutil.rmtree, staging, ignore_errors=True)),
-        ImageSetWriter(images, staging=staging) as out,
+        ImageSetWriter(images, staging=staging, meter=Meter(progress)) as out,
         _taken(root, parent) as (tracking, warnings),
     ):
         if tracking.since and parent is not None:
@@ -108,7 +110,7 @@ def continued(
         last = parent if tracking.since else None
         copied = 0
         for number in range(1, rounds + 1):
-            with ImageSetWriter(os.path.join(out.staging, f"pre-copy-{number}")) as ahead:
+            with ImageSetWriter(os.path.join(out.staging, f"pre-copy-{number}"), meter=out.meter) as ahead:
                 if last is not None:
                     ahead.link_parent(_seen_from(ahead, last, out))
                 result = copy_round(pid, ahead, tracking, timeout, [])
@@ -161,6 +163,7 @@ def copy_round(
     try:
         frozen = _mark(pid, tracking, timeout, plans)
         pages, kept = 0, 0
+        out.meter.expect(memory_of(plan.pid for plan in plans) if out.meter.is_read else 0)
         for plan in plans:
             written, left = _copy(plan, out)
             pages, kept = pages + written, kept + left
@@ -175,6 +178,16 @@ def copy_round(
     ))  # fmt: skip
     out.commit()
     return PreDumpResult(out.path, [plan.pid for plan in plans], pages, kept, frozen, warnings)
+
+
+def memory_of(pids: Iterable[int]) -> int:
+    """About how many bytes of memory these processes have that is no file's."""
+    total = 0
+    for pid in pids:
+        with suppress(OSError):  # it may have ended
+            fields = procfs.status(pid)
+            total += sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem", "VmSwap") if name in fields)
+    return total << 10
 
 
 def _uptime() -> int:
@@ -216,9 +229,12 @@ def _copy(plan: _Plan, out: ImageSetWriter) -> tuple[int, int]:
             if not written:
                 pagemap.add(start, length // PAGE, PE_PARENT)
                 left += length // PAGE
+                out.meter.add(length)
                 continue
             for at in range(start, start + length, BUFFER):
-                pages += _copy_portion(plan.memory, pagemap, at, min(BUFFER, start + length - at))
+                portion = min(BUFFER, start + length - at)
+                pages += _copy_portion(plan.memory, pagemap, at, portion)
+                out.meter.add(portion)
     return pages, left
 
 

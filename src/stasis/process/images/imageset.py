@@ -18,6 +18,7 @@ from stasis.process.images.container import ImageReader, Record
 from stasis.process.images.damage import damaged
 from stasis.process.images.kinds import KINDS, parse_name
 from stasis.process.images.message import Message
+from stasis.process.meter import Meter
 
 __all__ = ["PARENT", "ImageSet"]
 
@@ -30,11 +31,13 @@ M = TypeVar("M", bound=Message)
 
 
 class ImageSet:
-    """An image set that is read. An optional image that is not there reads as empty, as CRIU has it."""
+    """An image set that is read. An optional image that is not there reads as empty, as CRIU has it. `meter` counts the
+    bytes of memory that were read of it and of those that it continues."""
 
     def __init__(self, fd: int, path: str) -> None:
         self.fd = fd
         self.path = path
+        self.meter = Meter()
         self._kept: dict[str, int] | None = None
 
     @classmethod

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["MemoryReader", "PageSource"]
 
 _ALL: Final = 1 << 64
+PORTION: Final = 64 << 20
+"""What is read at once at most; progress is told between two."""
 
 
 class PageSource(NamedTuple):
@@ -72,7 +74,10 @@ class MemoryReader:
             if stop < end:
                 todo.append((level, stop, end))
             if run.flags & PE_PRESENT:
-                yield PageSource(start, stop, self._file(level), run.offset + start - run.start)
+                for at in range(start, stop, PORTION):
+                    source = PageSource(at, min(at + PORTION, stop), self._file(level), run.offset + at - run.start)
+                    yield source
+                    self._chain[0].meter.add(source.end - at)
             elif run.flags & PE_PARENT:
                 todo.append((level + 1, start, stop))
             elif run.flags & PE_LAZY:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from stasis.errors import UnsupportedError
@@ -182,6 +183,10 @@ class Pagemap:
 
     def __getitem__(self, index: int) -> Run:
         return Run(self._starts[index], self._ends[index], self._flags[index], self._offsets[index])
+
+    def runs(self) -> Iterator[Run]:
+        """All of them, ascending."""
+        return (self[index] for index in range(len(self)))
 
     def present_bytes(self, start: int, end: int) -> int:
         """How many bytes between two addresses lie in this set's pages file."""

@@ -18,6 +18,7 @@ from stasis.errors import BusyError, NotFoundError, PermissionDeniedError
 from stasis.process.images.imageset import PARENT
 from stasis.process.images.kinds import KINDS, parse_name
 from stasis.process.images.writer import ImageWriter
+from stasis.process.meter import Meter
 
 if TYPE_CHECKING:
     from stasis.process.images.message import Message
@@ -34,12 +35,15 @@ class ImageSetWriter:
 
     `replace` allows a directory that holds an image set already; its images are removed at `commit`. `staging`: where
     it is written, a name that `staging_for` gave, for who has to know it before. `holds`: messages without payloads are
-    noted only, and written by `write_held` or `commit`.
+    noted only, and written by `write_held` or `commit`. `meter` counts the bytes of memory that are written, or left
+    to the parent.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, replace: bool = False, staging: str = "", holds: bool = False
+        self, path: str | os.PathLike[str], *, replace: bool = False, staging: str = "", holds: bool = False,
+        meter: Meter | None = None,
     ) -> None:
+        self.meter = meter or Meter()
         self.path = os.path.abspath(os.fspath(path))
         self._into = os.path.isdir(self.path)
         self._check_target(replace)

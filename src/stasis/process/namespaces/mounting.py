@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.schema.namespaces import MntEntry
 
-__all__ = ["Copies", "make_table"]
+__all__ = ["Copies", "make_table", "root_path"]
 
 ATTRIBUTES = {
     FLAGS["ro"]: Attributes.RDONLY, FLAGS["nosuid"]: Attributes.NOSUID, FLAGS["nodev"]: Attributes.NODEV,
@@ -90,6 +90,12 @@ def make_table(
     import_all()
     unshare(CLONE_NEWNS)
     _Table(entries, images, copies or Copies.of(number, images, map_path)).make()
+
+
+def root_path(number: int, images: ImageSet) -> str:
+    """Where the root of a mount namespace comes from outside; "" where it does not."""
+    entry = _ordered(images.messages("mountpoints", number), images.file_path("mountpoints", number))[0]
+    return (entry.ext_key or entry.root) if entry.ext_mount else ""
 
 
 def _ordered(entries: Sequence[MntEntry], path: str) -> list[MntEntry]:

@@ -25,7 +25,10 @@ from stasis.process.files.opening import FileSet
 from stasis.process.files.options import FileOptions
 from stasis.process.guardian import Guardian
 from stasis.process.images.imageset import ImageSet
+from stasis.process.images.pagemap import Pagemap
+from stasis.process.images.schema.tasks import TaskKobjIdsEntry
 from stasis.process.journal import Journal
+from stasis.process.meter import Meter, Progress
 from stasis.process.remote import Remote
 from stasis.process.restore.crew import Roll, adopting
 from stasis.process.restore.memory import replace_memory
@@ -51,7 +54,9 @@ class RestoreOptions(NamedTuple):
     `links`: what the other ends of network devices of the tree are to be called here, as NAME or NAME@BRIDGE. `hook`
     is called with "pre-restore" before anything is made, "post-restore" and "pre-resume" when all is there and stands
     still, and "post-resume" when it runs, each with the first process's pid, 0 before it is there. What it raises
-    before "post-resume" ends the tree."""
+    before "post-resume" ends the tree. `leave_stopped`: all processes are stopped, as by SIGSTOP. `root`: the directory
+    that is the root of the tree from now on; all paths of the images are below it. `progress` is called with the bytes
+    of memory that are there again, and with how many the images have."""
 
     map_paths: Mapping[str, str] = NOTHING
     files: FileOptions = FileOptions()
@@ -61,6 +66,9 @@ class RestoreOptions(NamedTuple):
     sibling: bool = False
     links: Mapping[str, str] = NOTHING
     hook: Callable[[str, int], None] = lambda *_: None
+    leave_stopped: bool = False
+    root: str = ""
+    progress: Progress | None = None
 
 
 class RestoreResult(NamedTuple):
@@ -96,13 +104,14 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
     chosen.hook("pre-restore", 0)
     with ImageSet.open(images) as opened:
         root = read_tree(opened)
-        files = FileSet(opened, _mapper(chosen.map_paths), chosen.files)
+        assert root.ids is not None
+        own = own_kinds_of(opened, root.ids)
+        files = FileSet(opened, _mapper(_paths(opened, root.ids, own, chosen)), chosen.files)
         for plan in root.walk():
             if plan.ids is not None:
                 files.check(plan.ids.files_id)
         chain = opened.chain()
-        assert root.ids is not None
-        own = own_kinds_of(opened, root.ids)
+        _expect(opened, chosen.progress)
         if chosen.sibling and (chosen.pid_namespace or "pid" in own):
             raise UnsupportedError("the first process of a pid namespace cannot be a sibling of the restorer",
                                    hint="restore it as a child")  # fmt: skip
@@ -157,13 +166,35 @@ def _segments(
     return segments_of(images, chain)
 
 
+def _expect(images: ImageSet, progress: Progress | None) -> None:
+    if progress is None:
+        return
+    images.meter = Meter(progress)
+    kinds = [(kind, number) for kind in ("pagemap", "pagemap-shmem") for number in images.numbers(kind)]
+    found = [Pagemap.read(images, number, kind) for kind, number in kinds]
+    images.meter.expect(sum(run.end - run.start for pagemap in found if pagemap is not None for run in pagemap.runs()))
+
+
+def _paths(
+    images: ImageSet, ids: TaskKobjIdsEntry, own: list[str], options: RestoreOptions
+) -> Mapping[str, str]:
+    """What stands for which paths. The root of a mount namespace is one mount of it, and others come from elsewhere."""
+    if not options.root:
+        return options.map_paths
+    if "mnt" not in own:
+        return {"/": options.root, **options.map_paths}
+    from stasis.process.namespaces.mounting import root_path
+
+    return {root_path(ids.mnt_ns_id or 0, images): options.root, **options.map_paths}
+
+
 def _mapper(map_paths: Mapping[str, str]) -> Callable[[str], str]:
     def mapped(path: str) -> str:
         fitting = [old for old in map_paths if path == old or path.startswith(old.rstrip("/") + "/")]
         if not fitting:
             return path
         longest = max(fitting, key=len)
-        return map_paths[longest] + path[len(longest) :]
+        return map_paths[longest].rstrip("/") + path[len(longest.rstrip("/")) :] or "/"
 
     return mapped
 
@@ -200,7 +231,7 @@ def _restore(
             )  # fmt: skip
             if before is not None:
                 before(made)
-            _let_go(living, roll)
+            _let_go(living, roll, stopped=options.leave_stopped)
         except BaseException as error:
             if options.sibling:
                 roll.end()  # it is no child of ours
@@ -280,11 +311,11 @@ def _lock_again(remote: Remote, images: ImageSet) -> None:
         remote.call("fcntl", entry.fd, fcntl.F_SETLK, remote.put(packed_lock(entry)))
 
 
-def _let_go(living: list[TaskPlan], roll: Roll) -> None:
+def _let_go(living: list[TaskPlan], roll: Roll, *, stopped: bool) -> None:
     """All at once, as far as that goes: up to here they end with us, from here on without us they live."""
     for plan in reversed(living):  # as long as the first process of a pid namespace ends with us, all do
         task = plan.core.tc
-        if task is not None and task.task_state == TaskState.STOPPED:
+        if stopped or (task is not None and task.task_state == TaskState.STOPPED):
             os.kill(plan.pid, signal.SIGSTOP)
         ptrace.set_options(plan.pid, OPTIONS)
     roll.clear()

@@ -100,8 +100,8 @@ def prepare(plan: TaskPlan, crew: Crew) -> dict[str, Any]:
     files.set_owners(plan.ids.files_id)
     images = _pages_files(plan, crew)
     files.place(plan.ids.files_id, [report, *(fd for _, _, fd in (*mapped, *images)), *shared.values()])
-    if (root := files.file_name(plan.fs.root_id)) != "/":
-        os.chroot(files.map_path(root))
+    if root := _root(plan, crew):
+        os.chroot(root)
     told: dict[str, Any] = {"pid": os.getpid(), "report": report, "files": mapped, "shared": list(shared.items()),
                             "images": images}  # fmt: skip
     if (ours := crew.inheritance) is None:
@@ -110,11 +110,17 @@ def prepare(plan: TaskPlan, crew: Crew) -> dict[str, Any]:
     return {**told, "pieces": pieces, "compared": (ours.compared, ours.shared)}
 
 
+def _root(plan: TaskPlan, crew: Crew) -> str:
+    """The root directory that it is to change to; "" for none."""
+    assert plan.fs is not None
+    name = crew.files.file_name(plan.fs.root_id)
+    root = crew.files.map_path(name)
+    return "" if root == "/" or (name == "/" and "mnt" in crew.own) else root
+
+
 def _pages_files(plan: TaskPlan, crew: Crew) -> list[tuple[int, int, int]]:
     """(device, inode, descriptor) of the files that have its pages, where it is to live in other namespaces."""
-    assert plan.ids is not None
-    assert plan.fs is not None
-    if not crew.own and crew.files.file_name(plan.fs.root_id) == "/":
+    if not crew.own and not _root(plan, crew):
         return []
     found = []
     for images in crew.chain:
