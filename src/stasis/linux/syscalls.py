@@ -16,5 +16,6 @@ NUMBERS = {
     "openat": 257, "preadv": 295, "pwritev": 296, "rt_tgsigqueueinfo": 297, "prlimit64": 302, "seccomp": 317,
     "userfaultfd": 323, "membarrier": 324, "mlock2": 325, "rseq": 334, "pidfd_open": 434, "clone3": 435,
     "process_madvise": 440,
+    "mseal": 462,
 }  # fmt: skip
 """Name and number, for x86-64."""

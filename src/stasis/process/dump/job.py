@@ -51,6 +51,7 @@ from stasis.process.meter import Meter, Progress
 from stasis.process.namespaces.own import write_namespaces
 from stasis.process.remote import Remote
 from stasis.process.restore.crew import Roll
+from stasis.process.seals import write_seals
 from stasis.process.seccomp import FilterTable
 from stasis.process.tree import Task, Tree
 
@@ -331,6 +332,7 @@ class _Dump:
         found = mm.vmas(task.pid, self._layouts[task.pid], self._files)
         exe = self._files.path_file(task.pid, "exe", os.O_RDONLY)
         self._out.write("mm", mm.mm_entry(remote, task, found, exe), number=task.pid)
+        write_seals(task.pid, self._layouts[task.pid], self._out)
         started = time.monotonic()
         pages, left = dump_private_pages(remote, found, self._out, changes)
         self.pages, self.pages_in_parent = self.pages + pages, self.pages_in_parent + left

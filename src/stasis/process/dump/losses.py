@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from stasis.linux import libc, procfs
+from stasis.process.seals import SEALED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,8 @@ def losses(remote: Remote, task: Task, layout: list[Mapping]) -> Iterator[str]:
         yield f"process {task.pid} will not have its core dump filter any more"
     if _locks_what_comes(remote, layout):
         yield f"process {task.pid} will not lock memory that it maps from then on (MCL_FUTURE)"
+    if any(SEALED in mapping.flags for mapping in layout if mapping.path == "[vdso]"):
+        yield f"process {task.pid} cannot be restored on kernels like this one, which seal the vdso of every process"
 
 
 def _io_priority(tid: int) -> int:

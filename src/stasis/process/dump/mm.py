@@ -89,8 +89,6 @@ def check_mappings(
             findings.add(pid, where, "this kernel does not tell where it has guard pages (MADV_GUARD_INSTALL)")
         if kind_of(mapping) == VmaStatus.AIORING:
             _check_ring(pid, mapping, where, findings)
-        if "sl" in mapping.flags and not mapping.path.startswith("[v"):
-            findings.add(pid, where, "it is sealed, and an image has no place for that")
 
 
     if any(kind_of(mapping) == VmaStatus.SYSVIPC for mapping in mappings):

@@ -122,6 +122,7 @@ def _kinds() -> dict[str, Kind]:
         "netns": ("NETNS", "network.NetnsEntry"),
         "autofs": ("AUTOFS", "namespaces.AutofsEntry"),
         "binfmt-misc": ("BINFMT_MISC", "namespaces.BinfmtMiscEntry"),
+        "stasis-seals": ("STASIS_SEALS", "memory.SealEntry"),
         # no longer written
         "vmas": ("VMAS", "memory.VmaEntry"),
         "sigacts": ("SIGACT", "tasks.SaEntry"),

@@ -56,6 +56,8 @@ MAGICS: Final = {
     "CPUINFO": 0x61404013,
     "STATS": 0x57093306,
     "IRMAP_CACHE": 0x57004059,
+    # Ours, which criu does not know.
+    "STASIS_SEALS": 0x4C414553,
     # Read, and no longer written: what they held lies in files.img, mm and core now.
     "REG_FILES": 0x50363636,
     "EXT_FILES": 0x59255641,

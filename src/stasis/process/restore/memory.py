@@ -15,6 +15,7 @@ from stasis.linux import procfs, ptrace
 from stasis.process.dump.mm import MAP_ANONYMOUS, MAP_BY_FLAG, MAP_SHARED, VmaStatus
 from stasis.process.images import ImageSet, MemoryReader, PageSource
 from stasis.process.remote import CODE_BYTES, PAGE, SCRATCH_BYTES, Remote
+from stasis.process.seals import seal
 
 if TYPE_CHECKING:
     from stasis.process.images.schema.memory import MmEntry, VmaEntry
@@ -60,6 +61,7 @@ def replace_memory(remote: Remote, mm: MmEntry, ready: Ready, chain: list[ImageS
     for vma in regular:
         _finish(remote, vma, fills=vma.start in filled)
     _describe(remote, mm, ready)
+    seal(remote, mm, chain[0])
     for fd in ready.fds:
         remote.call("close", fd)
 

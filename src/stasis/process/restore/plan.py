@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from stasis.errors import UnsupportedError
 from stasis.process.dump.mm import VmaStatus
 from stasis.process.images.damage import damaged
+from stasis.process.seals import refuse_sealed_system
 from stasis.process.tree import TaskState
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class TaskPlan:
 
 def read_tree(images: ImageSet) -> TaskPlan:
     """All tasks of an image set as a tree. DamagedError, UnsupportedError."""
+    refuse_sealed_system()
     path = images.file_path("pstree")
     plans: dict[int, TaskPlan] = {}
     root: TaskPlan | None = None

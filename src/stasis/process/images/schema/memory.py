@@ -13,6 +13,7 @@ __all__ = [
     "MmEntry",
     "PagemapEntry",
     "PagemapHead",
+    "SealEntry",
     "VmaEntry",
 ]
 
@@ -28,6 +29,11 @@ class VmaEntry(Message):
     fd: int = sint64(8)
     madv: int | None = uint64(9, default=None, show=HEX)
     fdflags: int | None = uint32(10, default=None, show=HEX)
+
+
+class SealEntry(Message):
+    start: int = uint64(1, show=HEX)
+    end: int = uint64(2, show=HEX)
 
 
 class AioRingEntry(Message):
