@@ -1,60 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a dump or a restore in a process that is killed at a step of our choice.
+"""Runs a dump or a restore in a process that is killed at a step of our choice; or any process that it makes.
 
 A step is a system call: what goes through ptrace, libc or Python's os module. Each one counts twice, before and behind
-it, as what is noted in memory stands in between.
+it, as what is noted in memory stands in between. A process is known by how it came about: as which child of which one.
 """
 
 from __future__ import annotations
 
+import _thread
+import mmap
 import os
 import signal
+import struct
 import sys
 import traceback
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 from stasis.linux import libc, ptrace
 
-__all__ = ["count_steps", "kill_at"]
+__all__ = ["FIRST", "count_steps", "count_steps_of_all", "kill_at"]
 
 MODULES = {"posix", "fcntl", "_socket", "mmap"}
+SYS_CLONE3 = 435
+SLOTS = 4096
+COUNT = struct.Struct("<Q")
+FIRST = zlib.crc32(b"") % SLOTS
+"""Number of the process that does the work itself."""
 
 
 def count_steps(work: Callable[[], object]) -> int:
     """How many steps the work has, which is done."""
+    return count_steps_of_all(work)[FIRST]
+
+
+def count_steps_of_all(work: Callable[[], object]) -> dict[int, int]:
+    """The same of each process that the work makes, by its number."""
+    with mmap.mmap(-1, SLOTS * COUNT.size) as counts:
+        assert _done(lambda: _Steps(counts), work), "the work failed"
+        return {number: count for number, (count,) in enumerate(COUNT.iter_unpack(counts[:])) if count}
+
+
+def kill_at(step: int, work: Callable[[], object], process: int = FIRST) -> None:
+    """Do the work up to this step of a process, which is killed then. Returns when all that it started, the guardian,
+    have ended, too."""
+    with mmap.mmap(-1, SLOTS * COUNT.size) as counts:
+        _done(lambda: _Steps(counts, process, step), work)
+
+
+def _done(steps: Callable[[], _Steps], work: Callable[[], object]) -> bool:
+    """Whether the work came to its end."""
     reader, writer = os.pipe()
-    counter = _run(work, None, writer)
+    pid = _run(steps, work, writer)
     os.close(writer)
     with open(reader, "rb") as file:
         told = file.read()
-    os.waitpid(counter, 0)
-    assert told, "the work failed"
-    return int(told)
-
-
-def kill_at(step: int, work: Callable[[], object]) -> None:
-    """Do the work up to this step; then the process that does it is killed. Returns when all that it started, the
-    guardian, have ended, too."""
-    reader, writer = os.pipe()
-    pid = _run(work, step, writer)
-    os.close(writer)
-    with open(reader, "rb") as file:
-        file.read()
     os.waitpid(pid, 0)
+    return bool(told)
 
 
-def _run(work: Callable[[], object], last: int | None, told: int) -> int:
+def _run(steps: Callable[[], _Steps], work: Callable[[], object], told: int) -> int:
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        steps = _Steps(last)
-        steps.begin()
+        counted = steps()
+        counted.begin()
         work()
-        steps.end()
-        os.write(told, str(steps.count).encode())
+        counted.end()
+        os.write(told, b"d")
         status = 0
     except BaseException:  # the parent sees that nothing was told
         traceback.print_exc()
@@ -63,10 +79,12 @@ def _run(work: Callable[[], object], last: int | None, told: int) -> int:
 
 
 class _Steps:
-    def __init__(self, last: int | None) -> None:
-        self.count = 0
-        self._last = last
-        self._process = os.getpid()
+    def __init__(self, counts: mmap.mmap, killed: int = -1, last: int = 0) -> None:
+        self._counts = counts
+        self._killed, self._last = killed, last
+        self._count = self._forks = 0
+        self._path, self._number = b"", FIRST
+        self._process = _thread.get_native_id()
 
     def begin(self) -> None:
         ptrace._ptrace = self._counted(ptrace._ptrace)
@@ -78,7 +96,7 @@ class _Steps:
 
     def _counted(self, function: Any) -> Callable[..., int]:
         def call(*arguments: Any) -> int:
-            self._step()
+            self._step(forks=arguments[0] == SYS_CLONE3)
             try:
                 return int(function(*arguments))
             finally:
@@ -88,11 +106,21 @@ class _Steps:
 
     def _see(self, _: object, event: str, function: Any) -> None:
         if event in ("c_call", "c_return") and getattr(function, "__module__", "") in MODULES:
-            self._step()
+            self._step(forks=event == "c_call" and function.__name__ == "fork")
 
-    def _step(self) -> None:
-        if self._process != os.getpid():
-            return  # the guardian, or a process of the restore
-        self.count += 1
-        if self.count == self._last:
-            os.kill(self._process, signal.SIGKILL)
+    def _step(self, *, forks: bool = False) -> None:
+        if self._process != _thread.get_native_id():
+            self._be_child()
+        self._count += 1
+        self._forks += forks
+        COUNT.pack_into(self._counts, self._number * COUNT.size, self._count)
+        if self._number == self._killed and self._count == self._last:
+            if os.getpid() == 1:
+                os._exit(1)  # the first process of a pid namespace cannot kill itself
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _be_child(self) -> None:
+        self._process = _thread.get_native_id()
+        self._path += b"/%d" % self._forks
+        self._number = zlib.crc32(self._path) % SLOTS
+        self._count = self._forks = 0

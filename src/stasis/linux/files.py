@@ -19,6 +19,7 @@ __all__ = [
     "link_unnamed",
     "open_unnamed",
     "punch_hole",
+    "rename_to_free",
     "reopen",
     "set_immutable",
     "start_writeback",
@@ -50,11 +51,14 @@ FS_IMMUTABLE_FL = 0x10
 # include/uapi/linux/fcntl.h
 AT_FDCWD = -100
 AT_SYMLINK_FOLLOW = 0x400
+RENAME_NOREPLACE = 1  # include/uapi/linux/fs.h
 
 _fallocate = libc.libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _linkat = libc.libc.linkat
 _linkat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+_renameat2 = libc.libc.renameat2
+_renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _sync_file_range = libc.libc.sync_file_range
 _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
@@ -168,6 +172,13 @@ def link_opened(source: str, path: str) -> None:
     os.link does not follow such links: it calls link(2), whatever follow_symlinks says.
     """
     libc.check(_linkat(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(path), AT_SYMLINK_FOLLOW), "link", path)
+
+
+def rename_to_free(old: str, new: str) -> None:
+    """Rename where nothing has the new name (renameat2(2), RENAME_NOREPLACE). FileExistsError; EINVAL from a file
+    system that does not know how."""
+    done = _renameat2(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), RENAME_NOREPLACE)
+    libc.check(done, "renameat2", new)
 
 
 def sync_filesystem(path: str) -> None:

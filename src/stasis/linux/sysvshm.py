@@ -24,7 +24,7 @@ NEXT_ID = Path("/proc/sys/kernel/shm_next_id")
 
 
 class Segment(NamedTuple):
-    """A line of /proc/sysvipc/shm; `size` is bytes."""
+    """A line of /proc/sysvipc/shm; `size` is bytes, `creator` the pid of who made it, 0 for one that is to be made."""
 
     key: int
     id: int
@@ -35,15 +35,16 @@ class Segment(NamedTuple):
     gid: int
     cuid: int
     cgid: int
+    creator: int = 0
 
 
 def segments() -> dict[int, Segment]:
     """All segments of our namespace, by id."""
     found = {}
     for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]:
-        key, number, mode, size, _, _, attached, uid, gid, cuid, cgid, *_ = line.split()
+        key, number, mode, size, creator, _, attached, uid, gid, cuid, cgid, *_ = line.split()
         found[int(number)] = Segment(int(key), int(number), int(mode, 8), int(size), int(attached), int(uid), int(gid),
-                                     int(cuid), int(cgid))  # fmt: skip
+                                     int(cuid), int(cgid), int(creator))  # fmt: skip
     return found
 
 

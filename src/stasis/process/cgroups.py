@@ -17,6 +17,7 @@ from stasis.linux.namespaces import FLAGS
 from stasis.linux.namespaces import join as enter_namespace
 from stasis.process.dump.ids import Home, namespace_ids
 from stasis.process.helpers import fork_helper, wait_for_helper
+from stasis.process.traces import group_made
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -170,7 +171,7 @@ def enter(pid: int, name: str, path: str, places: dict[str, str]) -> str:
         return f"{what} is outside of what can be seen here"
     group = f"{places[name]}{path}"
     try:
-        os.makedirs(group, exist_ok=True)
+        _make(group)
         if any(_holds(f"{group}/{file}", frozen) for file, frozen in FROZEN.items()):
             return f"{what} is frozen"
         with open(f"{group}/cgroup.procs", "w") as file:
@@ -178,6 +179,13 @@ def enter(pid: int, name: str, path: str, places: dict[str, str]) -> str:
     except OSError as error:
         return f"{what} cannot be entered: {error.strerror}"
     return ""
+
+
+def _make(group: str) -> None:
+    if not os.path.isdir(group):
+        _make(os.path.dirname(group))
+        group_made(group)
+        os.makedirs(group, exist_ok=True)
 
 
 def _holds(path: str, text: str) -> bool:

@@ -23,6 +23,7 @@ from stasis.process.dump.mm import PROT, VmaStatus, kind_of
 from stasis.process.images.damage import damaged
 from stasis.process.images.memory import MemoryReader
 from stasis.process.images.schema.ipc import IpcDescEntry, IpcShmEntry
+from stasis.process.traces import segment_made
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -89,16 +90,12 @@ def write_segments(
 @contextmanager
 def segments_of(images: ImageSet, chain: list[ImageSet]) -> Iterator[None]:
     """Have the segments of a set there for the processes that will map them; those that were made go again when the
-    restore fails."""
+    restore fails (`traces.py`)."""
     made: list[Segment] = []
-    try:
-        for segment in _segments(images):
-            _bring(segment, made, chain)
-        yield
-    except BaseException:
-        for segment in made:
-            kernel.remove(segment.id)
-        raise
+    for segment in _segments(images):
+        segment_made(segment.id)
+        _bring(segment, made, chain)
+    yield
     for segment in made:
         if segment.mode & SHM_DEST:
             kernel.remove(segment.id)

@@ -4,6 +4,8 @@ out; at the restore they are made anew under the name they had, which is taken a
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from stasis.process.images.schema.files import (
     RemapType,
 )
 from stasis.process.namespaces.identities import Identities
+from stasis.process.traces import with_name
 
 if TYPE_CHECKING:
     from stasis.process.files.linkremap import LinkRemaps
@@ -141,14 +144,17 @@ class Ghosts:
         """Where the file is to be opened that has only a link: under the name it had, for a moment, where that is
         free."""
         link = self._name_of(number)
-        try:
-            os.link(link, path)
-        except OSError:
-            return link  # the name is another file's, or its directory is gone
-        try:
-            fd = self._move(os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
-        finally:
-            os.unlink(path)
+        if os.path.lexists(path) or not os.path.exists(link):
+            return link  # the name is another file's, or whoever opens it says that it is gone
+        with with_name(path, os.stat(link)):
+            try:
+                os.link(link, path)
+            except OSError:
+                return link  # its directory is gone
+            try:
+                fd = self._move(os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW))
+            finally:
+                os.unlink(path)
         return f"/proc/self/fd/{fd}"
 
     def _make(self, ghost: int, path: str) -> int:
@@ -169,28 +175,60 @@ class Ghosts:
 
 def _create(path: str, entry: GhostFileEntry) -> int:
     """A new file or directory that had this path for a moment, or one like it where that is taken."""
+    made = os.path.join(os.path.dirname(path), f".stasis-ghost-{os.urandom(8).hex()}")
+    try:
+        with with_name(made):
+            fd = _make_at(made, entry.mode)
+            try:
+                _rename_and_remove(made, path, os.fstat(fd))
+            except BaseException:
+                os.close(fd)
+                with contextlib.suppress(OSError):
+                    _remove(made, entry.mode)
+                raise
+        return fd
+    except OSError as error:
+        raise StateError(f"{path}, a deleted file that a process had open, cannot be made: {error.strerror}",
+                         hint="bring its directory back, or name another one with --map-path",
+                         errno=error.errno or 0) from error  # fmt: skip
+
+
+def _make_at(path: str, mode: int) -> int:
+    if stat.S_ISDIR(mode):
+        os.mkdir(path, 0o700)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if stat.S_ISFIFO(mode):
+        os.mkfifo(path, 0o600)
+        return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _rename_and_remove(made: str, path: str, status: os.stat_result) -> None:
+    """Have a file lose the wanted name, or one like it where that is taken; or the one it has, where the file system
+    cannot rename without replacing."""
+    from stasis.linux.files import rename_to_free
+
     for number in range(MOST_NAMES):
         name = f"{path}.{number}" if number else path
-        try:
-            if stat.S_ISDIR(entry.mode):
-                os.mkdir(name, 0o700)
-                fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                os.rmdir(name)
-            elif stat.S_ISFIFO(entry.mode):
-                os.mkfifo(name, 0o600)
-                fd = os.open(name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-                os.unlink(name)
-            else:
-                fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                os.unlink(name)
-            return fd
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise StateError(f"{path}, a deleted file that a process had open, cannot be made: {error.strerror}",
-                             hint="bring its directory back, or name another one with --map-path",
-                             errno=error.errno or 0) from error  # fmt: skip
+        with with_name(name, status):
+            try:
+                rename_to_free(made, name)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                name = made
+            _remove(name, status.st_mode)
+            return
     raise StateError(f"there is no name free beside {path} to make a deleted file anew", hint="clean the directory up")
+
+
+def _remove(path: str, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        os.rmdir(path)
+    else:
+        os.unlink(path)
 
 
 def _fill(fd: int, source: int, record: Record, name: str) -> None:

@@ -39,6 +39,8 @@ FRAME = struct.Struct("<iH?")
 PORTION = select.PIPE_BUF - FRAME.size
 PATIENCE = 120.0
 """Seconds without any report after which a restore is given up."""
+LOOK_AFTER = 0.2
+"""Seconds without any report after which it is looked whether those who are to report are alive."""
 PAUSE = 0.001
 MOST_PIDS = 1 << 16
 
@@ -62,13 +64,10 @@ class Reports:
             portion = message[start : start + PORTION]
             os.write(self.writer, FRAME.pack(pid, len(portion), start + PORTION >= len(message)) + portion)
 
-    def receive(self) -> dict[str, Any]:
-        """In the restorer: the next report. StasisError where none comes."""
+    def receive(self, awaited: Iterable[int]) -> dict[str, Any]:
+        """In the restorer: the next report, of one of the `awaited`. StasisError where none comes any more."""
         while not self._told:
-            poll = select.poll()
-            poll.register(self.reader, select.POLLIN)
-            if not poll.poll(PATIENCE * 1000):
-                raise StasisError("a process of the restore does not get ready")
+            self._wait(awaited)
             head = os.read(self.reader, FRAME.size)
             if not head:
                 raise StasisError("a process ended before it was restored")
@@ -78,6 +77,17 @@ class Reports:
                 self._told.append(self._parts.pop(pid))
         report: dict[str, Any] = marshal.loads(self._told.pop(0))
         return report
+
+    def _wait(self, awaited: Iterable[int]) -> None:
+        """Until there is something to read. Who ended has told before all that it had to tell."""
+        poll, deadline = select.poll(), time.monotonic() + PATIENCE
+        poll.register(self.reader, select.POLLIN)
+        while not poll.poll(LOOK_AFTER * 1000):
+            dead = next(filter(_has_ended, awaited), None)
+            if dead is not None and not poll.poll(0):
+                raise StasisError(f"process {dead} ended before it was restored")
+            if time.monotonic() > deadline:
+                raise StasisError("a process of the restore does not get ready")
 
     def close_reader(self) -> None:
         """May be called again, as the next one."""
@@ -96,13 +106,20 @@ def collect(reports: Reports, first: int, stage: str) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     expected = {first}
     while expected - found.keys():
-        report = reports.receive()
+        report = reports.receive(expected - found.keys())
         if "error" in report:
             raise StasisError.from_dict(report)
         assert report["stage"] == stage
         expected.update(report["made"])
         found[report["pid"]] = report
     return list(found.values())
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return procfs.stat(pid).state in "ZX"
+    except ProcessLookupError:
+        return True
 
 
 class Gate:

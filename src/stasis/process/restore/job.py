@@ -38,6 +38,7 @@ from stasis.process.restore.spawn import Nursery, spawn
 from stasis.process.restore.tasks import arm_timers, give_process_state, make_timers, set_dumpable
 from stasis.process.restore.threads import give_state, make_threads
 from stasis.process.seccomp import Filters
+from stasis.process.traces import Traces
 from stasis.process.tree import TaskState
 
 __all__ = ["RestoreOptions", "RestoreResult", "restore"]
@@ -98,8 +99,13 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
     To be called in a process with one thread. Raises StasisError and OSError; no process is left then.
     """
     chosen = options or RestoreOptions()
-    if chosen.pid_namespace:
-        return _restore_inside(images, chosen._replace(pid_namespace=False))
+    with Traces.of_restore() as traces:
+        if chosen.pid_namespace:
+            return _restore_inside(images, chosen._replace(pid_namespace=False), traces)
+        return _restore_here(images, chosen, traces)
+
+
+def _restore_here(images: str | os.PathLike[str], chosen: RestoreOptions, traces: Traces) -> RestoreResult:
     began = time.monotonic()
     chosen.hook("pre-restore", 0)
     with ImageSet.open(images) as opened:
@@ -117,14 +123,14 @@ def restore(images: str | os.PathLike[str], options: RestoreOptions | None = Non
                                    hint="restore it as a child")  # fmt: skip
         try:
             with _segments(opened, chain, own), Nursery(root, files, chain, chosen.links) as nursery:
-                made = (_restore_first if "pid" in own else _restore)(nursery, chosen)
+                made = (_restore_first if "pid" in own else _restore)(nursery, chosen, traces)
         finally:
             for parent in chain[1:]:
                 parent.close()
     return made._replace(seconds=time.monotonic() - began)
 
 
-def _restore_inside(images: str | os.PathLike[str], options: RestoreOptions) -> RestoreResult:
+def _restore_inside(images: str | os.PathLike[str], options: RestoreOptions, traces: Traces) -> RestoreResult:
     from stasis.process.restore.namespace import restore_inside
 
     with ImageSet.open(images) as opened:
@@ -138,19 +144,23 @@ def _restore_inside(images: str | os.PathLike[str], options: RestoreOptions) -> 
         result = restore(images, options)
         return result.pid, result.warnings or []
 
-    init, pids, warnings = restore_inside(wanted, work)
+    with Guardian(Journal(), traces.undo):
+        init, pids, warnings = restore_inside(wanted, work)
+        traces.clear()
     return RestoreResult(pids[root], [outer for inner, outer in pids.items() if inner in wanted], init, warnings)
 
 
-def _restore_first(nursery: Nursery, options: RestoreOptions) -> RestoreResult:
-    """Into a pid namespace that the tree had of its own."""
+def _restore_first(nursery: Nursery, options: RestoreOptions, traces: Traces) -> RestoreResult:
+    """Into a pid namespace that the tree had of its own. A guardian in there would end with it."""
     from stasis.process.restore.container import restore_first
 
     def work(first: int, tell: Callable[[dict[str, Any]], None]) -> None:
         chosen = options._replace(hook=lambda name, pid: options.hook(name, first if pid else 0))
-        _restore(nursery, chosen, before=lambda made: tell(made.as_dict()))
+        _restore(nursery, chosen, traces, before=lambda made: tell(made.as_dict()))
 
-    report, pids = restore_first(nursery, work)
+    with Guardian(Journal(), traces.undo):
+        report, pids = restore_first(nursery, work)
+        traces.clear()
     made = RestoreResult(**report)
     _end_up(nursery.crew.files, options, pids[made.pid])
     return made._replace(pid=pids[made.pid], pids=[pids.get(pid, 0) for pid in made.pids])
@@ -200,14 +210,15 @@ def _mapper(map_paths: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def _restore(
-    nursery: Nursery, options: RestoreOptions, *, before: Callable[[RestoreResult], None] | None = None
+    nursery: Nursery, options: RestoreOptions, traces: Traces, *,
+    before: Callable[[RestoreResult], None] | None = None,
 ) -> RestoreResult:
     """Make it all. With `before` the first process is there and waits, and its end will be ours: this is called before
     anything runs, and what follows is left to the caller."""
     root, files, chain = nursery.crew.root, nursery.crew.files, nursery.crew.chain
     living = [plan for plan in root.walk() if not plan.is_zombie]
     roll, filters = Roll(), Filters(files.images)
-    with Guardian(Journal(), roll.end), adopting() as end_all:
+    with Guardian(Journal(), roll.end, traces.undo), adopting() as end_all:
         try:
             nursery.crew.is_sibling = options.sibling
             began = time.monotonic()
@@ -232,6 +243,7 @@ def _restore(
             if before is not None:
                 before(made)
             _let_go(living, roll, stopped=options.leave_stopped)
+            traces.clear()
         except BaseException as error:
             if options.sibling:
                 roll.end()  # it is no child of ours
