@@ -5,12 +5,13 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import struct
 from collections.abc import Iterator
 
 from stasis.linux import libc
 
-__all__ = ["PageScanner"]
+__all__ = ["EXCLUSIVE", "FILE_OR_SHARED", "PAGE", "PRESENT", "SWAPPED", "Change", "PageScanner"]
 
 PAGE = 4096
 # include/uapi/linux/fs.h
@@ -23,7 +24,9 @@ REGION = struct.Struct("<3Q")
 REGIONS = 1024
 
 # Documentation/admin-guide/mm/pagemap.rst
-PM_FILE_OR_SHARED, PM_SWAPPED, PM_PRESENT = 1 << 61, 1 << 62, 1 << 63
+# The bits 56 to 63 of an entry, which are its last byte.
+EXCLUSIVE, FILE_OR_SHARED, SWAPPED, PRESENT = 1 << 0, 1 << 5, 1 << 6, 1 << 7
+OWN_RUN = re.compile(rb"\x01+")
 PORTION_PAGES = 1 << 16
 
 Run = tuple[int, int]
@@ -60,7 +63,7 @@ class PageScanner:
                 if error.errno not in (errno.ENOTTY, errno.EINVAL):
                     raise
                 self.has_scan = False
-        yield from self._read(start, end, 0 if shared else PM_FILE_OR_SHARED)
+        yield from self._read(start, end, 0 if shared else FILE_OR_SHARED)
 
     def changes(self, start: int, end: int, *, arm: bool) -> Iterator[Change]:
         """The same runs of memory that is watched (`userfaultfd.py`), each with whether it was written since it was
@@ -100,21 +103,25 @@ class PageScanner:
             start = max(ARGUMENT.unpack(argument)[4], told_now[-1][1])
 
     def _read(self, start: int, end: int, left_out: int) -> Iterator[Run]:
-        run = start
-        length = 0
+        wanted = bytes(bool(upper & (PRESENT | SWAPPED) and not upper & left_out) for upper in range(256))
+        last = (start, 0)
+        for address, raw in self.entries(start, end):
+            for run in OWN_RUN.finditer(raw[7::8].translate(wanted)):
+                at, length = address + run.start() * PAGE, (run.end() - run.start()) * PAGE
+                if last[0] + last[1] == at and last[1]:
+                    last = (last[0], last[1] + length)
+                    continue
+                if last[1]:
+                    yield last
+                last = (at, length)
+        if last[1]:
+            yield last
+
+    def entries(self, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """(address, entries of 8 bytes for the pages from there on) of all pages in [start, end), in portions."""
         for address in range(start, end, PORTION_PAGES * PAGE):
             count = min(PORTION_PAGES, (end - address) // PAGE)
             raw = os.pread(self._fd, 8 * count, address // PAGE * 8)
             if len(raw) < 8 * count:
                 raise libc.error(errno.EIO, "pagemap", self._fd)
-            for number, entry in enumerate(struct.unpack(f"<{count}Q", raw)):
-                if entry & (PM_PRESENT | PM_SWAPPED) and not entry & left_out:
-                    at = address + number * PAGE
-                    if length and run + length == at:
-                        length += PAGE
-                        continue
-                    if length:
-                        yield run, length
-                    run, length = at, PAGE
-        if length:
-            yield run, length
+            yield address, raw

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Callable
 
 from stasis.errors import UsageError
-from stasis.linux import kcmp, libc, ptrace
+from stasis.linux import kcmp, libc, ptrace, softdirty, userfaultfd
 from stasis.linux.clone3 import fork_as
 from stasis.linux.pagemap import PAGE, PageScanner
 from stasis.linux.pidfd import Pidfd
@@ -38,6 +39,37 @@ def _pagemap_scan() -> bool:
     with PageScanner(os.getpid()) as scanner:
         list(scanner.own_pages(0, PAGE))
         return scanner.has_scan
+
+
+def _mem_dirty_track() -> bool:
+    """What `pre-dump` and `--parent` need; criu asks by this name for soft-dirty bits, one of the two ways."""
+    if userfaultfd.has_async():
+        return _pagemap_scan()
+    return userfaultfd.has_plain() and _soft_dirty()
+
+
+def _soft_dirty() -> bool:
+    """Whether a page has its bit, loses it, and gets it again. In a child: our own bits are somebody else's maybe."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] == 0
+    kept = False
+    try:
+        with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            kept = _keeps_bits(memory)
+    finally:
+        os._exit(0 if kept else 1)
+
+
+def _keeps_bits(memory: mmap.mmap) -> bool:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    memory[0] = 1
+    with PageScanner(os.getpid()) as scanner:
+        before = softdirty.is_set(scanner, address)
+        softdirty.clear(os.getpid())
+        between = softdirty.is_set(scanner, address)
+        memory[0] = 2
+        return before and not between and softdirty.is_set(scanner, address)
 
 
 def _rseq() -> bool:
@@ -99,8 +131,8 @@ def _map_vdso() -> bool:
 
 
 PROBES = {
-    "clone3_set_tid": _clone3_set_tid, "pagemap_scan": _pagemap_scan, "get_rseq_conf": _rseq,
-    "seccomp_suspend": _seccomp_suspend, "kcmp_epoll": _kcmp_epoll, "pidfd_store": _pidfd,
+    "clone3_set_tid": _clone3_set_tid, "pagemap_scan": _pagemap_scan, "mem_dirty_track": _mem_dirty_track,
+    "get_rseq_conf": _rseq, "seccomp_suspend": _seccomp_suspend, "kcmp_epoll": _kcmp_epoll, "pidfd_store": _pidfd,
     "timer_cr_ids": _timer_ids, "can_map_vdso": _map_vdso,
 }  # fmt: skip
 REQUIRED = ("clone3_set_tid", "pidfd_store", "can_map_vdso", "kcmp_epoll")

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from stasis.errors import BusyError
 from stasis.linux import process
+from stasis.process.dump.canary import Canary
 from stasis.process.dump.tracking import Key, Tracking
 
 __all__ = ["give", "take"]
@@ -56,8 +57,10 @@ def _receive(connection: socket.socket, tracking: Tracking) -> None:
         if not data:
             return
         told = json.loads(data)
-        for (pid, start), fd in zip(told["tasks"], fds, strict=True):
+        for ((pid, start), canary), fd in zip(told["tasks"], fds, strict=True):
             tracking.watches[pid, start] = fd
+            if canary is not None:
+                tracking.canaries[pid, start] = Canary(*canary)
         tracking.since = told["since"]  # with the last message: before it there is something missing
 
 
@@ -130,7 +133,8 @@ def _send(connection: socket.socket, tracking: Tracking) -> None:
     for at in range(0, max(len(entries), 1), PORTION):
         portion = entries[at : at + PORTION]
         last = at + PORTION >= len(entries)
-        message = {"since": tracking.since if last else "", "tasks": [key for key, _ in portion]}
+        tasks = [(key, tracking.canaries.get(key)) for key, _ in portion]
+        message = {"since": tracking.since if last else "", "tasks": tasks}
         socket.send_fds(connection, [json.dumps(message).encode()], [fd for _, fd in portion])
 
 

@@ -141,13 +141,12 @@ def _taken(root: Key, parent: str | os.PathLike[str] | None) -> Iterator[tuple[T
     """What was watched since `parent`; its descriptors are closed at the end, unless they were given away."""
     known = _run_id(parent) if parent is not None else ""
     with closing(keeper.take(root)) as tracking:
-        warnings = []
         if not known or tracking.since != known:
             tracking.since = ""
             if parent is not None:
-                warnings.append(f"nothing is known of what process {root[0]} wrote since {os.fspath(parent)}: "
-                                "all of its memory is written")  # fmt: skip
-        yield tracking, warnings
+                tracking.warnings.append(f"nothing is known of what process {root[0]} wrote since {os.fspath(parent)}: "
+                                         "all of its memory is written")  # fmt: skip
+        yield tracking, tracking.warnings
 
 
 def _run_id(parent: str | os.PathLike[str]) -> str:
@@ -217,7 +216,8 @@ def _unwatchable(pid: int, error: OSError) -> StasisError:
         return NotFoundError(f"process {pid} ended meanwhile", hint="it cannot be dumped any more")
     return UnsupportedError(
         f"what process {pid} writes to its memory cannot be watched: {error.strerror or error}",
-        hint="it needs Linux 6.7 with userfaultfd and PAGEMAP_SCAN; dump without --parent, --pre-copy and pre-dump",
+        hint="it needs userfaultfd, and Linux 6.7 or soft-dirty bits (CONFIG_MEM_SOFT_DIRTY); dump without --parent, "
+        "--pre-copy and pre-dump",
     )
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import errno
 import os
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from stasis.linux import userfaultfd
-from stasis.linux.pagemap import Change, PageScanner
+from stasis.linux import softdirty, userfaultfd
+from stasis.linux.pagemap import PageScanner
 from stasis.linux.pidfd import Pidfd
 from stasis.linux.procfs import Mapping
+from stasis.process.dump import dirtybits
+from stasis.process.dump.canary import Canary, take_out
+from stasis.process.dump.changes import Changes
 from stasis.process.journal import Journal
 from stasis.process.remote import Remote
 from stasis.process.tree import Task
@@ -28,6 +30,7 @@ Key = tuple[int, int]
 WATCHED = "uw"  # VM_UFFD_WP, in VmFlags of /proc/PID/smaps
 UNWATCHABLE = frozenset(("io", "pf", "ht", "dp", "ss"))
 """Device memory, raw pages, huge pages, droppable memory, shadow stacks."""
+RINGS = ("/[aio]", "anon_inode:[io_uring]")
 NEVER = (errno.EBUSY, errno.EINVAL, errno.EPERM, errno.ESRCH, errno.ENOMEM)
 
 
@@ -38,51 +41,35 @@ def is_watchable(mapping: Mapping) -> bool:
     return anonymous and not mapping.flags & UNWATCHABLE
 
 
-class Changes:
-    """Runs of pages in order of address, each with whether it was written. 16 bytes each: there may be many."""
-
-    def __init__(self) -> None:
-        self._values = array("Q")
-
-    def add(self, start: int, length: int, *, written: bool) -> None:
-        """Append a run."""
-        self._values.extend((start, length | written))
-
-    def extend(self, others: Changes) -> None:
-        """Append all runs of others, which lie behind."""
-        self._values.extend(others._values)
-
-    def __iter__(self) -> Iterator[Change]:
-        values = iter(self._values)
-        for start, length in zip(values, values, strict=True):
-            yield start, length & ~1, bool(length & 1)
-
-    @property
-    def written(self) -> int:
-        """Bytes in runs that were written."""
-        return sum(length for _, length, written in self if written)
+def writes_unseen(layout: Sequence[Mapping]) -> bool:
+    """Whether requests that were made earlier may write to pages without going through the page table: rings of
+    asynchronous I/O. The kernel tells nobody of those under way."""
+    return any(mapping.path.startswith(RINGS) for mapping in layout)
 
 
 class Tracking:
     """What is watched in a tree, and since when. Owns the descriptors.
 
-    `since`: id of the image set whose memory the marks refer to, empty where that is not known.
+    `since`: id of the image set whose memory the marks refer to, empty where that is not known. `canaries`: where
+    soft-dirty bits are the marks. `warnings`: why something that was watched is dumped whole.
     """
 
-    def __init__(self, since: str = "", watches: dict[Key, int] | None = None) -> None:
+    def __init__(self, since: str = "") -> None:
         self.since = since
-        self.watches = {} if watches is None else watches
+        self.watches: dict[Key, int] = {}
+        self.canaries: dict[Key, Canary] = {}
+        self.warnings: list[str] = []
+        self._proven: dict[Key, bool] = {}
 
     def close(self) -> None:
         """Watch no longer, unless somebody else holds the descriptors."""
-        for fd in self.watches.values():
-            os.close(fd)
-        self.watches.clear()
+        for key in list(self.watches):
+            self._drop(key)
 
     def keep_only(self, keys: set[Key]) -> None:
         """Forget processes that are not in the tree any more."""
         for key in set(self.watches) - keys:
-            os.close(self.watches.pop(key))
+            self._drop(key)
 
     def arm(self, task: Task, layout: Sequence[Mapping], journal: Journal) -> Changes:
         """Mark all pages of a stopped task that can be watched, and tell which were written since the last time."""
@@ -93,19 +80,68 @@ class Tracking:
 
     def mark(self, task: Task, layout: Sequence[Mapping], journal: Journal) -> dict[int, Changes]:
         """The same for each mapping that can be watched, by its start and in order of address."""
+        if writes_unseen(layout):
+            self._drop(_key(task))
+            return {}
         fd = self._watch(task, layout, journal)
-        marked: dict[int, Changes] = {}
         with PageScanner(task.pid) as scanner:
-            for mapping in layout:
-                if not is_watchable(mapping) or not _register(fd, mapping):
-                    continue
-                known = WATCHED in mapping.flags
-                if not known:
-                    userfaultfd.forget(fd, mapping.start, mapping.length)  # marks of an earlier life
-                found = marked[mapping.start] = Changes()
-                for start, length, written in scanner.changes(mapping.start, mapping.end, arm=True):
-                    found.add(start, length, written=written or not known or not self.since)
+            if not userfaultfd.has_async():
+                return self._clear_bits(task, layout, journal, scanner)
+            return self._protect(fd, layout, scanner)
+
+    def _protect(self, fd: int, layout: Sequence[Mapping], scanner: PageScanner) -> dict[int, Changes]:
+        marked: dict[int, Changes] = {}
+        for mapping in layout:
+            if not is_watchable(mapping) or not _register(fd, mapping):
+                continue
+            known = WATCHED in mapping.flags
+            if not known:
+                userfaultfd.forget(fd, mapping.start, mapping.length)  # marks of an earlier life
+            found = marked[mapping.start] = Changes()
+            for start, length, written in scanner.changes(mapping.start, mapping.end, arm=True):
+                found.add(start, length, written=written or not known or not self.since)
         return marked
+
+    def _clear_bits(
+        self, task: Task, layout: Sequence[Mapping], journal: Journal, scanner: PageScanner
+    ) -> dict[int, Changes]:
+        key = _key(task)
+        fd = self.watches[key]
+        watched = [mapping for mapping in layout if is_watchable(mapping) and _register(fd, mapping)]
+        if not watched:
+            return {}  # all of it is watched by others: our clearing would be in their way
+        proven = self._is_proven(task, scanner)
+        self._proven.pop(key, None)
+        canary = self._canary(task, layout, journal)
+        found = dirtybits.clear(scanner, task.pid, fd, watched)
+        self.canaries[key] = canary.raised(scanner, task.pid)
+        marked = {}
+        for mapping in watched:
+            known = proven and WATCHED in mapping.flags and dirtybits.MERGEABLE not in mapping.flags
+            runs = softdirty.runs(found[mapping.start], mapping.start)
+            marked[mapping.start] = Changes((start, length, written or not known) for start, length, written in runs)
+        return marked
+
+    def _canary(self, task: Task, layout: Sequence[Mapping], journal: Journal) -> Canary:
+        """The one that is there, or a new one."""
+        known = self.canaries.get(_key(task))
+        if known is not None and known.is_in_place(task.pid):
+            return known
+        with Remote(task.pid, layout, journal) as remote:
+            take_out(remote, layout)
+            return Canary.put(remote)
+
+    def _is_proven(self, task: Task, scanner: PageScanner) -> bool:
+        """Whether the bits of a task tell what was written since the set `since`."""
+        key = _key(task)
+        if not self.since or key not in self.canaries:
+            return False
+        if key not in self._proven:
+            self._proven[key] = self.canaries[key].stands(scanner, task.pid)
+            if not self._proven[key]:
+                self.warnings.append(f"somebody else cleared the marks of what process {task.pid} wrote, or equal "
+                                     "pages were merged: all of its memory is written")  # fmt: skip
+        return self._proven[key]
 
     def changes(self, task: Task, mapping: Mapping, scanner: PageScanner) -> Changes | None:
         """The pages of a mapping of a stopped task and which of them are not as in the set `since`; None if it has to
@@ -115,20 +151,29 @@ class Tracking:
             return None
         if not _register(fd, mapping):
             return None  # somebody else watches it
-        found = Changes()
-        for start, length, written in scanner.changes(mapping.start, mapping.end, arm=False):
-            found.add(start, length, written=written)
-        return found
+        if not userfaultfd.has_async():
+            return dirtybits.look(scanner, mapping) if self._is_proven(task, scanner) else None
+        return Changes(scanner.changes(mapping.start, mapping.end, arm=False))
+
+    def end(self, remote: Remote, task: Task, layout: Sequence[Mapping]) -> None:
+        """Leave nothing in a stopped process that is not watched on."""
+        if self.canaries.pop(_key(task), None) is not None:
+            take_out(remote, layout)
 
     def _watch(self, task: Task, layout: Sequence[Mapping], journal: Journal) -> int:
         """A descriptor for the task's memory: that of before, unless it runs another program since."""
         key = _key(task)
         if key in self.watches and not any(WATCHED in mapping.flags for mapping in layout):
-            os.close(self.watches.pop(key))
+            self._drop(key)
         if key not in self.watches:
             with Remote(task.pid, layout, journal) as remote:
                 self.watches[key] = _inject(remote)
         return self.watches[key]
+
+    def _drop(self, key: Key) -> None:
+        self.canaries.pop(key, None)
+        if key in self.watches:
+            os.close(self.watches.pop(key))
 
 
 def _key(task: Task) -> Key:
@@ -148,7 +193,10 @@ def _inject(remote: Remote) -> int:
     finally:
         remote.close_fd(theirs)
     try:
-        userfaultfd.enable(fd)
+        if userfaultfd.has_async():
+            userfaultfd.enable(fd)
+        else:
+            userfaultfd.enable_plain(fd)
     except BaseException:
         os.close(fd)
         raise
@@ -160,7 +208,8 @@ def _register(fd: int, mapping: Mapping) -> bool:
     try:
         userfaultfd.register(fd, mapping.start, mapping.length)
     except OSError as error:
-        if error.errno in NEVER:
+        # One of ours that could not be registered again would lose its bits with the others, and look unwritten later.
+        if error.errno == errno.EBUSY or (error.errno in NEVER and WATCHED not in mapping.flags):
             return False
         raise
     return True
