@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from stasis.linux import procfs
 from stasis.linux.guardpages import guard_pages
 from stasis.linux.taskmem import TaskMemory
+from stasis.process.dump.canary import is_canary
 from stasis.process.files.options import FileOptions
 from stasis.process.files.regular import why_lost
 from stasis.process.images.schema.memory import AioRingEntry, MmEntry, VmaEntry
@@ -90,7 +91,6 @@ def check_mappings(
         if kind_of(mapping) == VmaStatus.AIORING:
             _check_ring(pid, mapping, where, findings)
 
-
     if any(kind_of(mapping) == VmaStatus.SYSVIPC for mapping in mappings):
         from stasis.process.sysvshm import check_segments
 
@@ -161,9 +161,9 @@ def _is_shared_anonymous(mapping: Mapping) -> bool:
 
 
 def vmas(pid: int, mappings: Sequence[Mapping], files: PathFiles) -> list[Vma]:
-    """All mappings with their messages, and behind them one for each run of guard pages."""
+    """All mappings with their messages, and behind them one for each run of guard pages. Ours are left out."""
     known: dict[tuple[object, ...], int] = {}
-    found = [Vma(mapping, _entry(pid, mapping, files, known)) for mapping in mappings]
+    found = [Vma(mapping, _entry(pid, mapping, files, known)) for mapping in mappings if not is_canary(mapping)]
     for mapping in mappings:
         for start, end in (guards_of(pid, mapping) or ()) if "gu" in mapping.flags else ():
             entry = VmaEntry(start=start, end=end, pgoff=0, shmid=0, prot=0, flags=0, status=VmaStatus.GUARD, fd=-1)
