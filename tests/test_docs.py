@@ -109,7 +109,8 @@ def _examples(page: Path) -> list[str]:
     for line in "".join(blocks).splitlines():
         match = re.search(r"(?:^|\$\(|\[ |sudo )(stasis [^#|;)<>\]&]*)", line)
         if match:
-            found.append(match[1].replace("$id", "6f1c2a7e-0000-4000-8000-000000000000").strip())
+            known = match[1].replace("$id", "6f1c2a7e-0000-4000-8000-000000000000").replace("$pid", "4711")
+            found.append(known.replace("$map", "/a=/b").strip())
     return found
 
 
