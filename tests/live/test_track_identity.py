@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from stasis.daemon.live_sources import is_tracked
 from stasis.errors import NotFoundError
+from stasis.linux import ioctl, loop
 from stasis.live import identity, tracking
 from stasis.live.tracker import Tracker
 from tests.live.writers import MIB, bpf_works, loop_device, state_directory, zram_device
@@ -18,6 +20,7 @@ from tests.live.writers import MIB, bpf_works, loop_device, state_directory, zra
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices")]
 
 SIZE = 16 * MIB
+LOOP_SET_STATUS64 = 0x4C04
 
 
 @pytest.fixture
@@ -84,3 +87,43 @@ def test_a_record_of_an_older_version_has_no_table() -> None:
     old = identity.Identity("/dev/dm-0", "dm-0", 252, 0, 252, 0, 5, 0, SIZE)
     assert old.difference(replace(old, table="abc")) == ""
     assert replace(old, table="abc").difference(replace(old, table="abd")) == "its device-mapper table was replaced"
+
+
+def test_a_loop_device_that_shows_another_part_of_its_file_is_lost(state: Path, tmp_path: Path) -> None:
+    """The same number, size and disk sequence number, and not a block of it is what it was."""
+    with loop_device(tmp_path / "image", SIZE) as node:
+        os.truncate(tmp_path / "image", SIZE + MIB)
+        tracking.start(node, state).close()
+        assert tracking.inspect(node, state).lost == ""
+        begin_at(node, MIB)
+        assert tracking.inspect(node, state).lost == "it shows another part of its file"
+        with Tracker.open(node, state) as tracker:
+            tracker.begin_generation("test")
+            tracker.check()
+        tracking.stop(node, state)
+
+
+def begin_at(node: str, offset: int) -> None:
+    """Move a loop device along its file, as programs may while it is in use."""
+    with open(node, "rb+", buffering=0) as device:
+        status = bytearray(loop.LoopInfo64())
+        ioctl.call(device.fileno(), "LOOP_GET_STATUS64", loop.LOOP_GET_STATUS64, status)
+        loop.LoopInfo64.from_buffer(status).lo_offset = offset
+        ioctl.call(device.fileno(), "LOOP_SET_STATUS64", LOOP_SET_STATUS64, status)
+
+
+def test_a_backup_goes_on_where_the_tracked_name_leads_now(state: Path, tmp_path: Path) -> None:
+    """A disk that came back under another node is not read as one that nobody tracks."""
+    link = tmp_path / "link"
+    with loop_device(tmp_path / "one", SIZE) as one, loop_device(tmp_path / "two", SIZE) as two:
+        link.symlink_to(one)
+        tracking.start(str(link), state).close()
+        link.unlink()
+        link.symlink_to(two)
+        assert is_tracked(os.path.relpath(link), state)
+        with Tracker.open(os.path.relpath(link), state) as tracker:
+            assert tracker.lost
+        assert not is_tracked(two, state)
+        with pytest.raises(NotFoundError, match=f"was tracked as {link}, which leads to {two} now"):
+            Tracker.open(one, state)
+        tracking.stop(str(link), state)

@@ -17,7 +17,7 @@ from stasis.errors import BusyError, GenerationError, NotFoundError, StateError,
 from stasis.linux import blockdev, loop
 from stasis.live import devicefile, pins, programs, tracking
 from stasis.live.errors import TrackingLostError
-from stasis.live.layout import Lost, Slot
+from stasis.live.layout import EPOCH, Lost, Slot
 from stasis.live.tracker import Mark, Tracker
 from tests.live.writers import MIB, bpf_works, loop_device, state_directory
 
@@ -139,6 +139,25 @@ def test_numbers_tell_epochs_apart_and_rounds_use_none(tracker: Tracker) -> None
     assert tracker.changed_since(first) == [(2 * BLOCK, 3 * BLOCK)]
     assert tracker.changed_since(second) == [(4 * BLOCK, BLOCK)]
     assert tracker.changed_since(Mark(first.generation, 0)) == [(BLOCK, 4 * BLOCK)]
+
+
+def test_no_epoch_has_programs_of_both_bitmaps(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program may take for done what another one of its epoch marked: never in the bitmap that was active before."""
+    hooks, epochs = tracker._kernel(), list[bytes]()
+    store = hooks.set_field
+
+    def epoch() -> bytes:
+        return hooks.table[EPOCH : EPOCH + 8]
+
+    def noting(index: int, offset: int, value: int) -> None:
+        before = epoch()
+        store(index, offset, value)
+        epochs.append(before)
+
+    before = epoch()
+    monkeypatch.setattr(hooks, "set_field", noting)
+    tracker.turn()
+    assert len({before, *epochs, epoch()}) == 3
 
 
 def test_at_the_wrap_a_new_generation_begins_that_knows_the_newest_changes(tracker: Tracker) -> None:

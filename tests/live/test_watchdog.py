@@ -151,6 +151,23 @@ def test_a_freeze_of_somebody_else_is_left_alone(disk: Disk) -> None:
         freeze.thaw(stack.file_systems[0].fd)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_watchdog_that_ends_early_leaves_it_alone_too(disk: Disk, number: signal.Signals,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was frozen by us yet: what rests then is what somebody else keeps at rest."""
+    with frozen_at_end(disk), Stack([os.stat(disk.node).st_rdev]) as stack:
+        with Freezer(stack.file_systems) as freezer:
+            freezer.await_start()
+            monkeypatch.setattr("stasis.live.freezer.START_SECONDS", 0.2)
+            freeze.freeze(stack.file_systems[0].fd)
+            os.kill(freezer.pid, number)
+            os.waitid(os.P_PID, freezer.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+            if number == signal.SIGKILL:
+                with pytest.raises(StasisError, match="before anything was frozen"):
+                    freezer.restore_later(stack.file_systems[0].fd, "")
+        assert is_frozen(disk)
+
+
 def test_somebody_who_thaws_is_noticed(disk: Disk) -> None:
     with frozen_at_end(disk), Stack([os.stat(disk.node).st_rdev]) as stack, Freezer(stack.file_systems) as freezer:
         freezer.freeze(LONG)

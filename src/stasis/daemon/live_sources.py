@@ -39,8 +39,10 @@ def is_tracked(path: str, state: Path) -> bool:
         return False
     from stasis.live import devicefile
 
+    # What the user named is tracked also where that leads to another disk by now: a full backup goes on with that one.
     records = (devicefile.DeviceFile(state, name).read() for name in devicefile.names(state))
-    return any(_same(record.identity.path, number.st_rdev) for record in records)
+    return any(os.path.abspath(path) == record.given or _same(record.identity.path, number.st_rdev)
+               for record in records)
 
 
 def _same(path: str, rdev: int) -> bool:

@@ -77,11 +77,15 @@ def find(state: Path, device: str) -> str:
     known = names(state)
     if device in known:
         return device
-    real = os.path.realpath(device)
+    given, real = os.path.abspath(device), os.path.realpath(device)
     for name in known:
         record = DeviceFile(state, name).read()
-        if device == record.given or (real == record.identity.path and not record.leads_elsewhere):
+        now = record.leads_elsewhere
+        if given == record.given or (real == record.identity.path and not now):
             return name
+        if real == record.identity.path:
+            raise NotFoundError(f"{device} was tracked as {record.given}, which leads to {now} now",
+                                hint=f"name {record.given} to go on there, or stasis track stop {name} and start again")
     raise NotFoundError(f"{device} is not tracked", hint=f"stasis track start {device}")
 
 

@@ -29,7 +29,7 @@ __all__ = ["FreezeExpired", "Freezer", "Frozen"]
 PROGRAM = "from stasis.live.watchdog import main; main()"  # -m would load more
 START_SECONDS = 30.0
 GRACE_SECONDS = 2.0
-RETRY = "run the command again; the file systems are thawed, and no change is lost"
+RETRY = "run the command again; nothing is left frozen by it, and no change is lost"
 
 
 class FreezeExpired(BusyError):
@@ -57,6 +57,7 @@ class Freezer:
         self._attempt = 0
         self._limit = self._deadline = 0.0
         self._is_up = False
+        self._may_hold = False  # from asking for a freeze to the news of the thaw
         self._process: subprocess.Popen[bytes] | None = None
         if file_systems:
             self._start()
@@ -105,7 +106,7 @@ class Freezer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            self._thaw_here()
+            self._thaw_here()  # what it was still freezing when it was stopped is frozen by now
 
     def freeze(self, seconds: float, *, release: bool = False) -> Frozen:
         """Freeze all. Thawed in any case `seconds` from now. Raises BusyError, FreezeExpired, StasisError.
@@ -119,6 +120,7 @@ class Freezer:
         if not self.file_systems:
             return Frozen((), (), 0.0)
         self._attempt += 1
+        self._may_hold = True
         self._send({"do": "freeze", "seconds": seconds, "attempt": self._attempt})
         if release:
             self._send({"do": "release"})
@@ -139,6 +141,7 @@ class Freezer:
             return
         self._send({"do": "thaw"})
         answer = self._answer("thawed", GRACE_SECONDS)
+        self._may_hold = bool(answer["stuck"])
         if answer["expired"]:
             raise self._expired()
         for number in (*answer["others"], *answer["stuck"]):
@@ -199,10 +202,12 @@ class Freezer:
         """The watchdog is gone or stopped: do its work."""
         state = "does not answer" if self._process is not None and self._process.poll() is None else "ended"
         self._thaw_here()
-        return StasisError(f"the watchdog of the freeze {state} (pid {self.pid}); the file systems are thawed",
-                           hint=RETRY)
+        after = "; the file systems are thawed" if self._may_hold else " before anything was frozen"
+        return StasisError(f"the watchdog of the freeze {state} (pid {self.pid}){after}", hint=RETRY)
 
     def _thaw_here(self) -> None:
+        if not self._may_hold:
+            return  # what is frozen is somebody else's
         for file_system in reversed(self.file_systems):
             with contextlib.suppress(OSError):  # it cannot be frozen either, then
                 freeze.thaw(file_system.fd)

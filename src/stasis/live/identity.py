@@ -19,6 +19,8 @@ DEEPEST = 8
 TOTALS = (0, 1, 2, 4, 5, 6, 11, 12, 13)
 """Documentation/block/stat.rst: requests, merges and sectors read, written and discarded. Times would wrap."""
 
+LOOP_OFFSET = "loop offset "
+
 BIO_DRIVERS = ("dm-", "md", "zram", "ram", "pmem", "brd")
 """Drivers that take bios and are known to show block_bio_complete, or to lose only its precision."""
 
@@ -38,7 +40,7 @@ class Identity:
     start: int
     size: int
     table: str = ""
-    """What the contents of a device-mapper device are made of; empty for others, and in records of older versions."""
+    """What the contents of a device-mapper or loop device are made of; empty for others, and in older records."""
 
     @property
     def rdev(self) -> int:
@@ -61,7 +63,8 @@ class Identity:
         if self.start != other.start:
             return "the partition was moved"
         if self.table and self.table != other.table:
-            return "its device-mapper table was replaced"
+            loop = self.table.startswith(LOOP_OFFSET)
+            return "it shows another part of its file" if loop else "its device-mapper table was replaced"
         return ""
 
 
@@ -113,7 +116,16 @@ def _identity(path: str, real: str, fd: int) -> Identity:
     start = int((directory / "start").read_text()) * SECTOR if is_partition else 0
     return Identity(real, directory.name.replace("!", "-"), os.major(status.st_rdev), os.minor(status.st_rdev),
                     disk_major, disk_minor, blockdev.disk_sequence(fd) or 0, start, size,
-                    _table(disk_major, disk_minor))
+                    _loop_offset(disk) or _table(disk_major, disk_minor))
+
+
+def _loop_offset(disk: Path) -> str:
+    """Where in its file a loop device begins: LOOP_SET_STATUS64 moves that, and no number of the disk tells. What is
+    put in the place of the file is another disk (LOOP_CHANGE_FD raises the disk sequence number)."""
+    try:
+        return LOOP_OFFSET + (disk / "loop" / "offset").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _table(major: int, minor: int) -> str:

@@ -189,10 +189,11 @@ class Tracker:
         return self._kernel().field(self._record.slot, Slot.ACTIVE)
 
     def _flip(self) -> int:
-        """Make the other bitmap active; returns which one was."""
+        """Make the other bitmap active, between two epochs; returns which one was."""
         old = self._active()
         self._kernel().draw_epoch()
         self._kernel().set_field(self._record.slot, Slot.ACTIVE, 1 - old)
+        self._kernel().draw_epoch()
         return old
 
     def _extents(self, bits: bytes) -> list[Extent]:
