@@ -22,6 +22,10 @@ IN_CREATE = 0x100
 
 
 def test_an_eventfd_keeps_its_counter_and_how_it_is_read(tmp_path: Path) -> None:
+    probe = os.eventfd(0)
+    tells_semaphores = "eventfd-semaphore" in Path(f"/proc/self/fdinfo/{probe}").read_text()  # since Linux 6.5
+    os.close(probe)
+
     def set_up() -> list[int]:
         large = os.eventfd(0)
         os.eventfd_write(large, (1 << 64) - 2)
@@ -29,7 +33,8 @@ def test_an_eventfd_keeps_its_counter_and_how_it_is_read(tmp_path: Path) -> None
 
     def verify(fds: list[int]) -> None:
         semaphore, large, empty = fds
-        assert [os.eventfd_read(semaphore) for _ in range(3)] == [1, 1, 1]
+        one_by_one = [os.eventfd_read(semaphore) for _ in range(3 if tells_semaphores else 1)]
+        assert one_by_one == ([1, 1, 1] if tells_semaphores else [3])
         assert not os.get_blocking(semaphore)
         assert os.eventfd_read(large) == (1 << 64) - 2
         assert os.get_blocking(large)

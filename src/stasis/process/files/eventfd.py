@@ -13,6 +13,7 @@ from stasis.process.images.schema.files import FdTypes, FileEntry
 __all__ = ["Eventfds"]
 
 COUNTER_BYTES = 8
+UNTOLD = "this kernel does not tell which eventfds are semaphores: none will be (it needs Linux 6.5)"
 
 
 class Eventfds(FileKind):
@@ -26,7 +27,10 @@ class Eventfds(FileKind):
         return descriptor.link == "anon_inode:[eventfd]"
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
-        semaphore = os.EFD_SEMAPHORE if descriptor.field("eventfd-semaphore") == "1" else 0
+        told = descriptor.field("eventfd-semaphore")
+        if not told and UNTOLD not in saving.warnings:
+            saving.warnings.append(UNTOLD)
+        semaphore = os.EFD_SEMAPHORE if told == "1" else 0
         entry = EventfdFileEntry(id=number, flags=descriptor.flags | semaphore, fown=owner(fd),
                                  counter=int(descriptor.field("eventfd-count"), 16))  # fmt: skip
         return FileEntry(type=FdTypes.EVENTFD, id=number, efd=entry)
