@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from stasis.block.mapformat import NO_FS_MARK
 from stasis.block.opening import open_origin
 from stasis.errors import BusyError, NotFoundError, UsageError
 from tests.block.engine import Engine, is_corrupted, pread, pread_many, pwrite_many
@@ -65,6 +67,30 @@ def test_a_file_has_one_owner(tmp_path: Path) -> None:
 def test_a_file_behind_a_loop_device_is_refused(tmp_path: Path) -> None:
     with loop_device(tmp_path / "disk", MIB) as device, pytest.raises(BusyError, match=Path(device).name):
         open_origin(str(tmp_path / "disk"))
+
+
+@pytest.mark.root
+@pytest.mark.tool("losetup", "mkfs.ext4")
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_mount_leaves_its_mark(tmp_path: Path, buffered: bool) -> None:
+    with loop_device(tmp_path / "disk", 8 * MIB) as device:
+        def mark() -> bytes:
+            origin = open_origin(device, buffered=buffered)
+            try:
+                return origin.fs_mark()
+            finally:
+                origin.close()
+
+        assert mark() == NO_FS_MARK
+        subprocess.run(["mkfs.ext4", "-q", device], check=True)
+        before = mark()
+        assert before == mark() != NO_FS_MARK
+        (tmp_path / "mnt").mkdir()
+        subprocess.run(["mount", device, tmp_path / "mnt"], check=True)
+        subprocess.run(["umount", tmp_path / "mnt"], check=True)
+        assert NO_FS_MARK != mark() != before
+    with contextlib.closing(open_origin(str(tmp_path / "disk"))) as origin:
+        assert origin.fs_mark() == NO_FS_MARK
 
 
 @pytest.mark.root

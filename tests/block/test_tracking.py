@@ -14,6 +14,7 @@ import pytest
 
 from stasis.block import mapformat, tracking
 from stasis.block.changemap import Identity
+from stasis.block.mapformat import NO_FS_MARK
 from stasis.block.tracking import Opening, Tracker
 from stasis.errors import GenerationError
 
@@ -37,8 +38,9 @@ def start(tmp_path: Path) -> Iterator[Open]:
     """Open the tracker of the one device here."""
     opened: list[Tracker] = []
 
-    def call(identity: Identity, size: int = SIZE, shift: int = 16, *, continuous: bool = False) -> Any:
-        result = Tracker.open(tmp_path, size, shift, 20, identity, continuous=continuous)
+    def call(identity: Identity, size: int = SIZE, shift: int = 16, *, continuous: bool = False,
+             fs_mark: bytes = NO_FS_MARK) -> Any:
+        result = Tracker.open(tmp_path, size, shift, 20, identity, continuous=continuous, fs_mark=lambda: fs_mark)
         opened.append(result[0])
         return result
 
@@ -128,6 +130,27 @@ def test_a_disk_is_trusted_after_a_boot_only_if_nobody_wrote(start: Open, reboot
     tracker.close()
     _, opening = start(replace(DISK, inode=1, mark=6))
     assert opening.fresh
+
+
+@pytest.mark.parametrize(("before", "now", "is_trusted"), [
+    (b"m" * 32, b"m" * 32, True),
+    (b"m" * 32, b"n" * 32, False),
+    (b"m" * 32, NO_FS_MARK, False),
+    (NO_FS_MARK, b"m" * 32, False),
+    (NO_FS_MARK, NO_FS_MARK, True),
+])
+def test_a_mount_between_the_end_and_the_boot_is_seen(start: Open, reboot: Callable[[], None], before: bytes,
+                                                      now: bytes, is_trusted: bool) -> None:
+    """The counter has forgotten it."""
+    ended(start, DISK, clean=True)
+    tracker, _ = start(DISK)
+    tracker.finish(DISK, before)
+    tracker.close()
+    reboot()
+    tracker, opening = start(replace(DISK, inode=1, mark=0), fs_mark=now)
+    assert opening.fresh is not is_trusted
+    assert is_trusted or "while it was not attached" in opening.reason
+    assert tracker.changes.fs_mark == NO_FS_MARK  # nothing is told while it is served
 
 
 @pytest.mark.parametrize("continuous", [False, True])

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from stasis.live import fsmarks, lasting, pins, tracking
+from stasis.linux import fsmarks
+from stasis.live import lasting, pins, tracking
 from stasis.live.devicefile import DeviceFile
 from stasis.live.tracker import Mark, Tracker
 from tests.live.disks import MAKE, mounted, tool

@@ -117,17 +117,22 @@ class ChangeMap(MapView):
         self._flags &= ~layout.FLAG_CLEAN
         self.identity = identity
         self._boot, self.assumed = layout.this_boot(), assumed
+        self._store_fs_mark(layout.NO_FS_MARK)
         self._store_header()
         self.tick()
         self.sync()
 
-    def finish(self, identity: Identity) -> None:
+    def finish(self, identity: Identity, fs_mark: bytes = layout.NO_FS_MARK) -> None:
         """End in order: everything durable, then the clean flag, then that durable."""
+        self._store_fs_mark(fs_mark)
         self.sync()
         self._flags |= layout.FLAG_CLEAN
         self.identity = identity
         self._store_header()
         self.sync()
+
+    def _store_fs_mark(self, mark: bytes) -> None:
+        self._mmap[layout.FS_MARK_OFFSET : layout.FS_MARK_OFFSET + layout.FS_MARK_SIZE] = mark
 
     def tick(self) -> None:
         """Note the time, so that a later start can tell whether others wrote to an image file since."""

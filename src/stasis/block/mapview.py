@@ -131,6 +131,11 @@ class MapView:
         return bool(self._flags & layout.FLAG_BROKEN)
 
     @property
+    def fs_mark(self) -> bytes:
+        """What the file system on the device said of itself at the last clean end (`Origin.fs_mark`)."""
+        return self._mmap[layout.FS_MARK_OFFSET : layout.FS_MARK_OFFSET + layout.FS_MARK_SIZE]
+
+    @property
     def same_boot(self) -> bool:
         """Whether the map was last used since the machine started, so that its page cache is intact."""
         return bool(self._boot == layout.this_boot())

@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from stasis.block.changemap import Identity
+from stasis.block.mapformat import NO_FS_MARK
 from stasis.linux import blockdev, files, memory, uring
 from stasis.linux.iobuffer import IoBuffer
 
@@ -86,6 +87,21 @@ class Origin:
         return Identity(
             info.st_rdev, blockdev.disk_sequence(self.fd) or 0, self.size, -1 if counters is None else counters[1]
         )
+
+    def fs_mark(self) -> bytes:
+        """A digest of what its file system writes whenever it is mounted for writing; NO_FS_MARK for an image file, or
+        if there is nothing that tells. Takes as long as reading the log of an xfs."""
+        if not self.is_device:
+            return NO_FS_MARK
+        from hashlib import sha256  # not loaded before a worker serves
+
+        from stasis.linux import fsmarks
+
+        try:
+            mark = fsmarks.read_from(self.fd)
+        except OSError:
+            mark = ""
+        return sha256(mark.encode()).digest() if mark else NO_FS_MARK
 
     # -- reading ----------------------------------------------------------------------------------
 

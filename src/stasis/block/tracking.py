@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stasis.block.changemap import ChangeMap, Identity, SwitchResult
 from stasis.block.intentlog import IntentLog
+from stasis.block.mapformat import NO_FS_MARK
 from stasis.errors import StateError
 
 Request = tuple[int, int, int]
@@ -47,15 +48,17 @@ class Tracker:
 
     @classmethod
     def open(
-        cls, directory: Path, size: int, shift: int, region_shift: int, identity: Identity, *, continuous: bool
+        cls, directory: Path, size: int, shift: int, region_shift: int, identity: Identity, *, continuous: bool,
+        fs_mark: Callable[[], bytes] = lambda: NO_FS_MARK,
     ) -> tuple[Tracker, Opening]:
         """Take up the map in `directory`, or begin a new generation where it cannot be trusted, and say why.
 
-        `continuous`: the origin was held without a gap since its last worker, so nobody else wrote to it.
+        `continuous`: the origin was held without a gap since its last worker, so nobody else wrote to it. `fs_mark`:
+        see `Origin.fs_mark`; it is only asked for where nothing else tells.
         """
         path, log_path = directory / "map", directory / "intent"
         with contextlib.ExitStack() as undo:
-            changes, reason = _take_up(path, size, shift, identity, continuous)
+            changes, reason = _take_up(path, size, shift, identity, continuous, fs_mark)
             log: IntentLog | None = None
             if changes is not None:
                 undo.callback(changes.close)
@@ -174,9 +177,9 @@ class Tracker:
 
     # -- the end ----------------------------------------------------------------------------------
 
-    def finish(self, identity: Identity) -> None:
+    def finish(self, identity: Identity, fs_mark: bytes = NO_FS_MARK) -> None:
         """End in order; the next start takes the map up as it is."""
-        self.changes.finish(identity)
+        self.changes.finish(identity, fs_mark)
         self.log.clear(self.log.start_clearing())
 
     def close(self) -> None:
@@ -185,7 +188,8 @@ class Tracker:
         self.log.close()
 
 
-def _take_up(path: Path, size: int, shift: int, identity: Identity, continuous: bool) -> tuple[ChangeMap | None, str]:
+def _take_up(path: Path, size: int, shift: int, identity: Identity, continuous: bool, fs_mark: Callable[[], bytes]
+             ) -> tuple[ChangeMap | None, str]:
     """The map to go on with, or None and why not."""
     try:
         changes = ChangeMap.open(path)
@@ -193,14 +197,15 @@ def _take_up(path: Path, size: int, shift: int, identity: Identity, continuous: 
         return None, ""
     except StateError as error:
         return None, f"new generation: {error.message}"
-    reason = _distrust(changes, size, shift, identity, continuous)
+    reason = _distrust(changes, size, shift, identity, continuous, fs_mark)
     if reason:
         changes.close()
         return None, f"new generation: {reason}"
     return changes, ""
 
 
-def _distrust(changes: ChangeMap, size: int, shift: int, identity: Identity, continuous: bool) -> str:
+def _distrust(changes: ChangeMap, size: int, shift: int, identity: Identity, continuous: bool,
+              fs_mark: Callable[[], bytes]) -> str:
     """Why a map must not be used any more; empty if it may."""
     if changes.is_broken:
         return str(changes.assumed)
@@ -219,8 +224,8 @@ def _distrust(changes: ChangeMap, size: int, shift: int, identity: Identity, con
         changed = before.mark != identity.mark
     elif changes.same_boot:
         changed = before.mark < 0 or before.mark != identity.mark
-    else:
-        changed = identity.mark != 0
+    else:  # the counter began at zero with the boot, and does not know what was written before
+        changed = identity.mark != 0 or changes.fs_mark != fs_mark()
     return "it may have been written to while it was not attached" if changed else ""
 
 

@@ -71,6 +71,7 @@ class Worker(SnapshotRequests):
             self.settings.intent_region_shift,
             self.origin.identity(),
             continuous=bool(self.config.get("continuity")),
+            fs_mark=self.origin.fs_mark,
         )
         return tracker
 
@@ -104,7 +105,7 @@ class Worker(SnapshotRequests):
         try:
             self.origin.flush()
             if self.tracker is not None:
-                self.tracker.finish(self.origin.identity())
+                self.tracker.finish(self.origin.identity(), self.origin.fs_mark())
         except OSError as error:
             print(f"ERROR {self.name} did not end in order: {error}", file=sys.stderr, flush=True)
         if self.tracker is not None:

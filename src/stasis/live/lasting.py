@@ -16,8 +16,8 @@ from pathlib import Path
 
 from stasis.block.changemap import ChangeMap
 from stasis.errors import NotFoundError, StasisError, StateError
-from stasis.linux import mounts
-from stasis.live import devicefile, fsmarks, identity, sealing, tracker, tracking
+from stasis.linux import fsmarks, mounts
+from stasis.live import devicefile, identity, sealing, tracker, tracking
 from stasis.live.devicefile import DeviceFile, Record
 from stasis.live.tracker import Tracker
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from stasis.block.changemap import ChangeMap
 from stasis.errors import StasisError
-from stasis.linux import mounts, process
-from stasis.live import bitmap, devicefile, fsmarks, seal
+from stasis.linux import fsmarks, mounts, process
+from stasis.live import bitmap, devicefile, seal
 from stasis.live.devicefile import DeviceFile
 from stasis.live.seal import Seal
 from stasis.live.tracker import Tracker

@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 
-__all__ = ["read"]
+__all__ = ["read", "read_from"]
 
 PIECE = 1 << 20
 
@@ -36,10 +36,15 @@ def read(path: str) -> str:
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     try:
-        head = _read(fd, 0, 2 * BTRFS_OFFSET)
-        return _ext(head) or _btrfs(head) or _xfs(fd, head)
+        return read_from(fd)
     finally:
         os.close(fd)
+
+
+def read_from(fd: int) -> str:
+    """`read` through a descriptor, past the page cache if that is opened so. Raises OSError."""
+    head = _read(fd, 0, 2 * BTRFS_OFFSET)
+    return _ext(head) or _btrfs(head) or _xfs(fd, head)
 
 
 def _read(fd: int, offset: int, length: int) -> bytes:
