@@ -21,15 +21,15 @@ OBJECTS = {Kcmp.VM: "address space", Kcmp.FILES: "descriptor table", Kcmp.FS: "w
 USER_CS = 0x33  # arch/x86/include/asm/segment.h, __USER_CS
 
 
-def check_tree(tree: Tree, findings: Findings) -> None:
-    """Note all of it."""
+def check_tree(tree: Tree, findings: Findings, *, shell_job: bool = False) -> None:
+    """Note all of it. `shell_job`: what comes from who started the tree is to come from who restores it."""
     living = [task for task in tree.tasks if not task.is_zombie]
     check_namespaces(tree.root, living, findings)
     for task in tree.tasks:
         if task.is_zombie:
             _check_dead(task, findings)
     for task in living:
-        _check_task(task, findings, is_first=tree.root_pid == 1)
+        _check_task(task, findings, may_lack_session=shell_job or tree.root_pid == 1)
         _check_threads(task, findings)
         check_groups(task, findings)
     for number, task in enumerate(living):
@@ -43,10 +43,11 @@ def _check_dead(task: Task, findings: Findings) -> None:
         findings.add(task.pid, "threads", "the first one has ended while others run, which no image can say")
 
 
-def _check_task(task: Task, findings: Findings, *, is_first: bool) -> None:
+def _check_task(task: Task, findings: Findings, *, may_lack_session: bool) -> None:
     fields = procfs.status(task.pid)
-    if 0 in (task.stat.session, task.stat.pgrp) and not is_first:  # the first process may have that of its parent
-        findings.add(task.pid, "session", "its session or process group is of another pid namespace")
+    if 0 in (task.stat.session, task.stat.pgrp) and not may_lack_session:
+        reason = "the leader of its session or process group is outside of its pid namespace"
+        findings.add(task.pid, "session", reason, "--shell-job")
     if int(fields["Pid"]) != ns_pid(fields):
         findings.add(task.pid, "pid", "it is in a pid namespace below ours")
 
