@@ -104,7 +104,8 @@ def _add_file_options(command: argparse.ArgumentParser) -> None:
                          help="make a link for open files that lost their name and have others elsewhere; a restore "
                               "takes it away")
     command.add_argument("--shell-job", action="store_true",
-                         help="the terminal is the caller's; a restore takes that of its own caller")
+                         help="the terminal is the caller's, or a session from outside of its pid namespace; a restore "
+                              "takes those of its own caller")
     command.add_argument("--ext-unix-sk", action="store_true",
                          help="dump unix sockets whose other end is outside of the tree, without that end")
     command.add_argument("--tcp", choices=("established", "close"), default="",

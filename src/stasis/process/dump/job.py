@@ -267,7 +267,7 @@ def _look(tree: Tree, seen: _Seen, files: FileOptions | None = None) -> Findings
     """Everything that cannot be kept."""
     findings = Findings()
     seen.layouts.clear()
-    check_tree(tree, findings)
+    check_tree(tree, findings, shell_job=files is not None and files.shell_job)
     for task in tree.tasks:
         if task.is_zombie:
             continue

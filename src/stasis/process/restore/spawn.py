@@ -110,6 +110,7 @@ def _make_root(nursery: Nursery) -> int:
     """The first process: in its session, whose leader a helper plays where its pid is free; else in ours."""
     crew = nursery.crew
     root = crew.root
+    _take_in(root)
     maker = _Maker(crew, close=nursery.leave)
     if root.entry.sid not in (root.pid, os.getsid(0)):
         try:
@@ -120,6 +121,14 @@ def _make_root(nursery: Nursery) -> int:
             crew.is_guest = True  # the leader lives, outside of the tree, or the session has other members
     maker.child(root, is_sibling=crew.is_sibling)
     return 0
+
+
+def _take_in(root: TaskPlan) -> None:
+    """Processes whose session or group was led from outside of their pid namespace, which has no number for it (0), are
+    in those of the restorer."""
+    for plan in root.walk():
+        plan.entry.sid = plan.entry.sid or os.getsid(0)
+        plan.entry.pgid = plan.entry.pgid or os.getpgid(0)
 
 
 class _Maker:
