@@ -98,25 +98,6 @@ def test_rounds_that_gain_nothing_end_in_the_area(disk: Disk, repository: Reposi
     assert backup.staged > 0
 
 
-def test_what_does_not_fit_after_all_is_read_in_another_round(disk: Disk, repository: Repository, tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rounds left little, and then 12 MiB are written while that is copied into 8 MiB of memory."""
-    converge, gather = LiveSet.converge, LiveSet.gather
-    late, gathered = [12, 1], []
-
-    def write_and_converge(group: LiveSet) -> None:
-        (disk.directory / "late").write_bytes(os.urandom(late.pop(0) * MIB if late else 0))
-        os.sync()
-        converge(group)
-
-    monkeypatch.setattr(LiveSet, "converge", write_and_converge)
-    monkeypatch.setattr(LiveSet, "gather", lambda group: gathered.append(gather(group)) or gathered[-1])
-    backup = back_up(repository, tmp_path / "state", [(disk.node, disk.image, DiffTracker(disk.image))], options(None))
-    assert gathered == [False, True]
-    assert backup.stored == backup.contents
-    assert backup.result.backups[0].statistics["rounds"] == 2
-
-
 @pytest.mark.parametrize(("limit", "memory"), [(None, 0), (8 * MIB, 0), (1, 8 * MIB)] if LONG else [(None, 0)])
 def test_an_area_that_is_full_is_told(disk: Disk, late: None, repository: Repository, area: Path, tmp_path: Path,
                                       limit: int | None, memory: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from stasis.backup.source import Mark, PointInTimeSource
+from stasis.daemon.signals import deferred_interrupts
 
 if TYPE_CHECKING:
     from stasis.backup.job import CreateOptions
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["LiveSources", "is_tracked"]
 
 T = TypeVar("T")
+TRIES = 6
+"""How often the rounds may turn out not to have left little enough."""
 APART = "back them up with a command of their own"
 
 
@@ -121,14 +124,26 @@ class LiveSources:
 
     def take(self, inside: Callable[[], T]) -> T:
         """Freeze, call `inside`, copy the rest, thaw. The sources are settled then. Raises BusyError, StasisError."""
+        from stasis.live.stash import StashFull
+
         assert self._group is not None
         assert self._precopy is not None
-        result = self._group.take(inside)
-        report = self._group.report
-        self._precopy.warnings += report.warnings
-        figures = {"freeze_milliseconds": round(report.seconds * 1000), "freeze_attempts": report.attempts}
-        self._precopy.settle(figures)
-        return result
+        for left in reversed(range(TRIES)):
+            try:
+                return self._take(self._group, self._precopy, inside)
+            except StashFull:
+                if not left:
+                    raise
+                self._precopy.go_on(self._group, self._options.rounds)
+        raise AssertionError("there is at least one try")
+
+    def _take(self, group: LiveSet, precopy: Precopy, inside: Callable[[], T]) -> T:
+        with deferred_interrupts():  # a file system is not left frozen for the time of an exception
+            result = group.take(inside)
+            precopy.warnings += group.report.warnings
+            precopy.settle({"freeze_milliseconds": round(group.report.seconds * 1000),
+                            "freeze_attempts": group.report.attempts})
+            return result
 
     def planned(self) -> list[PointInTimeSource]:
         """The sources as they are, to be asked what changed."""

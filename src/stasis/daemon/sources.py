@@ -256,8 +256,7 @@ class SourceSet:
         if self._live is None:
             taken = self._take()
         else:
-            with deferred_interrupts():  # a file system is not left frozen for the time of an exception
-                taken = self._live.take(self._take)
+            taken = self._live.take(self._take)
         return [self._open(wanted, taken) for wanted in self._wanted]
 
     def _make(self, names: Sequence[str]) -> None:

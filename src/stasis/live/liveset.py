@@ -64,6 +64,7 @@ class LiveSet:
         self._rate = FIRST_GUESS
         self._sync_seconds = 0.0
         self._late = 0
+        self._released = False  # slowed writers are let go at a freeze, which stops them, but not those to raw devices
         self._stages = False
         self._closing = contextlib.ExitStack()
         self._look()
@@ -142,8 +143,7 @@ class LiveSet:
             held = sum(source.stashed_bytes for source in self.sources)
             fitting = self._late <= (self.options.room - min(held, self.options.memory)) * FITTING
         if not fitting:
-            for source in self.sources:
-                source.unstash()
+            self._empty()
         return fitting
 
     def converge(self) -> None:
@@ -189,7 +189,8 @@ class LiveSet:
         """Freeze, switch, copy the rest, call `inside`, thaw. The sources are settled then.
 
         inside: takes its own devices' snapshots at the same instant; writes to nothing that is frozen.
-        Raises BusyError, FreezeExpired, StasisError; all is thawed then, and no change is lost.
+        Raises BusyError, FreezeExpired, StashFull, StasisError; all is thawed then, and no change is lost. After
+        StashFull it may be tried again when more rounds were made.
         """
         if not self.stack.is_current():  # the rounds may have taken hours
             self._look()
@@ -199,20 +200,35 @@ class LiveSet:
         elif self.options.on_busy == "throttle":
             limits += [self.options.max_freeze] * ATTEMPTS
         for number, limit in enumerate(limits):
-            self.converge()
             self.report.attempts = number + 1
             try:
+                self.converge()
                 return self._attempt(limit, inside)
+            except StashFull:
+                self._empty()
+                raise
             except (FreezeExpired, _Disturbed) as error:
-                for source in self.sources:
-                    source.give_up()
-                if self._releases:
-                    self._throttle.again()
+                self._give_up()
                 if number == len(limits) - 1:
                     raise self._too_busy(error, limit) from error
                 if number >= ATTEMPTS - 1 and self.options.on_busy == "throttle":
                     self._throttle.tighten(self._rate)
         raise AssertionError("there is at least one attempt")
+
+    def _give_up(self) -> None:
+        for source in self.sources:
+            source.give_up()
+        if self._released:
+            self._throttle.again()
+            self._released = False
+
+    def _empty(self) -> None:
+        """There was no room: what is held is to be read in other rounds, while less is written if that was allowed."""
+        self._give_up()
+        for source in self.sources:
+            source.unstash()
+        if self.options.on_busy == "throttle":
+            self._throttle.tighten(self._rate)
 
     def _too_busy(self, error: BusyError, limit: float) -> BusyError:
         users = list(dict.fromkeys(user for source in self.sources for user in mounts.holders_of(source.rdev)))
@@ -222,16 +238,12 @@ class LiveSet:
                          f"per second{used})",
                          hint=error.hint or "choose a time when less is written; no change is lost")
 
-    @property
-    def _releases(self) -> bool:
-        """Whether slowed writers are let go at a freeze, which stops them. It does not stop those past file systems."""
-        return bool(self._freezer.file_systems) and not self._raw
-
     def _attempt(self, limit: float, inside: Callable[[], T]) -> T:
         with memlock.no_collection():
             started = time.monotonic()
             try:
-                frozen = self._freezer.freeze(limit, release=self._releases)
+                self._released = bool(self._freezer.file_systems) and not self._raw
+                frozen = self._freezer.freeze(limit, release=self._released)
                 result = self._while_frozen(frozen, started, limit, inside)
                 taken = time.time()
             except BaseException:

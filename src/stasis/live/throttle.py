@@ -37,6 +37,7 @@ class Throttle:
         self._keeper, self._devices, self._pause = keeper, list(devices), pause
         self._top = top
         self.limits: dict[tuple[Path, int], int] = {}
+        self._before: dict[tuple[Path, int], str] = {}
 
     def tighten(self, rate: float) -> bool:
         """Let those who write do so at half of what they were seen to, and of what we let them before.
@@ -72,14 +73,15 @@ class Throttle:
         return True
 
     def _set(self, group: Path, disk: int, limit: int, *, leave: bool) -> bool:
-        """leave: what is in force now is for the keeper."""
+        """leave: the keeper does not have what was there before us."""
         try:
             fd = os.open(group / "io.max", os.O_WRONLY | os.O_CLOEXEC)
         except OSError:
             return False
         try:
             if leave:
-                self._keeper.restore_later(fd, iomax.limit_line(group, disk))
+                before = self._before.setdefault((group, disk), iomax.limit_line(group, disk))
+                self._keeper.restore_later(fd, before)
             os.write(fd, iomax.limit_line(group, disk, limit).encode())
         except OSError:
             return False

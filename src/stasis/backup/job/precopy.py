@@ -193,6 +193,12 @@ class Precopy:
             self._repository.sync()
             raise
 
+    def go_on(self, group: MovingGroup, rounds: int) -> None:
+        """More rounds: by the time of the freeze there was no room for what was left. Raises as `run` does."""
+        for job in self.jobs:
+            job.advance()
+        self._rounds(group, rounds)
+
     def _rounds(self, group: MovingGroup, rounds: int) -> None:
         left, before = rounds, float("inf")
         while True:
