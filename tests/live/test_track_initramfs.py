@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="need
 
 ONLY_LONG = pytest.mark.skipif(not LONG, reason="one of two is enough; STASIS_LONG=1 runs both")
 PACKAGING = Path(__file__).parents[2] / "packaging"
-# What initramfs-tools' copy_exec and dracut's inst do: a file, and the libraries that it is linked with.
+# What initramfs-tools' copy_exec does: a file, and the libraries that it is linked with.
 COPY = """
 put() { [ -e "$ROOT$1" ] || { mkdir -p "$ROOT${1%/*}" && cp -pL "$1" "$ROOT$1"; }; }
 put_exec() {
@@ -78,13 +78,15 @@ def initramfs_tools(tree: Path, environment: dict[str, str]) -> str:
 
 
 def dracut(tree: Path, environment: dict[str, str]) -> str:
-    """The same with dracut's module."""
+    """The same with dracut's module. Its end looks for libraries of what is executable only, and Debian's modules of
+    Python are not."""
     (tree / "usr/lib").mkdir(parents=True)
     moddir = PACKAGING / "dracut/90stasis-track"
     text = f"""ROOT={tree}; initdir={tree}; moddir={moddir}; {COPY}
-inst() {{ put_exec "$1"; }}
+inst() {{ put "$1"; case $1 in *.so) chmod 644 "$ROOT$1" ;; esac; }}
 inst_hook() {{ [ "$1 $2" = "pre-mount 10" ] && cp "$3" {tree}/hook.sh; }}
-. {moddir}/module-setup.sh; check && depends && install"""
+. {moddir}/module-setup.sh; check && depends && install
+find {tree} -type f -perm /0111 | while read -r file; do put_exec "${{file#{tree}}}"; done"""
     subprocess.run(["bash", "-ec", text], env=environment, check=True)
     return (tree / "hook.sh").read_text()
 

@@ -22,6 +22,8 @@ install() {
     fi
     while read -r file; do
         inst "$file"
+        # dracut finds the libraries of what is executable, which Debian's modules of Python are not
+        case $file in *.so) chmod 755 "$initdir$file" ;; esac
     done <<< "$list"
     "$python" -m stasis.live.initramfs --script "$STATE" > "$initdir/usr/lib/stasis-track-early"
     chmod 755 "$initdir/usr/lib/stasis-track-early"
