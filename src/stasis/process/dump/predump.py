@@ -17,13 +17,15 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from stasis.errors import NotFoundError, StasisError, UnsupportedError
+from stasis.errors import UnsupportedError
 from stasis.linux import procfs
 from stasis.linux.namespaces import CLONE_NEWPID
+from stasis.linux.procfs import Mapping
 from stasis.linux.taskmem import TaskMemory
 from stasis.process import keeper
+from stasis.process.dump.changes import Changes
 from stasis.process.dump.inside import entering
-from stasis.process.dump.tracking import Changes, Key, Tracking
+from stasis.process.dump.tracking import Key, Tracking, ended
 from stasis.process.errors import refusal
 from stasis.process.guardian import Guardian
 from stasis.process.images.imageset import ImageSet
@@ -203,22 +205,16 @@ def _mark(pid: int, tracking: Tracking, timeout: float, plans: list[_Plan]) -> f
         living = [task for task in tree.tasks if not task.is_zombie]
         tracking.keep_only({(task.pid, task.stat.start_time) for task in living})
         for task in living:
-            try:
-                changes = tracking.arm(task, procfs.mappings(task.pid), journal)
-            except OSError as error:
-                raise _unwatchable(task.pid, error) from error
+            changes = tracking.arm(task, _layout(task.pid), journal)
             plans.append(_Plan(task.pid, TaskMemory(task.pid), changes))
     return time.monotonic() - frozen
 
 
-def _unwatchable(pid: int, error: OSError) -> StasisError:
-    if isinstance(error, ProcessLookupError):
-        return NotFoundError(f"process {pid} ended meanwhile", hint="it cannot be dumped any more")
-    return UnsupportedError(
-        f"what process {pid} writes to its memory cannot be watched: {error.strerror or error}",
-        hint="it needs userfaultfd, and Linux 6.7 or soft-dirty bits (CONFIG_MEM_SOFT_DIRTY); dump without --parent, "
-        "--pre-copy and pre-dump",
-    )
+def _layout(pid: int) -> list[Mapping]:
+    try:
+        return procfs.mappings(pid)
+    except ProcessLookupError as error:
+        raise ended(pid) from error
 
 
 def _copy(plan: _Plan, out: ImageSetWriter) -> tuple[int, int]:

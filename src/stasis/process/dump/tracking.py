@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Sequence
 
+from stasis.errors import NotFoundError, UnsupportedError
 from stasis.linux import softdirty, userfaultfd
 from stasis.linux.pagemap import PageScanner
 from stasis.linux.pidfd import Pidfd
@@ -22,7 +23,7 @@ from stasis.process.journal import Journal
 from stasis.process.remote import Remote
 from stasis.process.tree import Task
 
-__all__ = ["Changes", "Key", "Tracking", "is_watchable"]
+__all__ = ["Key", "Tracking", "ended", "is_watchable"]
 
 Key = tuple[int, int]
 """(pid, start time): a process for good."""
@@ -79,7 +80,20 @@ class Tracking:
         return found
 
     def mark(self, task: Task, layout: Sequence[Mapping], journal: Journal) -> dict[int, Changes]:
-        """The same for each mapping that can be watched, by its start and in order of address."""
+        """The same for each mapping that can be watched, by its start and in order of address. Raises UnsupportedError
+        where the kernel cannot tell, and NotFoundError when the task is gone."""
+        try:
+            return self._mark(task, layout, journal)
+        except ProcessLookupError as error:
+            raise ended(task.pid) from error
+        except OSError as error:
+            raise UnsupportedError(
+                f"what process {task.pid} writes to its memory cannot be watched: {error.strerror or error}",
+                hint="it needs userfaultfd, and Linux 6.7 or soft-dirty bits (CONFIG_MEM_SOFT_DIRTY); dump without "
+                "--parent, --pre-copy, --track and pre-dump",
+            ) from error
+
+    def _mark(self, task: Task, layout: Sequence[Mapping], journal: Journal) -> dict[int, Changes]:
         if writes_unseen(layout):
             self._drop(_key(task))
             return {}
@@ -174,6 +188,11 @@ class Tracking:
         self.canaries.pop(key, None)
         if key in self.watches:
             os.close(self.watches.pop(key))
+
+
+def ended(pid: int) -> NotFoundError:
+    """What to say of a process that is gone."""
+    return NotFoundError(f"process {pid} ended meanwhile", hint="it cannot be dumped any more")
 
 
 def _key(task: Task) -> Key:
