@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sockets of IPv4 and IPv6: UDP, raw ones, and TCP that listens, is connected (`tcp.py`) or not. Datagrams that nobody
-read are lost, as the network may lose them, and told of."""
+read are kept where they can be sent again (`datagrams.py`), else they are lost, as by the network, and told of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from stasis.errors import BusyError, StateError
 from stasis.linux import process
-from stasis.process.files import tcp
+from stasis.process.files import datagrams, tcp
 from stasis.process.files.connections import why_no_lock
 from stasis.process.files.descriptor import duplicate, owner, set_flags
 from stasis.process.files.kind import FileKind
@@ -90,9 +90,12 @@ class InetSockets(FileKind):
                     _dump_connection(sock, descriptor, entry, saving)
                 elif tcp.has_ended(sock):
                     _dump_end(sock, entry, saving)
-            elif _is_waiting(sock):
-                where = f"process {descriptor.pid}: {descriptor.where}"
-                saving.warnings.append(f"{where}: datagrams that came and were not read yet will be gone")
+            elif datagrams.is_waiting(sock):
+                if reason := datagrams.why_not_kept(sock):
+                    told = "datagrams that came and were not read yet will be gone, as"
+                    saving.warnings.append(f"process {descriptor.pid}: {descriptor.where}: {told} {reason}")
+                else:
+                    datagrams.keep(sock, number, saving)
         return FileEntry(type=FdTypes.INETSK, id=number, isk=entry)
 
     def resource(self, entry: FileEntry, opened: Opened) -> str:
@@ -112,7 +115,12 @@ class InetSockets(FileKind):
                     tcp.end(sock, _stream_of(found, opened.images)[1])
                     set_options(sock, found.opts)
             set_flags(sock.fileno(), found.flags)
+            opened.state.setdefault(InetSockets, {})[entry.id] = found
             return os.dup(sock.fileno())
+
+    def connect(self, opened: Opened) -> None:
+        """All sockets have their addresses."""
+        datagrams.put_back(opened.state.get(InetSockets, {}), opened)
 
     def done(self, opened: Opened) -> None:
         """Connections that are on their way from one process to another live now: no one has them to be let go."""

@@ -78,6 +78,7 @@ def _kinds() -> dict[str, Kind]:
         "bpfmap-file": ("BPFMAP_FILE", "events.BpfmapFileEntry"),
         "bpfmap-data": ("BPFMAP_DATA", "events.BpfmapDataEntry"),
         "cpuinfo": ("CPUINFO", "registers.CpuinfoEntry"),
+        "stasis-datagrams": ("STASIS_DATAGRAMS", "sockets.DatagramEntry"),
         # no longer written
         "reg-files": ("REG_FILES", "files.RegFileEntry"),
         "ext-files": ("EXT_FILES", "files.ExtFileEntry"),

@@ -58,6 +58,7 @@ MAGICS: Final = {
     "IRMAP_CACHE": 0x57004059,
     # Ours, which criu does not know.
     "STASIS_SEALS": 0x4C414553,
+    "STASIS_DATAGRAMS": 0x4D524744,
     # Read, and no longer written: what they held lies in files.img, mm and core now.
     "REG_FILES": 0x50363636,
     "EXT_FILES": 0x59255641,

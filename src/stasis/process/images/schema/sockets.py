@@ -20,6 +20,7 @@ from stasis.process.images.message import (
 from stasis.process.images.schema.common import FownEntry
 
 __all__ = [
+    "DatagramEntry",
     "FilePermsEntry",
     "InetSkEntry",
     "IpOptsEntry",
@@ -222,6 +223,13 @@ class PacketSockEntry(Message):
 class ScmEntry(Message):
     type: int = uint32(1)
     rights: list[int] = uint32(2, factory=list)
+
+
+class DatagramEntry(Message):
+    id_for: int = uint32(1)
+    length: int = uint32(2)
+    address: bytes = bytestring(3)
+    port: int = uint32(4)
 
 
 class SkPacketEntry(Message):
