@@ -33,6 +33,34 @@ SIZE = 600 * BLOCK + 512
 ALWAYS = 1 << 62
 
 
+class Killed(BaseException):
+    """The worker dies here."""
+
+
+def killed_at(patch: pytest.MonkeyPatch, calls: int, action: Callable[[], object]) -> bool:
+    """Do something whose worker is killed at its file operation number `calls`; tells whether it came that far."""
+    left = calls
+
+    def counted(real: Callable[..., int]) -> Callable[..., int]:
+        def call(*arguments: object) -> int:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return real(*arguments)
+
+        return call
+
+    with patch.context() as inner:
+        for name in ("pwrite", "pwritev", "fdatasync"):
+            inner.setattr(os, name, counted(getattr(os, name)))
+        try:
+            action()
+        except Killed:
+            return True
+    return False
+
+
 class Refused(Exception):
     """The plugin answered an error: its errno."""
 

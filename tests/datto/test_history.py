@@ -6,14 +6,13 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from stasis.datto.cowreader import CowReader
 from stasis.datto.layout import Geometry
-from tests.datto.rig import BLOCK, SIZE, Refused, Rig, live_through_a_series
+from tests.datto.rig import BLOCK, SIZE, Refused, Rig, killed_at, live_through_a_series
 
 HISTORIES = 60 if os.environ.get("STASIS_LONG") else 3
 TRANSITIONS = 12
@@ -41,34 +40,6 @@ def test_changes_lead_from_each_image_to_the_next(rig: Rig, seed: int, number: i
     rig.close()
 
 
-class _Killed(BaseException):
-    """The worker dies here."""
-
-
-def _write_until(rig: Rig, patch: pytest.MonkeyPatch, calls: int) -> bool:
-    """A write whose worker is killed at its file operation number `calls`; tells whether it came that far."""
-    left = calls
-
-    def counted(real: Callable[..., int]) -> Callable[..., int]:
-        def call(*arguments: object) -> int:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise _Killed
-            return real(*arguments)
-
-        return call
-
-    with patch.context() as inner:
-        for name in ("pwrite", "pwritev", "fdatasync"):
-            inner.setattr(os, name, counted(getattr(os, name)))
-        try:
-            rig.write(SIZE // 2 - 5000, 90000)
-        except _Killed:
-            return True
-    return False
-
-
 @pytest.mark.parametrize("mode", ["snapshot", "incremental"])
 @pytest.mark.parametrize("after", ["die", "cut"])
 def test_a_worker_may_die_between_any_two_file_operations(rig: Rig, monkeypatch: pytest.MonkeyPatch, mode: str,
@@ -77,7 +48,7 @@ def test_a_worker_may_die_between_any_two_file_operations(rig: Rig, monkeypatch:
     while killed == calls:
         if mode != rig.mode:
             rig.to_incremental()
-        killed += _write_until(rig, monkeypatch, calls)
+        killed += killed_at(monkeypatch, calls, lambda: rig.write(SIZE // 2 - 5000, 90000))
         calls += 1
         rig.die() if after == "die" else rig.cut()
         if rig.mode == "snapshot":

@@ -19,8 +19,6 @@ from tests.daemon.helpers import MIB, await_true
 from tests.live.disks import mounted, tool
 from tests.runner import Stasis
 
-MINOR = 19
-LINK = f"/dev/datto{MINOR}"
 pytestmark = [
     pytest.mark.root,
     pytest.mark.tool("mkfs.ext4"),
@@ -68,10 +66,10 @@ def _comes_to_rest(client: api.Client, state: str, cow: Path) -> None:
     await_true(lambda: all(client.datto_list()[0].state_name == state and _header(cow).is_clean for _ in range(5)))
 
 
-def test_it_is_dormant_while_nobody_has_it_mounted(client: api.Client, node: str, short_dir: Path) -> None:
+def test_it_is_dormant_while_nobody_has_it_mounted(client: api.Client, node: str, short_dir: Path, minor: int) -> None:
     cow, target = short_dir / "cow", short_dir / "mnt"
     with mounted(node, target):
-        client.datto_setup([(MINOR, node, cow)])
+        client.datto_setup([(minor, node, cow)])
         client.datto_list()  # it has been seen mounted
         (target / "file").write_bytes(os.urandom(100000))
         tool("mount", "-o", "remount,ro", target)
@@ -80,53 +78,54 @@ def test_it_is_dormant_while_nobody_has_it_mounted(client: api.Client, node: str
         tool("mount", "-o", "remount,rw", target)
         _becomes(client, "active snapshot")
         assert not _header(cow).is_clean
-        client.datto_to_incremental(MINOR)
+        client.datto_to_incremental(minor)
     _comes_to_rest(client, "dormant incremental", cow)
     assert _header(cow).changed_blocks > 20
     with pytest.raises(StasisError) as caught:
-        client.datto_to_snapshot(MINOR, short_dir / "cow1")
+        client.datto_to_snapshot(minor, short_dir / "cow1")
     assert caught.value.errno == errno.EINVAL
     with open(node, "r+b") as file:  # no mount tells of this
         file.write(b"behind the mounts")
         os.fsync(file.fileno())
     with mounted(node, target):
         _becomes(client, "active incremental")
-        client.datto_to_snapshot(MINOR, short_dir / "cow1")
+        client.datto_to_snapshot(minor, short_dir / "cow1")
         with CowReader(str(cow), 24 * MIB) as reader:
             assert next(reader.extents())[0] == 0
     _comes_to_rest(client, "dormant snapshot", short_dir / "cow1")
-    client.datto_destroy(MINOR)
+    client.datto_destroy(minor)
     assert _header(short_dir / "cow1").is_clean
     assert client.datto_list() == []
 
 
 def test_the_image_is_a_block_device_that_can_be_mounted(stasis: Stasis, client: api.Client, node: str,
-                                                         short_dir: Path) -> None:
+                                                         short_dir: Path, minor: int) -> None:
+    link = f"/dev/datto{minor}"
     with mounted(node, short_dir / "mnt") as target:
         (target / "file").write_text("old")  # in the page cache; the freeze writes it out
-        client.datto_setup([(MINOR, node, short_dir / "cow")])
-        image = client.datto_info(MINOR).node
+        client.datto_setup([(minor, node, short_dir / "cow")])
+        image = client.datto_info(minor).node
         assert image is not None
-        name = LINK if os.path.islink(LINK) and os.readlink(LINK) == image else image
+        name = link if os.path.islink(link) and os.readlink(link) == image else image
         (target / "file").write_text("new")
         with mounted(name, short_dir / "image", "-o", "ro,noload") as inside:
             assert (inside / "file").read_text() == "old"
-            for call in (lambda: client.datto_to_incremental(MINOR), lambda: client.datto_destroy(MINOR)):
+            for call in (lambda: client.datto_to_incremental(minor), lambda: client.datto_destroy(minor)):
                 with pytest.raises(StasisError) as caught:
                     call()
                 assert caught.value.errno == errno.EBUSY
-        client.datto_reconfigure(MINOR, 1 << 20)
-        assert client.datto_info(MINOR).node is not None
-        client.datto_to_incremental(MINOR)
-        assert client.datto_info(MINOR).node is None
-        assert not os.path.lexists(LINK) or os.readlink(LINK) != image
-        client.datto_to_snapshot(MINOR, short_dir / "cow1")
-        image = client.datto_info(MINOR).node
+        client.datto_reconfigure(minor, 1 << 20)
+        assert client.datto_info(minor).node is not None
+        client.datto_to_incremental(minor)
+        assert client.datto_info(minor).node is None
+        assert not os.path.lexists(link) or os.readlink(link) != image
+        client.datto_to_snapshot(minor, short_dir / "cow1")
+        image = client.datto_info(minor).node
         assert image is not None
         with mounted(image, short_dir / "image", "-o", "ro,noload") as inside:
             assert (inside / "file").read_text() == "new"
         client.stop()
         await_true(lambda: stasis.daemon_pid() is None)
         with api.connect(stasis.run_dir, stasis.state_dir) as again:
-            await_true(lambda: again.datto_info(MINOR).node is not None)
-            again.datto_destroy(MINOR)
+            await_true(lambda: again.datto_info(minor).node is not None)
+            again.datto_destroy(minor)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from stasis.datto.cowreader import CowReader
 from stasis.datto.layout import Header
 from stasis.datto.resting import Resting
-from tests.datto.rig import BLOCK, SIZE, Refused, Rig
+from tests.datto.rig import BLOCK, SIZE, Refused, Rig, killed_at
 
 
 @pytest.fixture
@@ -125,37 +124,14 @@ def test_one_that_is_retired_leaves_a_clean_file_that_is_not_taken_up_again(rig:
     rig.close()
 
 
-class _Killed(BaseException):
-    """The worker dies here."""
-
-
 @pytest.mark.parametrize("after", ["die", "cut"])
 def test_a_worker_may_die_at_any_file_operation_of_rest_and_waking(rig: Rig, monkeypatch: pytest.MonkeyPatch,
                                                                   after: str) -> None:
     rig.to_incremental()
     killed = calls = 0
     while killed == calls:
-        left = calls
-
-        def counted(real: Callable[..., int]) -> Callable[..., int]:
-            def call(*arguments: object) -> int:
-                nonlocal left
-                left -= 1
-                if left < 0:
-                    raise _Killed
-                return real(*arguments)
-
-            return call
-
         rig.write(3 * BLOCK * calls, 5000)
-        with monkeypatch.context() as inner:
-            for name in ("pwrite", "pwritev", "fdatasync"):
-                inner.setattr(os, name, counted(getattr(os, name)))
-            try:
-                rig.rest()
-                rig.write(SIZE // 2, 9000)
-            except _Killed:
-                killed += 1
+        killed += killed_at(monkeypatch, calls, lambda: _rest_and_write(rig))
         calls += 1
         rig.die() if after == "die" else rig.cut()
         assert rig.hosted.tracer is not None, rig.hosted.describe()
@@ -165,3 +141,8 @@ def test_a_worker_may_die_at_any_file_operation_of_rest_and_waking(rig: Rig, mon
         rig.to_incremental()
     assert killed >= 6
     rig.close()
+
+
+def _rest_and_write(rig: Rig) -> None:
+    rig.rest()
+    rig.write(SIZE // 2, 9000)

@@ -15,12 +15,10 @@ from tests.daemon.helpers import MIB, await_true
 from tests.live.disks import mounted, tool
 from tests.runner import Stasis
 
-MINOR = 17
 pytestmark = [
     pytest.mark.root,
     pytest.mark.tool("mkfs.ext4"),
     pytest.mark.skipif(os.geteuid() == 0 and not frontend.probe(), reason="this host has no way to make a node"),
-    pytest.mark.skipif(os.path.lexists(f"/dev/datto{MINOR}"), reason="the name of the snapshot is taken"),
 ]
 
 CYCLE = """\
@@ -134,36 +132,36 @@ class Shell:
         return done.stdout
 
 
-def test_what_scripts_do_today(stasis: Stasis, short_dir: Path) -> None:
+def test_what_scripts_do_today(stasis: Stasis, short_dir: Path, minor: int) -> None:
     disk, shell = short_dir / "disk", Shell(stasis, short_dir)
     disk.write_bytes(bytes(24 * MIB))
     node = stasis.json("device", "attach", disk, "--kernel")["node"]
     tool("mkfs.ext4", "-q", "-F", node)
     with mounted(node, short_dir / "mnt") as target:
-        shell.run(CYCLE, node, MINOR, short_dir / "copy", short_dir / "cow", target)
-        _hooks(shell, target, short_dir / "notes")
+        shell.run(CYCLE, node, minor, short_dir / "copy", short_dir / "cow", target)
+        _hooks(shell, target, short_dir / "notes", minor)
         shell.run(CLEAN, stasis.run_dir / "datto-info")
         assert stasis.json("datto", "list") == []
-        shell.run("dbdctl setup-snapshot $1 again 3 && dbdctl transition-to-incremental 3", node)
+        shell.run("dbdctl setup-snapshot $1 again $2 && dbdctl transition-to-incremental $2", node, minor)
     await_true(lambda: stasis.run("device", "detach", "disk").returncode == 0)  # others may have copies of our mounts
     stasis("datto", "list")
-    shell.run("dbdctl destroy 3")
-    shell.run(RELOAD, disk, "again", 3)
+    shell.run("dbdctl destroy $1", minor)
+    shell.run(RELOAD, disk, "again", minor)
     stasis("device", "attach", disk)
-    assert stasis.json("datto", "show", "3")["state_name"] == "active incremental"
+    assert stasis.json("datto", "show", str(minor))["state_name"] == "active incremental"
 
 
-def _hooks(shell: Shell, target: Path, notes: Path) -> None:
+def _hooks(shell: Shell, target: Path, notes: Path, minor: int) -> None:
     notes.mkdir()
     first = ""
     for number in range(2):
         (target / "number").write_text(str(number))
         os.sync()
-        said = shell.run(CREATE, f"backup{number}", target, notes, MINOR).splitlines()
+        said = shell.run(CREATE, f"backup{number}", target, notes, minor).splitlines()
         assert said[-1] == f"SNAPSHOT={notes}/backup{number}"
         assert said[:-1] == ([f"CHANGES={first}"] if number else [])
         (target / "number").write_text("later")
         assert (notes / f"backup{number}" / "number").read_text() == str(number)
         shell.run(REMOVE, f"backup{number}", notes)
         first = first or (notes / "cow").read_text().strip()
-    await_true(lambda: not os.path.lexists(f"/dev/datto{MINOR}"))
+    await_true(lambda: not os.path.lexists(f"/dev/datto{minor}"))

@@ -17,6 +17,7 @@ from pathlib import Path
 from stasis.cli import dbdctl, update_img
 from stasis.datto.extents import Territory
 from stasis.linux import fiemap, immutable, mounts
+from tests.minors import free_minor
 from tests.runner import Stasis
 from tests.system.helpers import MIB, tool, wait_until
 
@@ -41,6 +42,7 @@ class Volume:
     image: Path
     mount: Path
     random: random.Random
+    minor: int
     node: str = ""
     foreign: list[tuple[int, int]] = field(default_factory=list)
     """Ranges that belonged to COW files of this round: they are no part of what the images promise."""
@@ -58,18 +60,19 @@ class Volume:
 
     def update(self, cow: Path, copy: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            assert update_img.main(["/dev/datto0", str(cow), str(copy)]) == 0
+            assert update_img.main([f"/dev/datto{self.minor}", str(cow), str(copy)]) == 0
 
     @property
     def uri(self) -> str:
-        return f"nbd+unix:///datto0?socket={self.stasis.run_dir}/nbd/datto0.sock"
+        name = f"datto{self.minor}"
+        return f"nbd+unix:///{name}?socket={self.stasis.run_dir}/nbd/{name}.sock"
 
     def copy_image(self, path: Path) -> bytes:
         tool("nbdcopy", self.uri, path)
         return path.read_bytes()
 
     def info(self) -> dict[str, object]:
-        found: dict[str, object] = self.stasis.json("datto", "show", "0")
+        found: dict[str, object] = self.stasis.json("datto", "show", str(self.minor))
         return found
 
     # -- the file system --------------------------------------------------------------------------------------
@@ -194,16 +197,17 @@ def volume(stasis: Stasis, directory: Path, kind: str, seed: int, size: int = 0)
     with image.open("wb") as file:
         file.truncate(size or SIZES[kind])
     mount.mkdir()
-    disk = Volume(stasis, kind, image, mount, random.Random(seed))
-    disk.attach()
-    try:
-        tool(*MAKE[kind], disk.node)
-        disk.mounted()
+    with free_minor() as minor:
+        disk = Volume(stasis, kind, image, mount, random.Random(seed), minor)
+        disk.attach()
         try:
-            yield disk
+            tool(*MAKE[kind], disk.node)
+            disk.mounted()
+            try:
+                yield disk
+            finally:
+                if os.path.ismount(mount):
+                    disk.unmount()
         finally:
-            if os.path.ismount(mount):
-                disk.unmount()
-    finally:
-        disk.detach()
+            disk.detach()
     tool(*CHECK[kind], image)

@@ -50,7 +50,7 @@ def test_a_series_on_the_file_system_that_it_protects(stasis: Stasis, short_dir:
     with volume(stasis, short_dir, kind, seed) as disk:
         copy, shot = short_dir / "copy", short_dir / "shot"
         disk.fill(10)
-        disk.must("setup-snapshot", "-f", 20, disk.node, disk.mount / ".cow0", 0)
+        disk.must("setup-snapshot", "-f", 20, disk.node, disk.mount / ".cow0", disk.minor)
         files = disk.files()
         disk.note_territory(disk.mount / ".cow0")
         first = disk.copy_image(copy)
@@ -63,7 +63,7 @@ def test_a_series_on_the_file_system_that_it_protects(stasis: Stasis, short_dir:
             assert disk.copy_image(shot) == first  # byte for byte, as often as it is read
             assert blank_in(first, cow)
             disk.check_copy(copy, files)
-            disk.must("transition-to-incremental", 0)
+            disk.must("transition-to-incremental", disk.minor)
             assert is_immutable(cow)
             disk.be_unpleasant(cow)
             disk.fill(8)
@@ -74,7 +74,7 @@ def test_a_series_on_the_file_system_that_it_protects(stasis: Stasis, short_dir:
             disk.fill(4)
             await_true(lambda: disk.info()["state"] == 2)
             files = disk.files()
-            disk.must("transition-to-snapshot", following, 0)
+            disk.must("transition-to-snapshot", following, disk.minor)
             assert not is_immutable(cow)
             disk.note_territory(following)
             disk.update(cow, copy)
@@ -85,15 +85,15 @@ def test_a_series_on_the_file_system_that_it_protects(stasis: Stasis, short_dir:
             disk.foreign.clear()
             disk.note_territory(following)
             cow.unlink()
-        disk.must("destroy", 0)
+        disk.must("destroy", disk.minor)
         assert not following.exists()
 
 
 def test_the_file_s_own_writes_are_no_changes(disk: Volume) -> None:
     """dattobd counts the blocks of its own COW file: a tenth of the device without anybody having written."""
-    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
-    disk.must("transition-to-incremental", 0)
-    disk.must("transition-to-snapshot", disk.mount / ".cow1", 0)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", disk.minor)
+    disk.must("transition-to-incremental", disk.minor)
+    disk.must("transition-to-snapshot", disk.mount / ".cow1", disk.minor)
     listed = disk.stasis.json("datto", "changes", disk.mount / ".cow0")
     assert sum(extent["length"] for extent in listed) < MIB  # inodes, bitmaps and the journal
     size = (disk.mount / ".cow1").stat().st_size
@@ -102,7 +102,7 @@ def test_the_file_s_own_writes_are_no_changes(disk: Volume) -> None:
     own = disk.foreign
     assert not [extent for extent in listed for start, end in own
                 if extent["offset"] < end and start < extent["offset"] + extent["length"]]
-    disk.must("destroy", 0)
+    disk.must("destroy", disk.minor)
 
 
 def test_a_backup_of_its_image_is_right_to_the_last_byte(disk: Volume, short_dir: Path) -> None:
@@ -110,23 +110,23 @@ def test_a_backup_of_its_image_is_right_to_the_last_byte(disk: Volume, short_dir
     repo = short_dir / "repo"
     disk.stasis("repo", "init", repo, "--no-encryption")
     disk.fill(4)
-    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
-    disk.stasis("backup", "create", "datto:0", "--repo", repo)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", disk.minor)
+    disk.stasis("backup", "create", f"datto:{disk.minor}", "--repo", repo)
     disk.fill(4)
-    disk.must("transition-to-incremental", 0)
+    disk.must("transition-to-incremental", disk.minor)
     disk.fill(4)
-    disk.must("transition-to-snapshot", disk.mount / ".cow1", 0)
-    disk.stasis("backup", "create", "datto:0", "--repo", repo)
+    disk.must("transition-to-snapshot", disk.mount / ".cow1", disk.minor)
+    disk.stasis("backup", "create", f"datto:{disk.minor}", "--repo", repo)
     made = disk.stasis.json("backup", "list", "--repo", repo)
     assert [one["kind"] for one in made] == ["full", "incremental"]
     disk.stasis("backup", "restore", made[-1]["id"], short_dir / "restored", "--repo", repo)
     assert (short_dir / "restored").read_bytes() == disk.copy_image(short_dir / "image")
-    disk.must("destroy", 0)
+    disk.must("destroy", disk.minor)
 
 
 def test_it_survives_its_daemon_and_a_new_attachment(disk: Volume, short_dir: Path) -> None:
     disk.fill(6)
-    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", disk.minor)
     first = disk.copy_image(short_dir / "a")
     disk.fill(4)
     pid = disk.stasis.daemon_pid()
@@ -138,8 +138,8 @@ def test_it_survives_its_daemon_and_a_new_attachment(disk: Volume, short_dir: Pa
     disk.unmount()
     disk.detach()
     assert disk.info()["state"] == 1
-    disk.must("destroy", 0)
-    disk.must("reload-snapshot", disk.image, "/.cow0", 0)  # as seen from its mount point
+    disk.must("destroy", disk.minor)
+    disk.must("reload-snapshot", disk.image, "/.cow0", disk.minor)  # as seen from its mount point
     disk.attach()
     disk.mounted()
     assert is_immutable(disk.mount / ".cow0")
@@ -147,7 +147,7 @@ def test_it_survives_its_daemon_and_a_new_attachment(disk: Volume, short_dir: Pa
     await_true(lambda: disk.info()["state"] == 3 or disk.info()["error"] != 0)
     assert not disk.info()["error"], disk.info()
     assert disk.copy_image(short_dir / "b") == first
-    disk.must("destroy", 0)
+    disk.must("destroy", disk.minor)
     assert not (disk.mount / ".cow0").exists()
 
 
@@ -155,7 +155,7 @@ def test_it_survives_its_daemon_and_a_new_attachment(disk: Volume, short_dir: Pa
 def test_it_survives_the_death_of_its_worker(disk: Volume, short_dir: Path) -> None:
     """nbdfuse loses its server with the worker, so the file system has to be mounted again."""
     disk.fill(6)
-    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", disk.minor)
     first = disk.copy_image(short_dir / "a")
     disk.fill(6)
     pid = disk.stasis.json("device", "show", "disk")["pid"]
@@ -168,7 +168,7 @@ def test_it_survives_the_death_of_its_worker(disk: Volume, short_dir: Path) -> N
     disk.fill(6)
     assert (disk.info()["state"], disk.info()["error"]) == (3, 0)
     assert disk.copy_image(short_dir / "b") == first
-    disk.must("destroy", 0)
+    disk.must("destroy", disk.minor)
 
 
 MOMENTS = ["filled", "named", "recorded"]
@@ -193,10 +193,10 @@ def test_a_daemon_that_dies_while_it_is_made_leaves_nothing(disk: Volume, moment
     known = disk.stasis.json("datto", "list")
     if known:
         assert known[0]["state"] == 3
-        disk.must("destroy", 0)
+        disk.must("destroy", disk.minor)
     await_true(lambda: not [path for path in disk.mount.iterdir() if "cow" in path.name])
-    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
-    disk.must("destroy", 0)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", disk.minor)
+    disk.must("destroy", disk.minor)
 
 
 @pytest.mark.expects_errors("died; starting it again", "does not go on", "cannot be connected again", "not removed")
@@ -213,9 +213,9 @@ def test_a_worker_that_dies_while_it_is_made_leaves_nothing_in_the_way(disk: Vol
     disk.detach()
     disk.attach()
     disk.mounted()
-    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", disk.minor)
     assert [path.name for path in disk.mount.iterdir() if "cow" in path.name] == [".cow0"]
-    disk.must("destroy", 0)
+    disk.must("destroy", disk.minor)
 
 
 def _worker(disk: Volume) -> int:
@@ -232,26 +232,26 @@ def test_a_snapshot_that_is_held_keeps_what_was_where_the_file_is_now(disk: Volu
         for path in disk.mount.glob("f*"):
             path.unlink()
         tool("sync", "-f", disk.mount)
-        disk.must("setup-snapshot", "-f", "20", disk.node, disk.mount / ".cow0", 0)
+        disk.must("setup-snapshot", "-f", "20", disk.node, disk.mount / ".cow0", disk.minor)
         disk.fill(12)
         tool("nbdcopy", image, short_dir / "after")
         tool("cmp", short_dir / "before", short_dir / "after")
-    disk.must("destroy", 0)
+    disk.must("destroy", disk.minor)
 
 
 def test_a_full_file_fails_the_tracer_and_goes(disk: Volume) -> None:
-    disk.must("setup-snapshot", "-f", "1", disk.node, disk.mount / ".cow0", 0)
+    disk.must("setup-snapshot", "-f", "1", disk.node, disk.mount / ".cow0", disk.minor)
     disk.fill(30)
     files = disk.files()
     await_true(lambda: disk.info()["error"] == -EFBIG)
     await_true(lambda: not (disk.mount / ".cow0").exists())
     assert disk.files() == files
-    disk.must("destroy", 0)
+    disk.must("destroy", disk.minor)
 
 
 def test_whoever_takes_the_blocks_away_keeps_them(disk: Volume) -> None:
     """The protection taken off and the file removed by root: who gets its blocks must find there what he wrote."""
-    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", disk.minor)
     tool("chattr", "-i", disk.mount / ".cow0")
     (disk.mount / ".cow0").unlink()
     written = {}
@@ -266,14 +266,14 @@ def test_whoever_takes_the_blocks_away_keeps_them(disk: Volume) -> None:
     disk.unmount()
     disk.mounted()
     assert {name: (disk.mount / name).read_bytes() for name in written} == written
-    disk.must("destroy", 0)
+    disk.must("destroy", disk.minor)
 
 
 def test_protection_that_was_left_behind_is_taken_off(disk: Volume) -> None:
-    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", 0)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow0", disk.minor)
     disk.unmount()
     await_true(lambda: disk.info()["state"] == 1)
-    disk.must("destroy", 0)
+    disk.must("destroy", disk.minor)
     disk.mounted()
     await_true(lambda: not is_immutable(disk.mount / ".cow0"))
     tool("chattr", "+i", disk.mount / ".cow0")  # as a crash leaves it
@@ -291,15 +291,15 @@ def test_refusals_say_what_is_wrong_and_change_nothing(disk: Volume, short_dir: 
         return said
 
     (disk.mount / "directory").mkdir()
-    refused(EISDIR, "setup-snapshot", disk.node, disk.mount / "directory", 0)
-    refused(ENOSPC, "setup-snapshot", "-f", "500", disk.node, disk.mount / ".cow", 0)
-    disk.must("setup-snapshot", disk.node, disk.mount / ".cow", 0)
-    assert "grow" in refused(EOPNOTSUPP, "expand-cow-file", 1, 0)
-    assert "grow" in refused(EOPNOTSUPP, "reconfigure-auto-expand", 1, 0)
+    refused(EISDIR, "setup-snapshot", disk.node, disk.mount / "directory", disk.minor)
+    refused(ENOSPC, "setup-snapshot", "-f", "500", disk.node, disk.mount / ".cow", disk.minor)
+    disk.must("setup-snapshot", disk.node, disk.mount / ".cow", disk.minor)
+    assert "grow" in refused(EOPNOTSUPP, "expand-cow-file", 1, disk.minor)
+    assert "grow" in refused(EOPNOTSUPP, "reconfigure-auto-expand", 1, disk.minor)
     assert disk.info()["error"] == 0
-    disk.must("transition-to-incremental", 0)
-    refused(EBUSY, "transition-to-snapshot", disk.mount / ".cow", 0)
-    refused(EINVAL, "transition-to-incremental", 0)
+    disk.must("transition-to-incremental", disk.minor)
+    refused(EBUSY, "transition-to-snapshot", disk.mount / ".cow", disk.minor)
+    refused(EINVAL, "transition-to-incremental", disk.minor)
     assert disk.info()["state"] == 2
-    disk.must("transition-to-snapshot", short_dir / "elsewhere", 0)
-    disk.must("destroy", 0)
+    disk.must("transition-to-snapshot", short_dir / "elsewhere", disk.minor)
+    disk.must("destroy", disk.minor)
