@@ -18,10 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from stasis.errors import UnsupportedError
 from stasis.linux import procfs, softdirty, userfaultfd
 from stasis.linux.pagemap import PAGE, PageScanner
 from stasis.process import features
 from stasis.process.dump.canary import is_canary
+from stasis.process.dump.predump import pre_dump
 from tests.process.test_dump_restore import stasis
 from tests.process.test_incremental import (
     WRITER,
@@ -199,6 +201,18 @@ def test_the_feature_is_told_truly(tmp_path: Path, seed: int) -> None:
             capture_output=True, check=False,
         )  # fmt: skip
         assert (done.returncode == 0) == features.has("mem_dirty_track")
+
+
+@pytest.mark.skipif(features._soft_dirty(), reason="this kernel has soft-dirty bits")
+def test_a_kernel_without_bits_is_told(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the order to clear them, and shows every page as not written."""
+    monkeypatch.setattr(userfaultfd, "has_async", lambda: False)
+    with running(tmp_path, WRITER, str(seed)) as process:
+        with pytest.raises(UnsupportedError, match="cannot be watched"):
+            pre_dump(process.pid, tmp_path / "images")
+        assert canaries(process.pid) == []
+        assert not any("uw" in mapping.flags for mapping in procfs.mappings(process.pid))
+        wait_for_steps(tmp_path, process.pid)
 
 
 @pytest.mark.skipif(not features._soft_dirty(), reason="this kernel has no soft-dirty bits")

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 
 from stasis.errors import NotFoundError, UnsupportedError
-from stasis.linux import softdirty, userfaultfd
+from stasis.linux import procfs, softdirty, userfaultfd
 from stasis.linux.pagemap import PageScanner
 from stasis.linux.pidfd import Pidfd
 from stasis.linux.procfs import Mapping
@@ -128,7 +128,13 @@ class Tracking:
         self._proven.pop(key, None)
         canary = self._canary(task, layout, journal)
         found = dirtybits.clear(scanner, task.pid, fd, watched)
-        self.canaries[key] = canary.raised(scanner, task.pid)
+        try:
+            self.canaries[key] = canary.raised(scanner, task.pid)
+        except OSError:
+            present = procfs.mappings(task.pid, flags=False)
+            with Remote(task.pid, present, journal) as remote:
+                take_out(remote, present)
+            raise
         marked = {}
         for mapping in watched:
             known = proven and WATCHED in mapping.flags and dirtybits.MERGEABLE not in mapping.flags
