@@ -126,20 +126,6 @@ int main(void) {
 }
 """
 
-SHARING = r"""
-// A child that shares memory, one that shares descriptors.
-static int live(void *nothing) { await("go"); return 0; }
-int main(void) {
-    static char stacks[2][65536];
-    int first = clone(live, stacks[0] + 65536, CLONE_VM | SIGCHLD, 0);
-    int second = clone(live, stacks[1] + 65536, CLONE_FILES | SIGCHLD, 0);
-    CHECK(first > 0 && second > 0);
-    set_up();
-    while (wait(0) > 0);
-    return content();
-}
-"""
-
 HEADLESS = r"""
 // The first thread ends, another one lives on.
 static void *live(void *nothing) { set_up(); exit(content()); }
@@ -208,15 +194,6 @@ def test_a_daemon_comes_back_without_its_leader(tmp_path: Path) -> None:
         for _ in range(2):
             program.restore(program.dump())
         program.finish()
-
-
-def test_what_two_processes_share_is_named(tmp_path: Path) -> None:
-    with running(tmp_path, compiled(tmp_path, SHARING)) as program:
-        said = stasis("dump", program.pid, "--images", tmp_path / "images", status=ExitCode.UNSUPPORTED)
-        assert "descriptor table" in said
-        assert "address space" in said
-        (tmp_path / "go").touch()
-        program.process.wait()
 
 
 def test_a_first_thread_that_ended_is_named(tmp_path: Path) -> None:

@@ -173,6 +173,8 @@ class Remote:
         self._avoid = avoid
         self._threads: dict[int, RemoteThread] = {pid: self.leader}
         self._borrowed = b""
+        self._guests: list[Remote] = []
+        self._is_guest = False
 
     @property
     def scratch(self) -> int:
@@ -207,7 +209,9 @@ class Remote:
     def close(self) -> None:
         """Take our pages out, put all registers back."""
         try:
-            if self.code:
+            for guest in self._guests:
+                guest.close()
+            if self.code and not self._is_guest:
                 for thread in self._threads.values():
                     if thread is not self.leader:
                         thread.restore()
@@ -271,6 +275,14 @@ class Remote:
             return  # the kernel ends the process for it when it runs on
         if start <= thread.registers.rip < start + length:
             thread.registers.rip = abort
+
+    def beside(self, pid: int) -> Remote:
+        """For another stopped process with the same address space. Our pages are there, and stay until this one is
+        closed, which closes that one, too."""
+        guest = Remote(pid, self._mappings, self._journal)
+        guest.code, guest._is_guest = self.code, True
+        self._guests.append(guest)
+        return guest
 
     def moved(self, mappings: Sequence[Mapping]) -> None:
         """The process has other memory than it had; our pages are where they were."""

@@ -18,15 +18,22 @@ from stasis.errors import StasisError, UnsupportedError
 from stasis.linux import procfs, ptrace
 from stasis.process.errors import refusal
 from stasis.process.seccomp import seize_options
+from stasis.process.vforks import is_in_vfork
 
 if TYPE_CHECKING:
     from stasis.linux.procfs import Stat
     from stasis.process.freezer import GroupFreezer
 
-__all__ = ["Task", "TaskState", "Thread", "Tree"]
+__all__ = ["MOMENTS", "Task", "TaskState", "Thread", "Tree"]
 
 PAUSE = 0.0001
 LONGEST_PAUSE = 0.002
+MOMENTS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Seconds to wait for what passes."""
+
+
+class VforkError(UnsupportedError):
+    """A thread cannot be stopped now."""
 
 
 class TaskState(IntEnum):
@@ -97,7 +104,18 @@ class Tree:
         return list(_walk(self.root))
 
     def freeze(self) -> None:
-        """Stop everything. Raises StasisError that names what could not be stopped; nothing is stopped then."""
+        """Stop everything. Raises StasisError that names what could not be stopped; nothing is stopped then. One that
+        waits for a child in vfork(2) is given a moment."""
+        for pause in MOMENTS:
+            try:
+                self._freeze()
+            except VforkError:
+                time.sleep(pause)
+            else:
+                return
+        self._freeze()
+
+    def _freeze(self) -> None:
         self._deadline = time.monotonic() + self._timeout
         self._tasks.clear()
         self._waiting.clear()
@@ -165,6 +183,9 @@ class Tree:
         return bool(new)
 
     def _seize(self, task: Task, tid: int) -> Thread | None:
+        if is_in_vfork(task.pid, tid):
+            raise VforkError(f"process {task.pid}: thread {tid}: it waits for a child that uses its memory (vfork)",
+                             hint="nothing was changed; try again when the child has started its program")  # fmt: skip
         try:
             ptrace.seize(tid, seize_options(tid))
         except OSError as error:

@@ -6,18 +6,21 @@ from __future__ import annotations
 from stasis.linux import procfs, ptrace
 from stasis.linux.kcmp import Kcmp, compare
 from stasis.process.cgroups import check_groups
+from stasis.process.dump.ids import ObjectIds
 from stasis.process.dump.tasks import ns_pid
 from stasis.process.findings import Findings
 from stasis.process.fpu import lost_components
 from stasis.process.kinship import Kin, unmakeable
 from stasis.process.namespaces.own import check_namespaces
 from stasis.process.seccomp import why_lost
+from stasis.process.sharing import NAMES, Member, Sharing
 from stasis.process.tree import Task, Tree
+from stasis.process.vforks import is_in_vfork
 
 __all__ = ["check_tree"]
 
-OBJECTS = {Kcmp.VM: "address space", Kcmp.FILES: "descriptor table", Kcmp.FS: "working directory",
-           Kcmp.SIGHAND: "signal handlers"}  # fmt: skip
+OBJECTS = {"vm": Kcmp.VM, "files": Kcmp.FILES, "fs": Kcmp.FS}
+SIGCHLD = 17
 USER_CS = 0x33  # arch/x86/include/asm/segment.h, __USER_CS
 
 
@@ -32,8 +35,7 @@ def check_tree(tree: Tree, findings: Findings, *, shell_job: bool = False) -> No
         _check_task(task, findings, may_lack_session=shell_job or tree.root_pid == 1)
         _check_threads(task, findings)
         check_groups(task, findings)
-    for number, task in enumerate(living):
-        _check_sharing(living[:number], task, findings)
+    _check_sharing(tree, findings)
     for pid, reason in unmakeable(_kin(tree.root)):
         findings.add(pid, "session", reason)
 
@@ -61,16 +63,39 @@ def _check_threads(task: Task, findings: Findings) -> None:
             findings.add(task.pid, where, "it runs 32 bit code, which is not supported")
         for lost in lost_components(ptrace.fpu_state(thread.tid)):
             findings.add(task.pid, where, f"images have no place for {lost}")
-        for kind in (Kcmp.FILES, Kcmp.FS):
-            if thread.tid != task.pid and compare(kind, task.pid, thread.tid):
-                findings.add(task.pid, where, f"it has another {OBJECTS[kind]} than its process")
+        for name in ("files", "fs"):
+            if thread.tid != task.pid and compare(OBJECTS[name], task.pid, thread.tid):
+                findings.add(task.pid, where, f"it has another {NAMES[name]} than its process")
 
 
-def _check_sharing(before: list[Task], task: Task, findings: Findings) -> None:
-    for kind, name in OBJECTS.items():
-        other = next((one for one in before if compare(kind, one.pid, task.pid) == 0), None)
-        if other is not None:
-            findings.add(task.pid, name, f"it is shared with process {other.pid}, which is not supported yet")
+def _check_sharing(tree: Tree, findings: Findings) -> None:
+    sharing = Sharing(_member(tree.root, ObjectIds()))
+    for pid, what, reason in sharing.problems:
+        findings.add(pid, what, reason)
+    if sharing.is_any:
+        for task in tree.tasks:
+            if task is not tree.root and not task.is_zombie and task.stat.exit_signal != SIGCHLD:
+                findings.add(task.pid, "parent", f"its end is told by signal {task.stat.exit_signal} and not SIGCHLD, "
+                                                 "which no image can say")  # fmt: skip
+    _check_outside(tree.root, findings)
+
+
+def _check_outside(root: Task, findings: Findings) -> None:
+    """What the first process shares with its parent, which stays behind."""
+    parent = root.stat.ppid
+    for name, kind in OBJECTS.items() if parent else ():
+        try:
+            is_shared = compare(kind, root.pid, parent) == 0
+        except OSError:
+            return  # not ours to look at, or gone
+        if is_shared:
+            findings.add(root.pid, NAMES[name], f"it is shared with process {parent}, which is not in the tree",
+                         passes=is_in_vfork(parent, parent))  # fmt: skip
+
+
+def _member(task: Task, known: ObjectIds) -> Member:
+    ids = {} if task.is_zombie else known.shared(task.pid)
+    return Member(task.pid, task.stat.session, task.stat.pgrp, ids, [_member(child, known) for child in task.children])
 
 
 def _kin(task: Task) -> Kin:

@@ -20,6 +20,10 @@ __all__ = ["FIRST_ID", "NAMESPACES", "Home", "ObjectIds", "namespace_ids", "own_
 FIRST_ID = 2
 """Ids below belong to the dumper, as CRIU counts."""
 
+LESS = 1  # kcmp(2): the first one's object is less than the second one's
+
+SHARED = {"vm": Kcmp.VM, "files": Kcmp.FILES, "fs": Kcmp.FS, "sighand": Kcmp.SIGHAND}
+
 NAMESPACES = {
     "pid": "pid_ns_id", "net": "net_ns_id", "ipc": "ipc_ns_id", "uts": "uts_ns_id", "mnt": "mnt_ns_id",
     "user": "user_ns_id", "cgroup": "cgroup_ns_id", "time": "time_ns_id",
@@ -28,26 +32,33 @@ NAMESPACES = {
 
 
 class ObjectIds:
-    """Gives equal ids to what is shared. A task is compared with those before it."""
+    """Gives equal ids to what is shared. A task is looked up among those before it, which are kept in the kernel's
+    order of their objects."""
 
     def __init__(self) -> None:
         self._seen: dict[Kcmp, list[tuple[int, int]]] = {}
 
+    def shared(self, pid: int) -> dict[str, int]:
+        """Those of what a clone may share, by the names that `sharing` has for them."""
+        return {name: self._id(kind, pid) for name, kind in SHARED.items()}
+
     def of(self, pid: int) -> TaskKobjIdsEntry:
         """The ids of a task's objects, its namespaces included."""
-        vm, files, fs, sighand = (self._id(kind, pid) for kind in (Kcmp.VM, Kcmp.FILES, Kcmp.FS, Kcmp.SIGHAND))
-        entry = TaskKobjIdsEntry(vm_id=vm, files_id=files, fs_id=fs, sighand_id=sighand)
+        entry = TaskKobjIdsEntry(**{f"{name}_id": number for name, number in self.shared(pid).items()})
         for field, number in namespace_ids(pid).items():
             setattr(entry, field, number)
         return entry
 
     def _id(self, kind: Kcmp, pid: int) -> int:
         seen = self._seen.setdefault(kind, [])
-        for other, number in seen:
-            if compare(kind, pid, other) == 0:
-                return number
-        number = FIRST_ID + len(seen)
-        seen.append((pid, number))
+        low, high = 0, len(seen)
+        while low < high:
+            middle = (low + high) // 2
+            order = compare(kind, pid, seen[middle][0])
+            if order == 0:
+                return seen[middle][1]
+            low, high = (low, middle) if order == LESS else (middle + 1, high)
+        seen.insert(low, (pid, number := FIRST_ID + len(seen)))
         return number
 
 
@@ -94,6 +105,11 @@ class Home:
         from stasis.linux.mountinfo import mount_table  # 9 ms, which a restore need not wait for
 
         return mount_table() if cls._mounts is None else cls._mounts
+
+    @classmethod
+    def remember(cls) -> None:
+        """Before another one is entered for a moment."""
+        cls._ids = cls.ids()
 
     @classmethod
     def leave(cls) -> None:

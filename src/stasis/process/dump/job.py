@@ -17,13 +17,12 @@ from typing import Any
 from stasis.errors import UsageError
 from stasis.linux import procfs, ptrace
 from stasis.linux.memlock import no_collection
-from stasis.linux.namespaces import CLONE_NEWPID
 from stasis.linux.procfs import Mapping
 from stasis.process import keeper
 from stasis.process.cgroups import GroupTable
 from stasis.process.dump import mm
 from stasis.process.dump.checks import check_tree
-from stasis.process.dump.ids import FIRST_ID, Home, ObjectIds, namespace_ids, own_kinds
+from stasis.process.dump.ids import FIRST_ID, Home, ObjectIds
 from stasis.process.dump.inside import check_inside, dump_inside, entering
 from stasis.process.dump.losses import losses
 from stasis.process.dump.pages import Look, dump_private_pages, dump_shared_pages
@@ -53,13 +52,11 @@ from stasis.process.remote import Remote
 from stasis.process.restore.crew import Roll
 from stasis.process.seals import write_seals
 from stasis.process.seccomp import FilterTable
-from stasis.process.tree import Task, Tree
+from stasis.process.tree import MOMENTS, Task, Tree
 
 __all__ = ["DumpOptions", "DumpResult", "check", "dump"]
 
 IMAGE_VERSION = 2
-MOMENTS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-"""Seconds to wait for what passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +125,9 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     if chosen.track and not chosen.leave_running:
         raise UsageError("only a tree that is left running can be watched", hint="leave it running, or do not track it")
     if way := entering(pid):
-        if chosen.track and way.flags & CLONE_NEWPID:
-            raise UsageError(f"process {pid} is in a pid namespace of its own, and cannot be watched afterwards",
-                             hint="leave --track out")  # fmt: skip
         ends = not chosen.leave_running and not chosen.leave_stopped
         return dump_inside(pid, way, images, lambda inner, path: _dump(inner, path, chosen), ends=ends,
-                           stops=chosen.leave_stopped)  # fmt: skip
+                           stops=chosen.leave_stopped, watched=chosen.track or chosen.parent is not None)  # fmt: skip
     return _dump(pid, images, chosen)
 
 
@@ -293,6 +287,7 @@ class _Dump:
         self._filters = FilterTable()
         self._groups = GroupTable()
         self._shared: set[int] = set()
+        self._spaces: dict[int, MmEntry] = {}
         self._segments: dict[int, tuple[int, Mapping]] = {}
         self._connections = connections
         self.pages_in_parent = 0
@@ -307,11 +302,17 @@ class _Dump:
         ids = self._ids.of(task.pid)
         self._out.write("ids", ids, number=task.pid)
         self._files.dump_descriptors(task.pid, ids.files_id)
-        changes = self._changes(task)
+        known = self._spaces.get(ids.vm_id)
+        changes = self._changes(task) if known is None else lambda *_: None
         with self._remote(task) as remote:
-            self._memory(remote, task, changes)
+            if known is None:
+                self._spaces[ids.vm_id] = self._memory(remote, task, changes)
+            else:  # its pages are those of a process that was here before
+                self._out.write("mm", known, number=task.pid)
             self.warnings += losses(remote, task, self._layouts[task.pid])
             self._cores(remote, task, ids)
+            if known is None and not self._options.track:
+                self._tracking.end(remote, task, self._layouts[task.pid])
         umask = int(procfs.status(task.pid)["Umask"], 8)
         cwd, root = (self._files.path_file(task.pid, link, os.O_RDONLY) for link in ("cwd", "root"))
         self._out.write("fs", FsEntry(cwd_id=cwd, root_id=root, umask=umask), number=task.pid)
@@ -328,10 +329,11 @@ class _Dump:
         marked = self._tracking.mark(task, self._layouts[task.pid], self._journal)
         return lambda mapping, _: marked.get(mapping.start)
 
-    def _memory(self, remote: Remote, task: Task, changes: Look) -> None:
+    def _memory(self, remote: Remote, task: Task, changes: Look) -> MmEntry:
         found = mm.vmas(task.pid, self._layouts[task.pid], self._files)
         exe = self._files.path_file(task.pid, "exe", os.O_RDONLY)
-        self._out.write("mm", mm.mm_entry(remote, task, found, exe), number=task.pid)
+        entry = mm.mm_entry(remote, task, found, exe)
+        self._out.write("mm", entry, number=task.pid)
         write_seals(task.pid, self._layouts[task.pid], self._out)
         started = time.monotonic()
         pages, left = dump_private_pages(remote, found, self._out, changes)
@@ -343,6 +345,7 @@ class _Dump:
                 self._shared.add(vma.entry.shmid)
                 self.pages += dump_shared_pages(task.pid, vma, self._out)
         self.pages_seconds += time.monotonic() - started
+        return entry
 
     def _cores(self, remote: Remote, task: Task, ids: TaskKobjIdsEntry) -> None:
         for thread in task.threads:
@@ -367,9 +370,8 @@ class _Dump:
             ))  # fmt: skip
         self._files.finish()
         self.warnings += self._files.warnings
-        if own := own_kinds(Home.ids(), namespace_ids(tree.root_pid)):
-            self.warnings += write_namespaces(tree.root_pid, self._out)
-        if self._segments and "ipc" not in own:
+        self.warnings += write_namespaces(tree.root_pid, self._out)
+        if self._segments:
             from stasis.process.sysvshm import write_segments
 
             self.pages += write_segments(self._segments, Home.ids()["ipc_ns_id"], self._out)

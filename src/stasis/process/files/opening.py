@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stasis.errors import UnsupportedError
@@ -44,6 +44,7 @@ class FileSet:
         self._options = options or FileOptions()
         self._ghosts = Ghosts(images, self.move, lambda number: map_path(self.file_name(number)))
         self._made: dict[int, int] = {}
+        self._late: set[int] = set()
         self.base = ROOM
         self._entries: dict[int, FileEntry] = {entry.id: entry for entry in images.messages("files")}
         types = {entry.type for entry in self._entries.values()}
@@ -138,11 +139,7 @@ class FileSet:
     def place(self, files_id: int, kept: Sequence[int]) -> None:
         """Give this process the table, and close all but it and the `kept` descriptors, which were moved."""
         wanted = self.images.messages("fdinfo", files_id)
-        for number in {entry.id for entry in wanted}:
-            late = self._kind(self.entry(number)).late(self.entry(number), self)
-            if late is not None:
-                os.close(self._made[number])
-                self._made[number] = self.move(late)
+        self._open_late(wanted)
         locks = self.images.messages("filelocks")
         self.images.close()  # its number may be one that the table has
         _close_all_but({*kept, *self._made.values()})
@@ -154,13 +151,33 @@ class FileSet:
             _tell_number(number)
         take_locks(locks, self.images.file_path("filelocks"))
 
-    def owned_by_threads(self, files_id: int) -> list[tuple[int, FownEntry]]:
-        """Descriptors whose signals go to a single thread, which is there later than its process."""
+    def spare(self, files_id: int) -> list[tuple[int, bool, int]]:
+        """The table of a process that begins with a copy of ours: number, whether it is closed by execve(2), and a
+        descriptor for its description behind all numbers. Before `place`."""
+        wanted = self.images.messages("fdinfo", files_id)
+        self._open_late(wanted)
+        return [(entry.fd, bool(entry.flags & FD_CLOEXEC), self.another(self._made[entry.id])) for entry in wanted]
+
+    def another(self, fd: int) -> int:
+        """A second descriptor for the same description, behind all numbers that tables use."""
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self.base)
+
+    def _open_late(self, wanted: Sequence[FdinfoEntry]) -> None:
+        for number in {entry.id for entry in wanted} - self._late:
+            self._late.add(number)
+            late = self._kind(self.entry(number)).late(self.entry(number), self)
+            if late is not None:
+                os.close(self._made[number])
+                self._made[number] = self.move(late)
+
+    def owned_by_others(self, files_id: int, beside: Container[int] = ()) -> list[tuple[int, FownEntry]]:
+        """Descriptors whose signals go to a single thread, or to a process `beside` another one: these are there later
+        than others."""
         found = []
         for entry in self.images.messages("fdinfo", files_id):
             file = self.entry(entry.id)
             wanted = self._kind(file).owner(file, self)
-            if wanted is not None and wanted.pid and wanted.pid_type == F_OWNER_TID:
+            if wanted is not None and wanted.pid and (wanted.pid_type == F_OWNER_TID or wanted.pid in beside):
                 found.append((entry.fd, wanted))
         return found
 

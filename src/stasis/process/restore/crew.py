@@ -146,10 +146,10 @@ class Gate:
             self._writer = -1
 
     def wait(self) -> None:
-        """Go on when the gate is opened. Does not return where the restorer is gone."""
+        """Go on when the gate is opened. Does not return where the restorer is gone. The descriptor stays: another
+        process may have it from the same table, and wait still."""
         if not os.read(self.reader, 1):
             os._exit(1)
-        os.close(self.reader)
 
 
 def live_with(parent: int, until_then: int) -> None:

@@ -9,7 +9,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from stasis.process.images.schema.tasks import TaskKobjIdsEntry
 from stasis.process.journal import Journal
 from stasis.process.meter import Meter, Progress
 from stasis.process.remote import Remote
+from stasis.process.restore.beside import give_directory, make_beside
 from stasis.process.restore.crew import Roll, adopting
 from stasis.process.restore.memory import replace_memory
 from stasis.process.restore.outfit import Ready
@@ -217,6 +218,7 @@ def _restore(
     anything runs, and what follows is left to the caller."""
     root, files, chain = nursery.crew.root, nursery.crew.files, nursery.crew.chain
     living = [plan for plan in root.walk() if not plan.is_zombie]
+    own, beside = [plan for plan in living if not plan.birth.beside], {plan.pid for plan in living if plan.birth.beside}
     roll, filters = Roll(), Filters(files.images)
     with Guardian(Journal(), roll.end, traces.undo), adopting() as end_all:
         try:
@@ -224,14 +226,17 @@ def _restore(
             began = time.monotonic()
             ready = spawn(nursery, has_root=before is not None)
             forking = time.monotonic() - began
-            roll.enter(plan.pid for plan in living)
-            warnings = join(files.images, _members(living), options.cgroup_roots) if options.manage_cgroups else []
-            for plan in living:
+            roll.enter(plan.pid for plan in own)
+            warnings = join(files.images, _members(own), options.cgroup_roots) if options.manage_cgroups else []
+            for plan in own:
                 _seize(plan.pid)
-            for plan in living:
+            for plan in own:
                 _become(plan, ready[plan.pid], chain, filters)
+            if beside:
+                roll.enter(plan.pid for plan in living)
+                warnings += _join_beside(files.images, own, options)
             for plan in living:
-                _give_to_threads(plan, files)
+                _give_to_others(plan, files, beside)
             _remove_marked(files.images, root)
             let_all_live(files, [(plan.pid, plan.ids.files_id) for plan in living if plan.ids is not None])
             for name in "post-restore", "pre-resume":
@@ -278,6 +283,12 @@ def _members(living: list[TaskPlan]) -> list[tuple[int, int | None]]:
     return [(plan.pid, plan.core.tc.cg_set) for plan in living if plan.core.tc is not None]
 
 
+def _join_beside(images: ImageSet, own: list[TaskPlan], options: RestoreOptions) -> list[str]:
+    """Those that began in the groups of another process, and were in other ones."""
+    moved = [one for plan in own for one in plan.beside if _members([one])[0][1] != _members([plan])[0][1]]
+    return join(images, _members(moved), options.cgroup_roots) if options.manage_cgroups else []
+
+
 def _seize(pid: int) -> None:
     ptrace.seize(pid, OPTIONS | ptrace.PTRACE_O_EXITKILL)
     ptrace.interrupt(pid)
@@ -292,22 +303,35 @@ def _become(plan: TaskPlan, ready: Ready, chain: list[ImageSet], filters: Filter
     task = plan.core.tc
     assert task is not None
     with Remote(plan.pid, procfs.mappings(plan.pid, flags=False), avoid=plan.mm.vmas) as remote:
+        if ready.directory:
+            give_directory(remote, plan, ready.directory)
         replace_memory(remote, plan.mm, ready, chain)
-        _lock_again(remote, chain[0])
+        _lock_again(remote, chain[0], plan.table_pids)
         give_process_state(remote, task)
         make_threads(remote, [tid for tid in plan.entry.threads if tid != plan.pid])
-        make_timers(remote, task)
-        for tid, core in plan.cores.items():
-            give_state(remote, tid, core, filters)
+        together = make_beside(remote, plan, ready, chain[0])
+        for one, its in together:
+            _give(one, its, filters)
         set_dumpable(remote, plan.mm)
-        remote.leader.signal_mask = task.blk_sigset
-        arm_timers(remote, task)
+        for one, its in together:
+            assert one.core.tc is not None
+            arm_timers(its, one.core.tc)
 
 
-def _give_to_threads(plan: TaskPlan, files: FileSet) -> None:
-    """Descriptions whose signals are for one thread."""
+def _give(plan: TaskPlan, remote: Remote, filters: Filters) -> None:
+    """What it has beside its memory and descriptors; rights come last."""
+    task = plan.core.tc
+    assert task is not None
+    make_timers(remote, task)
+    for tid, core in plan.cores.items():
+        give_state(remote, tid, core, filters)
+    remote.leader.signal_mask = task.blk_sigset
+
+
+def _give_to_others(plan: TaskPlan, files: FileSet, beside: Container[int]) -> None:
+    """Descriptions whose signals are for one thread, or for a process that was not there before."""
     assert plan.ids is not None
-    for fd, wanted in files.owned_by_threads(plan.ids.files_id):
+    for fd, wanted in files.owned_by_others(plan.ids.files_id, beside):
         with Pidfd(plan.pid) as pidfd:
             ours = pidfd.get(fd)
         try:
@@ -316,10 +340,10 @@ def _give_to_threads(plan: TaskPlan, files: FileSet) -> None:
             os.close(ours)
 
 
-def _lock_again(remote: Remote, images: ImageSet) -> None:
+def _lock_again(remote: Remote, images: ImageSet, pids: Sequence[int]) -> None:
     """The descriptors that memory was mapped from are closed, and with the first one of a file all locks went that the
-    process had there (fcntl_locking(2))."""
-    for entry in posix_locks(images, remote.pid):
+    process had there (fcntl_locking(2)), or those `pids` with the same table."""
+    for entry in (entry for pid in pids for entry in posix_locks(images, pid)):
         remote.call("fcntl", entry.fd, fcntl.F_SETLK, remote.put(packed_lock(entry)))
 
 

@@ -10,6 +10,7 @@ from stasis.errors import UnsupportedError
 from stasis.process.dump.mm import VmaStatus
 from stasis.process.images.damage import damaged
 from stasis.process.seals import refuse_sealed_system
+from stasis.process.sharing import NAMES, Birth, Member, Sharing
 from stasis.process.tree import TaskState
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ SUPPORTED_VMAS = (
 
 
 class TaskPlan:
-    """A task to make. `cores` by thread id; a zombie has only its own and no memory."""
+    """A task to make. `cores` by thread id; a zombie has only its own and no memory. `birth` says how it is made, where
+    it shares something. `children` are those that are made as processes of their own, `beside` those that are made with
+    the address space of this one. `table`: the processes that have the descriptor table which this one fills; none
+    where another one does. `shares_directory`: with others, of which one `sets_directory`."""
 
     def __init__(self, entry: PstreeEntry, cores: dict[int, CoreEntry]) -> None:
         self.entry = entry
@@ -37,6 +41,12 @@ class TaskPlan:
         self.mm: MmEntry | None = None
         self.fs: FsEntry | None = None
         self.children: list[TaskPlan] = []
+        self.birth = Birth()
+        self.beside: list[TaskPlan] = []
+        self.table = [self]
+        self.table_pids = [self.pid]
+        self.shares_directory = False
+        self.sets_directory = True
 
     @property
     def pid(self) -> int:
@@ -52,9 +62,14 @@ class TaskPlan:
         task = self.core.tc
         return task is not None and task.task_state == TaskState.ZOMBIE
 
+    def ids_by_kind(self) -> dict[str, int]:
+        """Ids of what a clone may share; none of a zombie."""
+        return {} if self.ids is None else {kind: getattr(self.ids, f"{kind}_id") for kind in NAMES}
+
     def walk(self) -> Iterator[TaskPlan]:
-        """This task and all below it, parents first."""
+        """This task, those beside it, and all below it, parents first."""
         yield self
+        yield from self.beside
         for child in self.children:
             yield from child.walk()
 
@@ -77,7 +92,37 @@ def read_tree(images: ImageSet) -> TaskPlan:
             raise damaged(path, 0, f"process {entry.pid} has a parent that does not come before it")
     if root is None or root.is_zombie:
         raise damaged(path, 0, "it has no first process that lives")
+    _share(root)
     return root
+
+
+def _share(root: TaskPlan) -> None:
+    """Note who makes whom of those that share something."""
+    sharing = Sharing(_member(root))
+    for pid, what, reason in sharing.problems:
+        raise UnsupportedError(f"process {pid} cannot be made: {what}: {reason}")
+    if not sharing.is_any:
+        return
+    plans = {plan.pid: plan for plan in root.walk()}
+    for plan in plans.values():
+        plan.birth = sharing.births[plan.pid]
+        order = sharing.order.get(plan.pid, [])
+        own = [child for child in plan.children if not sharing.births[child.pid].beside]
+        plan.children = sorted(own, key=lambda child: order.index(child.pid)) if order else own
+        if plan.birth.beside:
+            plans[plan.birth.beside].beside.append(plan)
+    for first, *others in sharing.owners("files").values():
+        plans[first].table += [plans[pid] for pid in others]
+        for pid in others:
+            plans[pid].table, plans[pid].table_pids = [], [first, *others]
+    for pids in sharing.owners("fs").values():
+        for pid in pids:
+            plans[pid].shares_directory, plans[pid].sets_directory = True, pid == pids[0]
+
+
+def _member(plan: TaskPlan) -> Member:
+    return Member(plan.pid, plan.entry.sid, plan.entry.pgid, plan.ids_by_kind(),
+                  [_member(child) for child in plan.children])  # fmt: skip
 
 
 def _read_task(images: ImageSet, entry: PstreeEntry) -> TaskPlan:

@@ -17,32 +17,38 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from stasis.errors import BusyError, PermissionDeniedError, StasisError, UnsupportedError
 from stasis.linux import process, procfs
 from stasis.linux.clone3 import CLONE_PARENT, fork_as
+from stasis.linux.namespaces import unshare
 from stasis.process.restore.crew import Crew, Gate, Reports, collect, live_with, outlive_nobody
 from stasis.process.restore.outfit import Ready, enter_namespaces, open_everything, prepare, share_memory, take_terminal
+from stasis.process.sharing import PASSED
 
 if TYPE_CHECKING:
     from stasis.process.files.opening import FileSet
     from stasis.process.images import ImageSet
     from stasis.process.restore.plan import TaskPlan
 
-__all__ = ["Nursery", "Ready", "spawn"]
+__all__ = ["Nursery", "Ready", "refusal", "spawn"]
 
+NOTHING: Mapping[str, int] = MappingProxyType({})
 PAUSE = 0.002
 DEAD_PATIENCE, GONE_PATIENCE = 2.0, 0.05
-STAGES = ("made", "joined")
-"""Behind each one is a gate."""
+STAGES = ("made", "joined", "settled")
+"""Behind each one is a gate. The last one is for trees in which processes share a descriptor table: then all but one of
+those have done what they do with descriptors."""
 
 
 class Nursery:
     """What the processes that are made and the restorer have in common; a context manager for the restorer."""
 
     def __init__(self, root: TaskPlan, files: FileSet, chain: list[ImageSet], links: Mapping[str, str]) -> None:
-        self.crew = Crew(root, files, chain, Reports(), {stage: Gate() for stage in STAGES}, links)
+        stages = STAGES if any(len(plan.table) > 1 for plan in root.walk()) else STAGES[:-1]
+        self.crew = Crew(root, files, chain, Reports(), {stage: Gate() for stage in stages}, links)
 
     def be_first(self, started: int, *, is_foreign: bool) -> NoReturn:
         """In a process that is the first of its pid namespace and whose parent is outside: its life, from the moment
@@ -102,8 +108,11 @@ def spawn(nursery: Nursery, *, has_root: bool = False) -> dict[int, Ready]:
         gate.open(len(collect(reports, first, stage)))
     if helper:
         os.waitpid(helper, 0)
-    found = [Ready(report) for report in collect(reports, first, "ready") if "files" in report]
-    return {ready.pid: ready for ready in found}
+    found = {report["pid"]: report for report in collect(reports, first, "ready") if "pieces" in report}
+    for report in list(found.values()):
+        for other in report.pop("others", ()):
+            found[other["pid"]].update(other)
+    return {pid: Ready(report) for pid, report in found.items()}
 
 
 def _make_root(nursery: Nursery) -> int:
@@ -134,8 +143,12 @@ def _take_in(root: TaskPlan) -> None:
 class _Maker:
     """Makes children of this process, and notes them. `close` is called in each."""
 
-    def __init__(self, crew: Crew, close: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, crew: Crew, close: Callable[[], None] = lambda: None, passed: Mapping[str, int] = NOTHING
+    ) -> None:
+        """`passed`: what passes through this process, by kind."""
         self.crew = crew
+        self._has = dict(passed)
         self.made: list[int] = []
         self.helpers: list[int] = []
         self._close = close
@@ -144,9 +157,17 @@ class _Maker:
         """A process of the tree."""
         parent = os.getppid() if is_sibling else os.getpid()
         self.made.append(plan.pid)
-        if _fork(plan.pid, CLONE_PARENT if is_sibling else 0) == 0:
+        self.leave_for(plan.birth.passed)
+        if _fork(plan.pid, CLONE_PARENT if is_sibling else plan.birth.flags) == 0:
             self._close()
             _run(plan, self.crew, lambda: _live(plan, self.crew, parent, parent))
+
+    def leave_for(self, wanted: Mapping[str, int]) -> None:
+        """Have tables and directories that are to be `wanted`, by kind, and no more those that others have."""
+        for kind, number in wanted.items():
+            if self._has.get(kind, number) != number:
+                unshare(PASSED[kind])
+            self._has[kind] = number
 
     def helper_of(self, sid: int, plans: list[TaskPlan]) -> int:
         """Processes whose session has lost its leader: children of a helper in its place, and ours when it ends."""
@@ -190,7 +211,7 @@ def _fork(pid: int, flags: int = 0) -> int:
             return fork_as(pid, flags)
         except OSError as error:
             if error.errno != errno.EEXIST or time.monotonic() - began > _patience(pid):
-                raise _refusal(pid, error) from error
+                raise refusal(pid, error) from error
             time.sleep(PAUSE)
 
 
@@ -202,7 +223,7 @@ def _patience(pid: int) -> float:
         return GONE_PATIENCE
 
 
-def _refusal(pid: int, error: OSError) -> StasisError:
+def refusal(pid: int, error: OSError) -> StasisError:
     if error.errno == errno.EEXIST:
         who = process.name(pid) if os.path.exists(f"/proc/{pid}") else "a session or process group of others"
         return BusyError(f"the pid {pid} is taken by {who}", errno=errno.EEXIST,
@@ -240,6 +261,7 @@ def _lead_session(plans: list[TaskPlan], crew: Crew, parent: int) -> None:
             _run(plan, crew, lambda: _live(plan, crew, parent, me))  # noqa: B023
     crew.stage("made", maker.made)
     crew.stage("joined", maker.made)
+    _settle(crew, maker.made)
     crew.report(stage="ready", pid=os.getpid(), made=maker.made)
     os._exit(0)
 
@@ -250,6 +272,7 @@ def _lead_group(crew: Crew, parent: int) -> None:
     os.setpgid(0, 0)
     crew.stage("made", [])
     crew.stage("joined", [])
+    _settle(crew, [])
     crew.report(stage="ready", pid=os.getpid(), made=[])
     os._exit(0)
 
@@ -262,13 +285,17 @@ def _live(plan: TaskPlan, crew: Crew, parent: int, maker_pid: int) -> None:
     if plan is crew.root:
         enter_namespaces(crew)
         open_everything(crew)
-    _move_up(crew)
+        _move_up(crew)
     share_memory(plan, crew)
-    maker = _Maker(crew)
+    maker = _Maker(crew, passed=plan.birth.passed)
     _make_children(plan, maker)
+    maker.leave_for({kind: number for kind, number in plan.ids_by_kind().items() if kind in PASSED})
     crew.stage("made", maker.made)
     _join_group(plan.entry.pgid, crew)
     crew.stage("joined", maker.made)
+    if not plan.is_zombie:
+        take_terminal(plan.pid, crew, first=False)
+    _settle(crew, maker.made)
     maker.dismiss()
     live_with(parent, maker_pid)
     if plan.is_zombie:
@@ -281,8 +308,13 @@ def _live(plan: TaskPlan, crew: Crew, parent: int, maker_pid: int) -> None:
     outlive_nobody(crew)
 
 
+def _settle(crew: Crew, made: list[int]) -> None:
+    if "settled" in crew.gates:
+        crew.stage("settled", made)
+
+
 def _move_up(crew: Crew) -> None:
-    """Have our descriptors where they are in nobody's way."""
+    """Have our descriptors where they are in nobody's way; all below the first process inherits them."""
     crew.reports.writer = crew.files.move(crew.reports.writer)
     for gate in crew.gates.values():
         gate.reader = crew.files.move(gate.reader)
@@ -326,7 +358,8 @@ def _is_first_of_dead_group(plan: TaskPlan, crew: Crew) -> bool:
     pgid = plan.entry.pgid
     if pgid in crew.pids or pgid in (os.getpgid(0), os.getsid(0)):
         return False
-    return next(one for one in crew.root.walk() if one.entry.pgid == pgid) is plan
+    own = (one for one in crew.root.walk() if not one.birth.beside)
+    return next(one for one in own if one.entry.pgid == pgid) is plan
 
 
 def _end_as(plan: TaskPlan) -> NoReturn:
