@@ -203,6 +203,18 @@ def test_the_feature_is_told_truly(tmp_path: Path, seed: int) -> None:
         assert (done.returncode == 0) == features.has("mem_dirty_track")
 
 
+def test_without_a_scan_the_same_pages_are_found() -> None:
+    with mmap.mmap(-1, 64 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        memory[0] = memory[3 * PAGE] = memory[4 * PAGE] = memory[63 * PAGE] = 1
+        assert memory[10 * PAGE] == 0  # the zero page
+        with PageScanner(os.getpid()) as scanner:
+            scanner.has_scan = False
+            found = list(scanner.own_pages(start, start + len(memory)))
+        assert found == [(start, PAGE), (start + 3 * PAGE, 2 * PAGE), (start + 63 * PAGE, PAGE)]
+
+
 @pytest.mark.skipif(features._soft_dirty(), reason="this kernel has soft-dirty bits")
 def test_a_kernel_without_bits_is_told(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the order to clear them, and shows every page as not written."""

@@ -4,6 +4,8 @@
 import ctypes
 import errno
 import fcntl
+import functools
+import mmap
 import os
 import re
 import struct
@@ -26,7 +28,8 @@ REGIONS = 1024
 # Documentation/admin-guide/mm/pagemap.rst
 # The bits 56 to 63 of an entry, which are its last byte.
 EXCLUSIVE, FILE_OR_SHARED, SWAPPED, PRESENT = 1 << 0, 1 << 5, 1 << 6, 1 << 7
-OWN_RUN = re.compile(rb"\x01+")
+FRAME = (1 << 55) - 1
+OWN_RUN, MAYBE_RUN = re.compile(rb"\x01+"), re.compile(rb"\x02+")
 PORTION_PAGES = 1 << 16
 
 Run = tuple[int, int]
@@ -103,10 +106,9 @@ class PageScanner:
             start = max(ARGUMENT.unpack(argument)[4], told_now[-1][1])
 
     def _read(self, start: int, end: int, left_out: int) -> Iterator[Run]:
-        wanted = bytes(bool(upper & (PRESENT | SWAPPED) and not upper & left_out) for upper in range(256))
         last = (start, 0)
         for address, raw in self.entries(start, end):
-            for run in OWN_RUN.finditer(raw[7::8].translate(wanted)):
+            for run in OWN_RUN.finditer(_without_zero_pages(raw, raw[7::8].translate(_own_table(left_out)))):
                 at, length = address + run.start() * PAGE, (run.end() - run.start()) * PAGE
                 if last[0] + last[1] == at and last[1]:
                     last = (last[0], last[1] + length)
@@ -125,3 +127,37 @@ class PageScanner:
             if len(raw) < 8 * count:
                 raise libc.error(errno.EIO, "pagemap", self._fd)
             yield address, raw
+
+
+@functools.cache
+def _own_table(left_out: int) -> bytes:
+    """For each upper byte of an entry: 0 no contents of its own, 1 some, 2 some or the zero page."""
+    return bytes(
+        0 if not upper & (PRESENT | SWAPPED) or upper & left_out else 1 if upper & (SWAPPED | EXCLUSIVE) else 2
+        for upper in range(256)
+    )
+
+
+def _without_zero_pages(raw: bytes, kinds: bytes) -> bytes:
+    """`kinds` with 0 or 1 for each 2, by the page frame, which only CAP_SYS_ADMIN is told (0 for others)."""
+    found = bytearray(kinds)
+    for run in MAYBE_RUN.finditer(kinds):
+        for number in range(run.start(), run.end()):
+            frame = int.from_bytes(raw[8 * number : 8 * number + 8], "little") & FRAME
+            found[number] = not frame or frame != _zero_frame()
+    return bytes(found)
+
+
+@functools.cache
+def _zero_frame() -> int:
+    """The page frame that is mapped where anonymous memory was only read; -1 where nobody tells."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, 2 * PAGE, flags=flags) as memory, PageScanner(os.getpid()) as own:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        frames = []
+        for at in (0, PAGE):
+            frames.append(memory[at])  # 0, and the page is there
+            ((_, raw),) = own.entries(start + at, start + at + PAGE)
+            frames[-1] += int.from_bytes(raw, "little") & FRAME
+    return frames[0] if frames[0] == frames[1] and frames[0] else -1
