@@ -8,8 +8,9 @@ chunks that are stored by then. docs/design/live-copy.md has the proof.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -185,19 +186,26 @@ class Precopy:
         """Rounds until what is left is little, and held by the sources. Raises BusyError and what reading and storing
         raise. What is stored can be read afterwards.
         """
-        try:
+        with self._kept():
             for job in self.jobs:
                 job.begin()
             self._rounds(group, rounds)
-        except BaseException:
-            self._repository.sync()
-            raise
 
     def go_on(self, group: MovingGroup, rounds: int) -> None:
         """More rounds: by the time of the freeze there was no room for what was left. Raises as `run` does."""
-        for job in self.jobs:
-            job.advance()
-        self._rounds(group, rounds)
+        with self._kept():
+            for job in self.jobs:
+                job.advance()
+            self._rounds(group, rounds)
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """What is stored before a failure is durable, for the next run to find."""
+        try:
+            yield
+        except BaseException:
+            self._repository.sync()
+            raise
 
     def _rounds(self, group: MovingGroup, rounds: int) -> None:
         left, before = rounds, float("inf")
