@@ -418,6 +418,14 @@ def test_a_target_of_the_wrong_kind_is_refused(tmp_path: Path, name: str, error:
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+def test_a_device_that_is_not_there_does_not_become_a_file_of_its_name() -> None:
+    """It would lie in memory, and whoever mistyped the name would think that a disk was written."""
+    target = Path("/dev/no-such-device-of-stasis")
+    with pytest.raises(NotFoundError, match="there is no device"):
+        copy_image(opener(image(1)), target, WHOLE)
+    assert not target.exists()
+
+
 def test_changed_extents_and_their_number_come_together(tmp_path: Path) -> None:
     for identity, changed in ((WHOLE, [(0, 1)]), (SINCE_3, None)):
         with pytest.raises(UsageError):

@@ -55,6 +55,13 @@ def test_a_path_that_does_not_exist(stasis: Stasis, short_dir: Path) -> None:
     _nothing_left(stasis)
 
 
+@pytest.mark.parametrize("name", ["a/b", "x" * 300])
+def test_a_name_that_no_device_can_have(stasis: Stasis, image: Path, name: str) -> None:
+    error = _sentence(stasis.fail(ExitCode.USAGE, "device", "attach", image, "--name", name))
+    assert "cannot be the name of a device" in error
+    _nothing_left(stasis)
+
+
 @pytest.mark.parametrize("path", ["/dev/null", "/proc", "empty"])
 def test_what_is_no_disk(stasis: Stasis, short_dir: Path, path: str) -> None:
     (short_dir / "empty").touch()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from stasis.block.events import Event, EventQueue
 from stasis.daemon import ctl, model, views
 from stasis.daemon.devices import DeviceKeeper
-from stasis.daemon.record import SERVED, DeviceRecord, origin_key
+from stasis.daemon.record import SERVED, DeviceRecord, origin_key, valid_name
 from stasis.daemon.snapshots import SnapshotKeeper, SnapshotOptions
 from stasis.errors import BusyError, NotFoundError, UsageError
 
@@ -89,7 +89,7 @@ class ServedEngine:
         return list(self._snapshots.snapshots)
 
     def attach(self, wanted: DeviceRecord, filter_name: str) -> None:
-        is_new = not self._devices.directories.device(wanted.name).exists()
+        is_new = not self._devices.directories.device(valid_name(wanted.name)).exists()
         device = self._devices.attach(wanted, filter_name)
         if not wanted.kernel:
             return

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stasis.block.changemap import ChangeMap
+from stasis.block.statefiles import writing
 from stasis.errors import BusyError, NotFoundError, StateError
 from stasis.linux import process
 from stasis.live.identity import Identity
@@ -110,13 +112,20 @@ class DeviceFile:
 
     def write(self, record: Record) -> None:
         """Replace what is recorded, atomically."""
-        temporary = self.directory / "device.new"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:
-            file.write(json.dumps(record.as_dict()))
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, self.directory / "device.json")
+        path = self.directory / "device.json"
+        with writing(path):
+            temporary = self.directory / "device.new"
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with open(fd, "w") as file:
+                file.write(json.dumps(record.as_dict()))
+                file.flush()
+                os.fsync(fd)
+            os.replace(temporary, path)
+
+    def new_map(self, size: int, shift: int) -> ChangeMap:
+        """A new generation in place of whatever map there was, durable. StorageError."""
+        with writing(self.map):
+            return ChangeMap.create(self.map, size, shift)
 
     @property
     def early(self) -> Path:

@@ -368,7 +368,7 @@ class Switch:
 
 def new_map(files: DeviceFile, record: Record, reason: str) -> ChangeMap:
     """A new generation in place of whatever map there was, durable and in use."""
-    changes = ChangeMap.create(files.map, record.identity.size, record.block_shift)
+    changes = files.new_map(record.identity.size, record.block_shift)
     changes.begin(reason, map_identity(record))
     return changes
 

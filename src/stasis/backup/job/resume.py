@@ -19,6 +19,7 @@ from typing import Any
 
 from stasis.backup.job.plan import ChunkRange
 from stasis.backup.source import Mark
+from stasis.block.statefiles import writing
 
 __all__ = ["NAME_SIZE", "ResumeFile"]
 
@@ -38,7 +39,8 @@ class ResumeFile:
         self.path = path
         self._identity = {**identity, "version": VERSION, "boot": _boot_id()}
         self._count = count
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with writing(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.has_names = False
 
     def earlier_mark(self) -> Mark | None:
@@ -53,6 +55,11 @@ class ResumeFile:
 
     def begin(self, mark: Mark, stale: Sequence[ChunkRange] | None) -> None:
         """Start a run at `mark`. stale: chunks that changed since the earlier mark; None drops all that was there."""
+        with writing(self.path):
+            self._begin(mark, stale)
+        self.has_names = stale is not None
+
+    def _begin(self, mark: Mark, stale: Sequence[ChunkRange] | None) -> None:
         if stale is None:
             os.ftruncate(self._fd, 0)
         for first, count in stale or ():
@@ -60,7 +67,6 @@ class ResumeFile:
         os.ftruncate(self._fd, HEADER_SIZE + self._count * NAME_SIZE)
         header = {"identity": self._identity, "generation": mark.generation, "number": mark.number}
         os.pwrite(self._fd, json.dumps(header).encode().ljust(HEADER_SIZE, b"\0"), 0)
-        self.has_names = stale is not None
 
     def _clear(self, first: int, count: int) -> None:
         for start in range(first, first + count, 4096):
@@ -76,7 +82,8 @@ class ResumeFile:
     def note(self, first: int, names: Sequence[bytes]) -> None:
         """A run of chunks is stored under these names."""
         data = b"".join(ZERO_CHUNK if name == UNKNOWN else name for name in names)
-        os.pwrite(self._fd, data, HEADER_SIZE + first * NAME_SIZE)
+        with writing(self.path):
+            os.pwrite(self._fd, data, HEADER_SIZE + first * NAME_SIZE)
 
     def close(self) -> None:
         """Close the file; what it says stays for the next run."""

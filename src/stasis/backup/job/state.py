@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 from stasis.backup.source import Mark
+from stasis.block.statefiles import writing
 from stasis.errors import LockedError, PermissionDeniedError, StateError
 
 __all__ = ["DeviceState", "RunLock", "make_folder", "state_path"]
@@ -53,7 +54,8 @@ class RunLock:
         """Take it. LockedError if another run holds it."""
         self.path = state_path(directory, device, ".lock")
         make_folder(self.path)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with writing(self.path):
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -75,8 +77,9 @@ class RunLock:
     def write(self, values: Mapping[str, Any]) -> None:
         """Replace what the lock says of its holder."""
         data = json.dumps({"pid": os.getpid(), **values}).encode()
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, data, 0)
+        with writing(self.path):
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, data, 0)
 
     def close(self) -> None:
         """Let go. The file stays: removing it would let two holders lock two files of one name."""
@@ -126,12 +129,14 @@ class DeviceState:
         # What was recorded under higher numbers belongs to a course of events that is over.
         self.times = {number: at for number, at in self.times.items() if int(number) < mark.number}
         self.times[str(mark.number)] = time
-        self._save()
+        with writing(self.path):
+            self._save()
 
     def forget(self, reason: str) -> None:
         """Trust none of the recorded snapshots any more, durably."""
         self.times, self.distrusted = {}, reason
-        self._save()
+        with writing(self.path):
+            self._save()
 
     def _save(self) -> None:
         value = {"generation": self.generation, "times": self.times, "distrusted": self.distrusted}

@@ -89,7 +89,8 @@ class Target:
 
     def _refuse_unfit(self, size: int) -> None:
         if not self.is_block_device and not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
-            raise UsageError(f"{self.path} is neither a regular file nor a block device")
+            raise UsageError(f"{self.path} is neither a regular file nor a block device",
+                             hint="name a file or a disk; - as the target of a restore is standard output")
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -213,10 +214,18 @@ def _open(path: Path, create: bool) -> tuple[int, bool]:
             # it.
             return os.open(path, flags | os.O_EXCL), False
         if create and not path.exists():
+            _refuse_device_folder(path)
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
         return os.open(path, flags), False
     except OSError as error:
         raise _open_error(path, error) from error
+
+
+def _refuse_device_folder(path: Path) -> None:
+    """A device that is not there must not become a file of its name, which is in memory and gone at the next boot."""
+    folder, devices = Path(os.path.realpath(path.parent)), Path("/dev")
+    if folder.is_relative_to(devices) and folder.exists() and folder.stat().st_dev == devices.stat().st_dev:
+        raise NotFoundError(f"there is no device {path}", hint="lsblk shows the devices; no file is made in /dev")
 
 
 def _is_block_device(path: Path) -> bool:
@@ -231,13 +240,14 @@ def _open_error(path: Path, error: OSError) -> StasisError:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return NotFoundError(f"cannot open {path}: {reason}", hint="copy to a directory and file that exist")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PermissionDeniedError(f"cannot open {path} for writing: {reason}")
+        return PermissionDeniedError(f"cannot open {path} for writing: {reason}",
+                                     hint="choose a target that you may write to, or use sudo")
     if error.errno in (errno.EBUSY, errno.ETXTBSY):
         holders = ", ".join(_holders(path)) or "an unknown holder"
         return BusyError(f"{path} is in use by {holders}", hint="unmount or release it, or choose another target")
     if error.errno == errno.EISDIR:
         return UsageError(f"{path} is a directory", hint="give the name of a file in it")
-    return StorageError(f"cannot open {path}: {reason}", errno=error.errno)
+    return StorageError(f"cannot open {path}: {reason}", errno=error.errno, hint="choose another target")
 
 
 def _holders(path: Path) -> list[str]:
