@@ -11,11 +11,13 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stasis.block.origin import Request
 from stasis.datto import filing
 from stasis.datto.claim import Claim
 from stasis.datto.extents import Territory
@@ -185,13 +187,68 @@ def test_whoever_writes_to_its_blocks_ends_the_tracer_first(rig: OnDeviceRig, mo
     rig.close()
 
 
-def test_a_change_map_learns_of_the_blocks_when_they_are_given_back(rig: OnDeviceRig) -> None:
-    """A backup by the change map must find what was written under it."""
+def _unmarked(rig: OnDeviceRig, before: bytes, since: int) -> list[int]:
+    """Blocks that differ from what was there before and that the change map does not list."""
+    now, listed = rig.path.read_bytes(), set[int]()
+    for start, length in rig.host.tracker.changes.changed_extents(since):
+        listed |= set(range(start // BLOCK, -(-(start + length) // BLOCK)))
+    return [block for block in range(-(-SIZE // BLOCK)) if block not in listed
+            and now[block * BLOCK : (block + 1) * BLOCK] != before[block * BLOCK : (block + 1) * BLOCK]]
+
+
+def test_a_backup_by_the_change_map_finds_every_block_that_is_written_under_it(rig: OnDeviceRig) -> None:
+    """Its random sample of what did not change would call tracking broken otherwise."""
+    for step in (lambda: rig.write(0, 100000), lambda: rig.write(USER // 2, 3 * BLOCK), rig.to_incremental,
+                 lambda: rig.write(5000, 300000), rig.to_snapshot, lambda: rig.ask("rest"), lambda: rig.write(0, 1),
+                 rig.to_incremental, lambda: rig.ask("rest")):
+        before = rig.path.read_bytes()
+        since = rig.host.tracker.switch().change_number
+        step()
+        assert not _unmarked(rig, before, since)
+    rig.ask("drop")
+    rig.close()
+
+
+class _Keeper:
+    """Stands for the snapshot engine."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._kept = path, dict[int, bytes]()
+
+    def preserve(self, requests: Sequence[Request]) -> None:
+        with self._path.open("rb") as file:
+            for offset, length, _ in requests:
+                for block in range(offset // BLOCK, -(-(offset + length) // BLOCK)):
+                    file.seek(block * BLOCK)
+                    self._kept.setdefault(block, file.read(BLOCK))
+
+    def image(self) -> bytes:
+        image = bytearray(self._path.read_bytes())
+        for block, contents in self._kept.items():
+            image[block * BLOCK : block * BLOCK + len(contents)] = contents
+        return bytes(image)
+
+
+def test_a_snapshot_of_the_device_keeps_what_lay_where_it_writes(rig: OnDeviceRig,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper, before = _Keeper(rig.path), rig.path.read_bytes()
+    monkeypatch.setattr(rig.host.export, "cow", keeper)
+    rig.write(0, 100000)
+    rig.to_incremental()
+    rig.write(USER // 2, 100000)
+    rig.to_snapshot()
+    rig.write(7 * BLOCK, BLOCK)
+    assert keeper.image() == before
+    rig.close()
+
+
+def test_a_change_map_learns_of_all_blocks_when_they_are_given_back(rig: OnDeviceRig) -> None:
+    """They are anybody's from then on."""
     tracker = rig.host.tracker
     tracker.switch()
     own = rig.own()
     rig.write(0, 100000)
-    assert not any(tracker.changes.is_marked(start, end - start) for start, end in own)
+    assert not all(tracker.changes.is_marked(start, end - start) for start, end in own)
     rig.ask("drop")
     assert all(tracker.changes.is_marked(start, end - start) for start, end in own)
     rig.close()

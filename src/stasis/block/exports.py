@@ -112,12 +112,16 @@ class OriginExport(Export):
         self.origin.write(buffer, requests)
 
     def _before(self, requests: Sequence[Request]) -> None:
+        self.before_beneath(requests)
+        if self.observer is not None:
+            self.observer.before(requests)
+
+    def before_beneath(self, requests: Sequence[Request]) -> None:
+        """These ranges are about to be overwritten by the observer itself, beneath the export. Between batches."""
         if self.tracker is not None:
             self.tracker.mark(requests)
         if self.cow is not None:
             self.cow.preserve(requests)
-        if self.observer is not None:
-            self.observer.before(requests)
 
     def flush(self) -> None:
         # Marks were made durable before their writes (see tracking.py), so the origin is all that is left.

@@ -80,7 +80,7 @@ class Following(Filing):
         files, self._pending = self._pending, None
         if files is None:
             raise OSError(EINVAL, "no next file was made")
-        if tracer.error:
+        if not tracer.catch_up():  # here, and not beside the loop
             self._discard(files)
             raise OSError(tracer.error, "the tracer failed meanwhile")
         try:

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A COW file whose blocks are written on the device itself, under the file system that the file belongs to.
 
-What is written this way goes neither through change tracking nor through copy-on-write. The file system's own view of
-the file is brought up to date when the file is given back (placing.release).
+What is written this way is no change to the tracer. The device's change map and a snapshot of the device know of it as
+of any write, but for what is written beside the loop. The file system's own view of the file is brought up to date when
+the file is given back (placing.release).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from errno import EIO
 from typing import Protocol
 
+from stasis.block.origin import Request
 from stasis.datto.claim import Claim
 from stasis.datto.cowfile import CowFile
 from stasis.datto.extents import BlockMap, Territory
@@ -54,8 +57,9 @@ class Owner(Protocol):
 class DeviceBlocks:
     """The bytes of a file by their places on the device, through a descriptor of the origin that becomes ours."""
 
-    def __init__(self, fd: int, blocks: BlockMap) -> None:
-        self.fd, self.blocks = fd, blocks
+    def __init__(self, fd: int, blocks: BlockMap, before: Callable[[Sequence[Request]], None]) -> None:
+        """`before` is told of what is going to be written in the loop."""
+        self.fd, self.blocks, self._before = fd, blocks, before
         self.is_sealed = False
         """Set for good once nothing more may be written."""
         self.claim: Claim | None = None
@@ -78,8 +82,17 @@ class DeviceBlocks:
                 self._write(data, offset)
             return
         place = self.blocks.place(offset, len(data))
-        if place < 0 or os.pwrite(self.fd, data, place) != len(data):
+        if place < 0:
+            self.announce(offset, len(data))
             self._write(data, offset)
+            return
+        self._before([(place, len(data), 0)])
+        if os.pwrite(self.fd, data, place) != len(data):
+            self._write(data, offset)
+
+    def announce(self, offset: int, length: int) -> None:
+        """Bytes of the file are going to be written. In the loop."""
+        self._before([(physical, count, 0) for physical, _, count in self.blocks.pieces(offset, length)])
 
     def _write(self, data: memoryview, offset: int) -> None:
         for physical, position, length in self.blocks.pieces(offset, len(data)):
@@ -148,6 +161,7 @@ class MappedCowFile(CowFile):
 
     def watch(self, claim: Claim | None) -> None:
         """From here on it is written beside the loop, under a claim; None: in the loop again, or no more."""
+        self._blocks.announce(0, BLOCK_SIZE)  # the header: all that is left different beside the loop
         self._blocks.claim = claim
 
     def close(self) -> None:

@@ -111,7 +111,8 @@ class Places:
 
     def _open_blocks(self, pinned: Pinned) -> DeviceBlocks:
         # A descriptor of its own: what the kernel tells it of failed writes is not kept from the origin's.
-        return DeviceBlocks(files.reopen(self._host.origin.buffered_fd, os.O_RDWR), pinned.blocks)
+        return DeviceBlocks(files.reopen(self._host.origin.buffered_fd, os.O_RDWR), pinned.blocks,
+                            self._host.export.before_beneath)
 
     def _open_session(self) -> Session:
         self._session = session = Session(self._module)

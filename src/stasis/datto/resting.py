@@ -125,6 +125,7 @@ class RestingRequests(Plugin):
         tracer = self._require()
         self._refuse_open()
         self._end_image()
+        tracer.catch_up()  # here, and not beside the loop
         series.forget_log(tracer.log.path)
         self._host.export.observer, self.tracer = None, None
         self.guard(tracer.cow)
