@@ -243,6 +243,21 @@ def test_a_device_that_is_served_again_wakes_its_tracer(registry: Registry, stat
     assert record.state is State(int(state.is_snapshot))
 
 
+def test_a_worker_that_did_not_answer_is_asked_again(registry: Registry) -> None:
+    record = _add(registry, State.UNVERIFIED_SNAPSHOT)
+    assert registry.unseen() == []  # its device is not served
+    registry.of_device("sda", "/dev/sda", record.key)
+    assert registry.unseen() == [record]
+    registry.woke(record, {"minor": 0, "error": 0})
+    assert registry.unseen() == []
+    registry.rested(record)
+    assert registry.unseen() == []
+    registry.slept("sda")
+    assert registry.unseen() == [record]  # attached again it may be as slow
+    registry.woke(record, {"minor": 0, "error": -22, "reason": "unclean"})
+    assert registry.unseen() == []
+
+
 def test_a_file_that_cannot_be_taken_up_leaves_the_state_and_says_why(registry: Registry) -> None:
     record = _add(registry, State.UNVERIFIED_SNAPSHOT)
     registry.of_device("sda", "sda", record.key)

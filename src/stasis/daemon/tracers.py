@@ -107,6 +107,7 @@ class TracerKeeper:
             self._looking.clear()
             self.nodes.settle()
             with self.lock:
+                self._see_again()
                 if not self._ended.is_set() and any(
                         record.state.is_active or record.mark for record in self.registry.tracers.values()):
                     self._refresh_quietly()
@@ -265,7 +266,15 @@ class TracerKeeper:
                     self._see(record, device)
                     self._looking.set()
                 except StasisError as error:
-                    log.error("what tracer %d of %s does is not known: %s", record.minor, device.name, error)
+                    log.warning("what tracer %d of %s does is not known yet: %s", record.minor, device.name, error)
+
+    def _see_again(self) -> None:
+        """A worker that was too busy to answer when it began is asked once more."""
+        for record in self.registry.unseen():
+            device = self._devices.devices.get(record.device or "")
+            if device is not None:
+                with contextlib.suppress(StasisError):  # it was told
+                    self._see(record, device)
 
     def _see(self, record: TracerRecord, device: ServedDevice) -> None:
         described = device.require().call(f"{PLUGIN}.info")

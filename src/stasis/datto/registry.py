@@ -306,6 +306,11 @@ class Registry:
             return record
         return None
 
+    def unseen(self) -> list[TracerRecord]:
+        """Tracers of which, should their device be served, its worker has not said yet how they go on."""
+        return [record for record in self.tracers.values() if record.device is not None
+                and not (record.state.is_active or record.resting or record.error)]
+
     def woke(self, record: TracerRecord, described: Mapping[str, Any]) -> None:
         """The device is served; its worker says how the tracer goes on, or why it does not."""
         if not described.get("error") and not record.error and not record.state.is_active:
