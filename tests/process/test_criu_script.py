@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from stasis.cli import criu
+from stasis.errors import UnsupportedError
 from stasis.process import features
 from stasis.process.images.imageset import ImageSet
 
@@ -162,3 +164,11 @@ def test_a_kernel_with_everything_looks_good(capsys: pytest.CaptureFixture[str])
     missing = [name for name in features.REQUIRED if not features.has(name)]
     assert criu.main(["check"]) == (1 if missing else 0)
     assert capsys.readouterr().out == (f"Missing: {', '.join(missing)}\n" if missing else "Looks good.\n")
+
+
+@pytest.mark.parametrize(("text", "way"), [("mnt[/data]:key", "--map-path"), ("net[4026531840]:key", "namespace")])
+def test_what_is_left_outside_in_another_way_is_named_with_it(text: str, way: str) -> None:
+    assert criu._outside("mnt[]") == "mnt[]"
+    with pytest.raises(UnsupportedError, match=re.escape(text)) as raised:
+        criu._outside(text)
+    assert way in raised.value.hint

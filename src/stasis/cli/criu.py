@@ -42,8 +42,15 @@ ANYWAY = {
     "--display-stats": "figures are in stats-dump and stats-restore in any case",
 }
 """Switches whose meaning is what happens here."""
-OUTSIDE = r"(?:unix|file|tty)\[[^\]]+\]"
-"""What is left outside at a dump: sockets, files, terminals."""
+OUTSIDE = r"(?:unix|file|tty)\[[^\]]+\]|mnt\[\]"
+"""What is left outside at a dump: sockets, files, terminals, and mounts that are there as well, which always are."""
+OTHERWISE = {
+    "mnt": "mounts that are outside as well are found by themselves; stasis process restore --map-path names others",
+    "dev": "mounts that are outside as well are found by themselves; stasis process restore --map-path names others",
+    "net": "a tree that shares the network namespace of the command has that of the restore",
+    "veth": "the names of other ends are for the restore",
+}
+"""Of kinds that criu has, what does it here."""
 DEVICE = r"veth\[([^\]]+)\]:(.+)"
 """The other end of a network device at a restore."""
 INHERITED = re.compile(r"fd\[(\d+)\]:(.+)")
@@ -115,7 +122,8 @@ def _add_dump(command: argparse.ArgumentParser) -> None:
     command.add_argument("--freeze-cgroup", metavar="DIR", default="",
                          help="have this control group stand still while its processes are stopped")
     command.add_argument("--external", metavar="RES", action="append", default=[], type=_outside,
-                         help="leave unix[INODE], file[MOUNT:INODE] or tty[RDEV:DEV] to the restore's --inherit-fd")
+                         help="leave unix[INODE], file[MOUNT:INODE] or tty[RDEV:DEV] to the restore's --inherit-fd; "
+                              "mnt[]: mounts that are outside as well, which are left in any case")
 
 
 def _add_restore(command: argparse.ArgumentParser) -> None:
@@ -151,8 +159,9 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 def _outside(text: str) -> str:
     match = re.fullmatch(OUTSIDE, text)
     if match is None:
-        raise UnsupportedError(f"--external {text} is not implemented",
-                               hint="there are unix[INODE], file[MOUNT:INODE] and tty[RDEV:DEV]")  # fmt: skip
+        way = next((way for kind, way in OTHERWISE.items() if text.startswith(f"{kind}[")), "")
+        kinds = "there are unix[INODE], file[MOUNT:INODE], tty[RDEV:DEV] and mnt[]"
+        raise UnsupportedError(f"--external {text} is not implemented", hint=way or kinds)
     return text
 
 
@@ -203,7 +212,7 @@ def dump(arguments: argparse.Namespace) -> int:
     files = _file_options(arguments)._replace(
         ghost_limit=arguments.ghost_limit, network_lock=arguments.network_lock,
         skip_in_flight=arguments.skip_in_flight, link_remap=arguments.link_remap,
-        outside=frozenset(arguments.external),
+        outside=frozenset(arguments.external) - {"mnt[]"},
     )  # fmt: skip
     options = DumpOptions(
         leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped, timeout=arguments.timeout,

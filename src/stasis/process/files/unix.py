@@ -19,7 +19,7 @@ from stasis.process.files import queues
 from stasis.process.files.descriptor import Descriptor, descriptor_of, duplicate, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.files.sockopts import options_of, set_options
-from stasis.process.files.unixnames import bind, file_perms, reason_against
+from stasis.process.files.unixnames import bind, directory_of, file_perms, reason_against, standing
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry
 from stasis.process.images.schema.sockets import ScmEntry, SkPacketEntry, SkShutdown, UnixSkEntry
@@ -61,7 +61,7 @@ class UnixSockets(FileKind):
         if found.state == TCP_LISTEN and found.waiting:
             looking.findings.add(descriptor.pid, descriptor.where, "connections wait in it that were not accepted",
                                  passes=True)  # fmt: skip
-        if reason := reason_against(found):
+        if reason := reason_against(found, descriptor):
             looking.findings.add(descriptor.pid, descriptor.where, reason)
         self._check_queue(descriptor, found, looking)
 
@@ -98,11 +98,12 @@ class UnixSockets(FileKind):
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
         found = self.sockets[descriptor.status.st_ino]
         self._waiting.append((descriptor, number))
+        directory = directory_of(found, descriptor)
         with socket.socket(fileno=os.dup(fd)) as sock:
             entry = UnixSkEntry(
                 id=number, ino=found.inode, type=found.type, state=found.state, flags=descriptor.flags, uflags=0,
                 backlog=found.backlog if found.state == TCP_LISTEN else 0, peer=found.peer, fown=owner(fd),
-                opts=options_of(sock), name=found.name, file_perms=file_perms(found),
+                opts=options_of(sock), name=found.name, file_perms=file_perms(found, directory), name_dir=directory,
                 shutdown=SkShutdown(found.shutdown) if found.shutdown else None,
             )  # fmt: skip
         return FileEntry(type=FdTypes.UNIXSK, id=number, usk=entry)
@@ -165,16 +166,19 @@ class UnixSockets(FileKind):
         return ours.detach()
 
     def _connected(self, found: UnixSkEntry, peer: UnixSkEntry | None, opened: Opened) -> int:
-        listeners = {one.name: one for one in self._by_inode(opened).values() if one.state == TCP_LISTEN}
+        entries = self._by_inode(opened).values()
+        listeners = {(one.name, one.name_dir): one for one in entries if one.state == TCP_LISTEN}
         for server, client in ((found, peer), (peer, found)):
-            if server is not None and server.name in listeners:
-                listener = opened.open(listeners[server.name].id)
-                return self._accepted(found, server, client, listener)
+            if server is not None and (server.name, server.name_dir) in listeners:
+                return self._accepted(found, server, client, opened, listeners[server.name, server.name_dir].id)
         return self._pair(found, peer)
 
-    def _accepted(self, found: UnixSkEntry, server: UnixSkEntry, client: UnixSkEntry | None, listener: int) -> int:
-        with socket.socket(socket.AF_UNIX, found.type) as theirs, _copy(listener) as listening:
-            theirs.connect(listening.getsockname())
+    def _accepted(
+        self, found: UnixSkEntry, server: UnixSkEntry, client: UnixSkEntry | None, opened: Opened, listener: int
+    ) -> int:
+        with socket.socket(socket.AF_UNIX, found.type) as theirs, _copy(opened.open(listener)) as listening:
+            with standing(server, opened.map_path):
+                theirs.connect(listening.getsockname())
             accepted, _ = listening.accept()
             ends = {server.ino: accepted.detach(), (client.ino if client else -server.ino): os.dup(theirs.fileno())}
         mine = ends.pop(found.ino)
@@ -200,7 +204,8 @@ class UnixSockets(FileKind):
             return
         peer = self._by_inode(opened).get(found.peer)
         if peer is not None and peer.peer != found.ino:
-            with _copy(opened.open(found.id)) as sock, _copy(opened.open(peer.id)) as other:
+            ends = _copy(opened.open(found.id)), _copy(opened.open(peer.id))
+            with ends[0] as sock, ends[1] as other, standing(peer, opened.map_path):
                 sock.connect(other.getsockname())
 
     def _fill(self, opened: Opened) -> None:
@@ -229,7 +234,8 @@ class UnixSockets(FileKind):
             return _copy(opened.open(peer.id))
         with _copy(opened.open(target.id)) as receiver:
             sender = socket.socket(socket.AF_UNIX, target.type)
-            sender.connect(receiver.getsockname())
+            with standing(target, opened.map_path):
+                sender.connect(receiver.getsockname())
         return sender
 
     def done(self, opened: Opened) -> None:

@@ -3,41 +3,78 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from stasis.errors import BusyError
 from stasis.linux.sockdiag import UnixSocket, unix_sockets
+from stasis.process.files.descriptor import duplicate
 from stasis.process.images.schema.sockets import FilePermsEntry, UnixSkEntry
 from stasis.process.namespaces.identities import Identities
 from stasis.process.roots import reach
 
-__all__ = ["bind", "file_perms", "reason_against"]
+if TYPE_CHECKING:
+    from stasis.process.files.descriptor import Descriptor
+
+__all__ = ["bind", "directory_of", "file_perms", "reason_against", "standing"]
+
+SIOCUNIXFILE = 0x89E0  # include/uapi/linux/un.h
 
 
-def reason_against(found: UnixSocket) -> str:
+def reason_against(found: UnixSocket, descriptor: Descriptor) -> str:
     """Why a socket could not be bound to its name again; "" where it can."""
     if not found.name or found.name.startswith(b"\0"):
         return ""
     if not found.name.startswith(b"/"):
-        return "it is bound to a relative path, which is not supported yet"
+        where = directory_of(found, descriptor)
+        return "" if where else "it is bound to a relative path, and the directory is not known or the file was deleted"
     return "" if _status(found) is not None else "the file that it is bound to was deleted"
 
 
-def _status(found: UnixSocket) -> os.stat_result | None:
+def directory_of(found: UnixSocket, descriptor: Descriptor) -> str | None:
+    """The directory that a relative name counts from; None for other names, or where it cannot be told. The kernel
+    knows the file (unix(7)); for a name with `..` in it, it has to be the process's working directory."""
+    if found.name[:1] in (b"", b"\0", b"/"):
+        return None
+    name = os.path.normpath(os.fsdecode(found.name.rstrip(b"\0")))
+    file = _file_of(descriptor)
+    places = [file.removesuffix(f"/{name}") or "/"] if file.endswith(f"/{name}") else []
+    places.append(os.readlink(f"/proc/{descriptor.pid}/cwd"))
+    return next((place for place in places if _status(found, place) is not None), None)
+
+
+def _file_of(descriptor: Descriptor) -> str:
+    """The path of the file that a socket is bound to; "" where we may not know (CAP_NET_ADMIN)."""
+    sock = duplicate(descriptor)
+    try:
+        file = fcntl.ioctl(sock, SIOCUNIXFILE)
+    except OSError:
+        return ""
+    finally:
+        os.close(sock)
+    try:
+        return os.readlink(f"/proc/self/fd/{file}")
+    finally:
+        os.close(file)
+
+
+def _status(found: UnixSocket, directory: str = "/") -> os.stat_result | None:
     """The socket's file, if it has its name still."""
     try:
-        status = os.stat(reach(os.fsdecode(found.name.rstrip(b"\0"))))
+        status = os.stat(reach(os.path.join(directory, os.fsdecode(found.name.rstrip(b"\0")))))
     except OSError:
         return None
     return status if found.file is not None and status.st_ino & 0xFFFFFFFF == found.file[1] else None
 
 
-def file_perms(found: UnixSocket) -> FilePermsEntry | None:
+def file_perms(found: UnixSocket, directory: str | None) -> FilePermsEntry | None:
     """Whom its file belongs to; None where it has none."""
-    status = _status(found) if found.name.startswith(b"/") else None
+    status = _status(found, directory or "/") if found.name.startswith(b"/") or directory else None
     if status is None:
         return None
     inside = Identities.inside()
@@ -49,12 +86,29 @@ def bind(sock: socket.socket, entry: UnixSkEntry, map_path: Callable[[str], str]
     if entry.name.startswith(b"\0"):
         sock.bind(entry.name)
         return
-    path = map_path(os.fsdecode(entry.name.rstrip(b"\0")))
-    _make_way(path)
-    sock.bind(path)
-    if entry.file_perms is not None:
-        os.chown(path, entry.file_perms.uid, entry.file_perms.gid)
-        os.chmod(path, stat.S_IMODE(entry.file_perms.mode))
+    path = os.fsdecode(entry.name.rstrip(b"\0"))
+    with standing(entry, map_path):
+        path = path if entry.name_dir else map_path(path)
+        _make_way(path)
+        sock.bind(path)
+        if entry.file_perms is not None:
+            os.chown(path, entry.file_perms.uid, entry.file_perms.gid)
+            os.chmod(path, stat.S_IMODE(entry.file_perms.mode))
+
+
+@contextmanager
+def standing(entry: UnixSkEntry, map_path: Callable[[str], str]) -> Iterator[None]:
+    """Be in the directory that a socket's relative name counts from."""
+    if not entry.name_dir:
+        yield
+        return
+    before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chdir(map_path(entry.name_dir))
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
 
 
 def _make_way(path: str) -> None:
