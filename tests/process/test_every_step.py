@@ -29,7 +29,7 @@ LAST = 120
 """Steps in which a dump puts its set in its place and ends the tree."""
 
 
-def _steps(total: int, seed: int) -> Iterator[int]:
+def steps(total: int, seed: int) -> Iterator[int]:
     """All of them, or a sample from each part."""
     if LONG:
         yield from range(1, total + 1)
@@ -52,13 +52,13 @@ def _state(pids: list[int]) -> list[object]:
     return found
 
 
-def _killed_again_and_again(program: Program, seed: int, work: Callable[[Path], object]) -> None:
+def killed_again_and_again(program: Program, seed: int, work: Callable[[Path], object]) -> None:
     """Kill the work at each step, in a directory of its own each time."""
     goes_on(program)  # all threads are there
     pids = program.descendants()
     before = _state(pids)
     total = count_steps(lambda: work(program.directory / "counted"))
-    for step in _steps(total, seed):
+    for step in steps(total, seed):
         place = program.directory / f"step-{step}"
         place.mkdir()
         kill_at(step, lambda place=place: work(place / "images"))
@@ -72,7 +72,7 @@ def _killed_again_and_again(program: Program, seed: int, work: Callable[[Path], 
 def test_a_dumper_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> None:
     with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
         options = DumpOptions(leave_running=True)
-        _killed_again_and_again(program, seed, lambda images: dump(program.pid, images, options))
+        killed_again_and_again(program, seed, lambda images: dump(program.pid, images, options))
         (tmp_path / "go").touch()
         program.finish()
 
@@ -102,7 +102,7 @@ def test_a_dumper_that_is_killed_while_it_ends_the_tree(tmp_path: Path, seed: in
 
 def test_a_pre_dump_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> None:
     with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
-        _killed_again_and_again(program, seed, lambda images: pre_dump(program.pid, images))
+        killed_again_and_again(program, seed, lambda images: pre_dump(program.pid, images))
         program.finish()
 
 
@@ -110,12 +110,12 @@ def test_a_restorer_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> Non
     with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
         images = program.dump()
         total = count_steps(lambda: restore(images))
-        for step in _steps(total, seed):
-            images = _end(program, images)
+        for step in steps(total, seed):
+            images = end(program, images)
             kill_at(step, lambda images=images: restore(images))
             before = counts(tmp_path)  # who was killed with the restorer may take a moment longer, but counts no more
             wait_for(partial(settled, program, before), f"killed at step {step} of {total}: half of the tree is left")
-        program.restore(_end(program, images))
+        program.restore(end(program, images))
         goes_on(program)
         program.finish()
 
@@ -132,7 +132,7 @@ def _is_dead(pid: int) -> bool:
         return False
 
 
-def _end(program: Program, images: Path) -> Path:
+def end(program: Program, images: Path) -> Path:
     """A set to restore, with nobody there."""
     if os.path.exists(f"/proc/{program.pid}"):
         shutil.rmtree(images)

@@ -24,6 +24,8 @@ pid, journal = int(sys.argv[1]), Journal()
 with Guardian(journal) as guardian, Tree(pid) as tree:
     tree.freeze()
     with Remote(pid, procfs.mappings(pid, flags=False), journal) as remote:
+        if len(sys.argv) > 2:
+            journal.open(remote.leader.slot, int(sys.argv[2]))
         print(guardian.pid, flush=True)
         while True:
             for thread in tree.root.threads:
@@ -31,8 +33,9 @@ with Guardian(journal) as guardian, Tree(pid) as tree:
 """
 
 
-def _kill_in_the_middle(pid: int, seconds: float) -> None:
-    with subprocess.Popen([sys.executable, "-c", DUMPER, str(pid)], stdout=subprocess.PIPE, text=True) as dumper:
+def _kill_in_the_middle(pid: int, seconds: float, *expected: int) -> None:
+    command = [sys.executable, "-c", DUMPER, str(pid), *map(str, expected)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dumper:
         assert dumper.stdout is not None
         guardian = int(dumper.stdout.readline())
         time.sleep(seconds)
@@ -78,3 +81,14 @@ def test_a_stopped_victim_stays_stopped() -> None:
             assert time.monotonic() < deadline, "the process is not stopped any more"
         process.send_signal(signal.SIGCONT)
         progress(process)
+
+
+def test_a_descriptor_that_the_victim_got_itself_stays_open() -> None:
+    """It has the number that the dumper expected to get when it died."""
+    with counting() as process:
+        output = os.readlink(f"/proc/{process.pid}/fd/1")
+        before = progress(process)
+        _kill_in_the_middle(process.pid, 0.005, 1)
+        assert os.readlink(f"/proc/{process.pid}/fd/1") == output
+        while progress(process) <= before + 1:
+            pass

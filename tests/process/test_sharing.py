@@ -3,11 +3,21 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.process.programs import cycle
+from stasis.errors import ExitCode
+from stasis.linux.kcmp import Kcmp, compare
+from stasis.process import tree
+from stasis.process.dump.job import DumpOptions, dump
+from stasis.process.images.imageset import ImageSet
+from stasis.process.sharing import NAMES
+from stasis.process.vforks import is_in_vfork
+from tests.process.programs import compiled, cycle, running, stasis, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
 
@@ -87,7 +97,11 @@ FLAGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+LONG = bool(os.environ.get("STASIS_LONG"))
+CHOSEN = list(FLAGS) if LONG else ["files", "directory", "memory", "all"]
+
+
+@pytest.mark.parametrize("flags", [FLAGS[name] for name in CHOSEN], ids=CHOSEN)
 def test_what_a_child_shares_is_shared_again(tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERE", str(tmp_path))
     cycle(tmp_path, COMMON + PLAY, f"-DFLAGS=({flags})", times=2)
@@ -209,3 +223,95 @@ int main(void) {
 def test_relatives_share_again(tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERE", str(tmp_path))
     cycle(tmp_path, COMMON + code, times=2)
+
+
+VFORK = r"""
+// Waits in the kernel for a child that uses its memory until it is told to go on.
+int main(void) {
+    touch("ready");
+    pid_t child = vfork();
+    if (!child) { while (access("exec", F_OK)) usleep(1000); execl("/bin/true", "true", (char *)0); _exit(127); }
+    end_well(child);
+    touch("over");
+    await("go");
+    return content();
+}
+"""
+
+
+def _asleep(pid: int) -> bool:
+    return is_in_vfork(pid, pid)
+
+
+def test_a_vfork_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        (tmp_path / "exec").touch()
+        wait_for((tmp_path / "over").exists, "the program does not run on")
+
+    with running(tmp_path, compiled(tmp_path, COMMON + VFORK)) as program:
+        wait_for(lambda: _asleep(program.pid), "there is no vfork")
+        monkeypatch.setattr(tree, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
+        dump(program.pid, tmp_path / "images-0", DumpOptions(leave_running=True))
+        assert pauses[0] == tree.MOMENTS[0]
+        monkeypatch.undo()
+        program.restore(program.dump())
+        program.finish()
+
+
+def test_a_vfork_that_goes_on_is_named(tmp_path: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, COMMON + VFORK)) as program:
+        wait_for(lambda: _asleep(program.pid), "there is no vfork")
+        said = stasis("dump", program.pid, "--images", tmp_path / "images", status=ExitCode.UNSUPPORTED)
+        assert f"process {program.pid}: thread {program.pid}: it waits for a child" in said
+        child = program.descendants()[-1]
+        said = stasis("dump", child, "--images", tmp_path / "images", status=ExitCode.UNSUPPORTED)
+        assert f"process {child}: address space: it is shared with process {program.pid}" in said
+        for name in "exec", "go":
+            (tmp_path / name).touch()
+        program.process.wait()
+
+
+REFUSED = r"""
+// A child with the memory of its parent, and a child of its own that has not.
+static int live(void *unused) { if (!fork()) { touch("there"); await("go"); _exit(0); } await("go"); return 0; }
+int main(void) {
+    pid_t child = clone(live, stacks[0] + 60000, CLONE_VM | SIGCHLD, 0);
+    CHECK(child > 0 && clone(live, stacks[1] + 60000, CLONE_FILES, 0) > 0);
+    await("there");
+    set_up();
+    while (waitpid(-1, 0, __WALL) > 0);
+    return content();
+}
+"""
+
+
+def test_what_cannot_be_made_is_named(tmp_path: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, COMMON + REFUSED)) as program:
+        wait_for(lambda: len(program.descendants()) == 5, "a process is missing")
+        said = stasis("dump", program.pid, "--images", tmp_path / "images", status=ExitCode.UNSUPPORTED)
+        assert "which has the address space of process" in said
+        assert "its end is told by signal 0" in said
+        (tmp_path / "go").touch()
+        program.process.wait()
+
+
+def test_it_is_in_the_images_once_and_shared_while_the_tree_runs_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HERE", str(tmp_path))
+    with running(tmp_path, compiled(tmp_path, COMMON + PLAY, f"-DFLAGS=({FLAGS['all']})")) as program:
+        stasis("pre-dump", program.pid, "--images", tmp_path / "before")
+        images = program.dump("--leave-running", "--parent", str(tmp_path / "before"))
+        first, second = program.pids
+        assert not any(compare(kind, first, second) for kind in (Kcmp.VM, Kcmp.FILES, Kcmp.FS, Kcmp.SIGHAND))
+        with ImageSet.open(images) as found:
+            ids = [found.one("ids", pid) for pid in program.pids]
+            assert [getattr(one, f"{kind}_id") for one in ids for kind in NAMES] == [2] * 8
+            assert found.numbers("fdinfo") == [2]
+            assert found.numbers("pagemap") == [first]
+            assert found.numbers("mm") == sorted(program.pids)
+        program.restore(program.dump())
+        program.finish()

@@ -30,6 +30,7 @@ __all__ = ["Guardian"]
 
 DONE = b"d"
 STOP_SECONDS = 10.0
+OF_DUMPS = ("anon_inode:[userfaultfd]", "/memfd:stasis-watch ")
 UNBLOCKABLE = 1 << (signal.SIGKILL - 1) | 1 << (signal.SIGSTOP - 1)
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP)
 
@@ -112,10 +113,18 @@ def _take_out(entry: Entry) -> None:
     try:
         for fd in entry.descriptors:
             with contextlib.suppress(OSError):
-                thread.call(entry.place, "close", fd)
+                if _is_ours(entry.tid, fd):
+                    thread.call(entry.place, "close", fd)
         thread.call(entry.place, "munmap", entry.pages, entry.length)
     finally:
         thread.restore()
+
+
+def _is_ours(tid: int, fd: int) -> bool:
+    """Whether a descriptor is of a kind that a dump opens. The number was only expected: whoever shares the table with
+    this thread runs on since the dumper's death, and may have got it for a file of its own."""
+    name = os.readlink(f"/proc/{tid}/fd/{fd}")
+    return name.startswith(OF_DUMPS) or (os.path.basename(name).startswith("pages-") and name.endswith(".img"))
 
 
 def _change_back(entry: Entry) -> None:
