@@ -10,7 +10,7 @@ from stasis.linux import libc
 from stasis.linux.clone3 import fork_with
 from stasis.linux.process import pidfd_open
 
-__all__ = ["CLONE_NEWNS", "CLONE_NEWPID", "FLAGS", "enter", "fork_into_new", "join", "mount_proc", "unshare"]
+__all__ = ["CLONE_NEWNS", "CLONE_NEWPID", "FLAGS", "enter", "fork_into_new", "join", "join_fd", "mount_proc", "unshare"]
 
 # include/uapi/linux/sched.h
 CLONE_NEWNS, CLONE_NEWPID = 0x20000, 0x20000000
@@ -47,9 +47,14 @@ def join(path: str, flag: int) -> None:
     """Enter the namespace that a file of /proc/PID/ns stands for."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        libc.check(libc.syscall(SYS_SETNS, fd, flag, 0, 0, 0, 0), "setns", path)
+        join_fd(fd, flag, path)
     finally:
         os.close(fd)
+
+
+def join_fd(fd: int, flag: int, what: str = "") -> None:
+    """Enter the namespace that a descriptor stands for; `what` it is called in an error."""
+    libc.check(libc.syscall(SYS_SETNS, fd, flag, 0, 0, 0, 0), "setns", what or None)
 
 
 def unshare(flags: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from stasis.linux import procfs
 from stasis.linux.namespaces import FLAGS
 from stasis.linux.namespaces import join as enter_namespace
-from stasis.process.dump.ids import Home, namespace_ids
+from stasis.process.dump.ids import NAMESPACES, Home, namespace_ids
 from stasis.process.helpers import fork_helper, wait_for_helper
 from stasis.process.traces import group_made
 
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from stasis.process.images.setwriter import ImageSetWriter
     from stasis.process.tree import Task
 
-__all__ = ["GroupTable", "check_groups", "enter", "hierarchies", "join"]
+__all__ = ["GroupTable", "check_groups", "enter", "groups_of", "hierarchies", "join"]
 
 OUR_SET = 1
+CGROUP = NAMESPACES["cgroup"]
 NOTHING: Mapping[str, str] = MappingProxyType({})
 FROZEN = {"cgroup.freeze": "1", "freezer.state": "FROZEN"}
 
@@ -58,13 +59,15 @@ class GroupTable:
     """The sets of groups of a dump. The dumper's own is the first."""
 
     def __init__(self) -> None:
-        self._sets: dict[Groups, int] = {groups_of(os.getpid()): OUR_SET}
-        self._first = 0
+        home = Home.ids().get(CGROUP, 0)
+        self._sets: dict[tuple[Groups, int], int] = {(groups_of(os.getpid()), home): OUR_SET}
+        self._lives: dict[int, int] = {}
 
     def of(self, pid: int) -> int:
-        """Number of the set that a process is in. The tree's first one comes first."""
-        self._first = self._first or pid
-        return self._sets.setdefault(groups_of(pid), len(self._sets) + 1)
+        """Number of the set that a process is in, which is another one in another cgroup namespace."""
+        namespace = namespace_ids(pid).get(CGROUP, 0)
+        self._lives.setdefault(namespace, pid)
+        return self._sets.setdefault((groups_of(pid), namespace), len(self._sets) + 1)
 
     def write(self, out: ImageSetWriter) -> int:
         """Write the sets, where there is another one than the dumper's own; the number of that one."""
@@ -72,13 +75,13 @@ class GroupTable:
             return OUR_SET
         from stasis.process.images.schema.inventory import CgMemberEntry, CgroupEntry, CgSetEntry
 
-        seen_as_root = _roots(self._first)
+        tops = {namespace: _roots(pid) for namespace, pid in self._lives.items()}
         out.write("cgroup", CgroupEntry(sets=[
             CgSetEntry(id=number, ctls=[
-                CgMemberEntry(name=name, path=path, cgns_prefix=_length(seen_as_root.get(name, ""), path))
+                CgMemberEntry(name=name, path=path, cgns_prefix=_length(tops.get(space, {}).get(name, ""), path))
                 for name, path in found
             ])
-            for found, number in self._sets.items()
+            for (found, space), number in self._sets.items()
         ]))  # fmt: skip
         return OUR_SET
 

@@ -16,19 +16,41 @@ import select
 import signal
 import socket
 import struct
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from stasis.errors import BusyError
 from stasis.linux import process
 from stasis.process.dump.canary import Canary
 from stasis.process.dump.tracking import Key, Tracking
 
-__all__ = ["give", "take"]
+__all__ = ["brought", "give", "hand_over", "take", "work_inside"]
 
 PATIENCE = 5.0
 PORTION = 128  # descriptors in a message; SCM_MAX_FD is 253
 LARGEST = 1 << 16
 UCRED = struct.Struct("<3i")
+
+
+_outside: dict[str, Any] = {}
+
+
+def work_inside(taken: Tracking, connection: socket.socket) -> None:
+    """In a worker that lives in other namespaces, where it would not find a keeper, nor could one live on: what is
+    `taken` was fetched by the command, and gets what is given through the connection."""
+    _outside.update(taken=taken, connection=connection)
+
+
+def hand_over() -> None:
+    """In a worker: nothing is given any more."""
+    if _outside:
+        _outside["connection"].close()
+
+
+def brought(connection: socket.socket) -> Tracking:
+    """In the command: what a worker gives; to be called while it works. `since` is empty where it gave nothing."""
+    tracking = Tracking()
+    _receive(connection, tracking)
+    return tracking
 
 
 def _address(root: Key) -> str:
@@ -38,6 +60,8 @@ def _address(root: Key) -> str:
 
 def take(root: Key) -> Tracking:
     """What a keeper holds for the tree; it ends. Nothing where there is none."""
+    if _outside:
+        return _outside.pop("taken", None) or Tracking()
     tracking = Tracking()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(PATIENCE)
@@ -66,6 +90,10 @@ def _receive(connection: socket.socket, tracking: Tracking) -> None:
 
 def give(root: Key, tracking: Tracking) -> None:
     """Start a keeper with all that is watched; ours is closed."""
+    if _outside:
+        with contextlib.closing(tracking):
+            _send(_outside["connection"], tracking)
+        return
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with listener, contextlib.closing(tracking):
         try:

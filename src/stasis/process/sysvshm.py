@@ -23,6 +23,7 @@ from stasis.process.dump.mm import PROT, VmaStatus, kind_of
 from stasis.process.images.damage import damaged
 from stasis.process.images.memory import MemoryReader
 from stasis.process.images.schema.ipc import IpcDescEntry, IpcShmEntry
+from stasis.process.spaces import inside
 from stasis.process.traces import segment_made
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def check_segments(pid: int, mappings: Sequence[Mapping], findings: Findings) ->
             mapped[key] = mapped.get(key, 0) + mapping.length
             if "ht" in mapping.flags:
                 findings.add(pid, f"System V segment {mapping.inode}", "huge pages are not supported for it")
-    known = kernel.segments() if mapped else {}
+    with inside("ipc", pid):
+        known = kernel.segments() if mapped else {}
     for (number, _), length in mapped.items():
         if number not in known:
             findings.add(pid, f"System V segment {number}", "it is of another IPC namespace than ours")
@@ -88,11 +90,11 @@ def write_segments(
 
 
 @contextmanager
-def segments_of(images: ImageSet, chain: list[ImageSet]) -> Iterator[None]:
-    """Have the segments of a set there for the processes that will map them; those that were made go again when the
-    restore fails (`traces.py`)."""
+def segments_of(images: ImageSet, number: int, chain: list[ImageSet]) -> Iterator[None]:
+    """Have the segments of namespace `number` there for the processes that will map them; those that were made go again
+    when the restore fails (`traces.py`)."""
     made: list[Segment] = []
-    for segment in _segments(images):
+    for segment in _segments(images, number):
         segment_made(segment.id)
         _bring(segment, made, chain)
     yield
@@ -101,25 +103,24 @@ def segments_of(images: ImageSet, chain: list[ImageSet]) -> Iterator[None]:
             kernel.remove(segment.id)
 
 
-def make_segments(images: ImageSet, chain: list[ImageSet]) -> None:
-    """Have all segments of a set in an IPC namespace that goes if the restore fails; see `marked`."""
-    for segment in _segments(images):
+def make_segments(images: ImageSet, number: int, chain: list[ImageSet]) -> None:
+    """Have all segments of namespace `number` in one that goes if the restore fails; see `marked`."""
+    for segment in _segments(images, number):
         _bring(segment, [], chain)
 
 
-def marked(images: ImageSet) -> list[int]:
-    """Ids of the segments that go when nobody has them mapped any more."""
-    return [segment.id for segment in _segments(images) if segment.mode & SHM_DEST]
+def marked(images: ImageSet, number: int) -> list[int]:
+    """Ids of the segments of a namespace that go when nobody has them mapped any more."""
+    return [segment.id for segment in _segments(images, number) if segment.mode & SHM_DEST]
 
 
-def _segments(images: ImageSet) -> Iterable[Segment]:
-    for number in images.numbers("ipcns-shm"):
-        for entry in images.messages("ipcns-shm", number):
-            desc = entry.desc
-            if desc.id > 0x7FFFFFFF or not entry.in_pagemaps or entry.hugetlb_flag:
-                raise damaged(images.file_path("ipcns-shm", number), 0, f"segment {desc.id} cannot be restored")
-            key = desc.key - (1 << 32) if desc.key >> 31 else desc.key
-            yield Segment(key, desc.id, desc.mode, entry.size, 0, desc.uid, desc.gid, desc.cuid, desc.cgid)
+def _segments(images: ImageSet, number: int) -> Iterable[Segment]:
+    for entry in images.messages("ipcns-shm", number) if images.has("ipcns-shm", number) else ():
+        desc = entry.desc
+        if desc.id > 0x7FFFFFFF or not entry.in_pagemaps or entry.hugetlb_flag:
+            raise damaged(images.file_path("ipcns-shm", number), 0, f"segment {desc.id} cannot be restored")
+        key = desc.key - (1 << 32) if desc.key >> 31 else desc.key
+        yield Segment(key, desc.id, desc.mode, entry.size, 0, desc.uid, desc.gid, desc.cuid, desc.cgid)
 
 
 def _bring(wanted: Segment, made: list[Segment], chain: list[ImageSet]) -> None:

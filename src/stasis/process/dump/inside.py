@@ -18,6 +18,7 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -29,13 +30,15 @@ from stasis.process.dump.ids import Home
 from stasis.process.findings import Finding
 from stasis.process.helpers import work_inside
 from stasis.process.images.imageset import ImageSet
+from stasis.process.keeper import hand_over
 from stasis.process.namespaces.identities import Identities
 from stasis.process.roots import anchored
 
 if TYPE_CHECKING:
     from stasis.process.dump.job import DumpResult
+    from stasis.process.dump.tracking import Tracking
 
-__all__ = ["Entering", "check_inside", "dump_inside", "entering"]
+__all__ = ["Entering", "check_inside", "dump_inside", "entering", "watch_inside"]
 
 FAILED = 1
 PATIENCE = 10.0
@@ -87,16 +90,17 @@ def _fields(finding: Finding) -> tuple[int, str, str, str, bool]:
 
 def dump_inside(
     pid: int, way: Entering, images: str | os.PathLike[str], work: Callable[[int, str], DumpResult], *,
-    ends: bool = False, stops: bool = False,
+    ends: bool = False, stops: bool = False, watched: bool = False,
 ) -> DumpResult:
     """What came of `work`, which dumps the inner pid into the directory; the process `ends` or `stops` with it. The
-    pids of the result are the inner ones."""
+    pids of the result are the inner ones. `watched`: it knows what was written since a parent, or watches on."""
     from stasis.process.dump.job import DumpResult
 
     path = os.path.abspath(images)
     pidfd = process.pidfd_open(pid)
     try:
-        warnings = _run(pid, way, lambda inner: work(inner, path).warnings)
+        run = watch_inside if watched else _run
+        warnings = run(pid, way, lambda inner: work(inner, path).warnings)
         if ends:
             select.select([pidfd], [], [], PATIENCE)
         elif stops and way.flags & CLONE_NEWPID:  # the first process cannot be stopped from within
@@ -115,15 +119,49 @@ def dump_inside(
         )  # fmt: skip
 
 
-def _run(pid: int, way: Entering, work: Callable[[int], Any]) -> Any:
-    """What `work`, called with the inner pid, returned within the namespaces of a process; None where it was killed."""
+def watch_inside(pid: int, way: Entering, work: Callable[[int], Any]) -> Any:
+    """As `_run`, for work that takes what a keeper of the process has, and gives it to one: that lives out here, and so
+    does not end up in the tree."""
+    from stasis.process import keeper
+
+    root = pid, procfs.stat(pid).start_time
+    taken = keeper.take(root)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, contextlib.closing(taken):
+
+        def begin() -> None:
+            ours.close()
+            keeper.work_inside(taken, theirs)
+
+        def meanwhile() -> None:
+            theirs.close()
+            given.append(keeper.brought(ours))
+
+        given: list[Tracking] = []
+        try:
+            found = _run(pid, way, work, begin, meanwhile)
+            if found is not None and given[0].since:
+                keeper.give(root, given[0])
+        finally:
+            for tracking in given:
+                tracking.close()
+    return found
+
+
+def _run(
+    pid: int, way: Entering, work: Callable[[int], Any], begin: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Any:
+    """What `work`, called with the inner pid, returned within the namespaces of a process; None where it was killed.
+    `begin` is called in the worker before, and `meanwhile` here."""
     inner = _inner_pid(pid) if way.flags & CLONE_NEWPID else pid
     reader, writer = os.pipe()
     helper = os.fork()
     if helper == 0:
         os.close(reader)
-        _enter(pid, way, lambda: _anchored(inner, way, work), writer)
+        _enter(pid, way, lambda: _anchored(inner, way, work), writer, begin)
     os.close(writer)
+    meanwhile()
     with open(reader, "rb") as told:
         report = told.readline()
     os.waitpid(helper, 0)
@@ -142,11 +180,14 @@ def _anchored(inner: int, way: Entering, work: Callable[[int], Any]) -> Any:
         return work(inner)
 
 
-def _enter(pid: int, way: Entering, work: Callable[[], Any], tell: int) -> NoReturn:
+def _enter(
+    pid: int, way: Entering, work: Callable[[], Any], tell: int, begin: Callable[[], None]
+) -> NoReturn:
     """A namespace of pids is that of processes that are made from then on: so another one does the work."""
     status = FAILED
     process.set_parent_death_signal(signal.SIGKILL)
     try:
+        begin()
         where = os.getcwd()
         is_private = not way.flags & CLONE_NEWNS
         if is_private:
@@ -161,8 +202,11 @@ def _enter(pid: int, way: Entering, work: Callable[[], Any], tell: int) -> NoRet
             work_inside()
             if is_private and way.flags & CLONE_NEWPID:
                 mount_proc()
-            os.write(tell, json.dumps({"found": work()}).encode() + b"\n")
+            found = work()
+            hand_over()
+            os.write(tell, json.dumps({"found": found}).encode() + b"\n")
             os._exit(0)
+        hand_over()
         os.close(tell)
         os.waitpid(worker, 0)
         status = 0

@@ -17,13 +17,12 @@ from typing import Any
 from stasis.errors import UsageError
 from stasis.linux import procfs, ptrace
 from stasis.linux.memlock import no_collection
-from stasis.linux.namespaces import CLONE_NEWPID
 from stasis.linux.procfs import Mapping
 from stasis.process import keeper
 from stasis.process.cgroups import GroupTable
 from stasis.process.dump import mm
 from stasis.process.dump.checks import check_tree
-from stasis.process.dump.ids import FIRST_ID, Home, ObjectIds, namespace_ids, own_kinds
+from stasis.process.dump.ids import FIRST_ID, Home, ObjectIds
 from stasis.process.dump.inside import check_inside, dump_inside, entering
 from stasis.process.dump.losses import losses
 from stasis.process.dump.pages import Look, dump_private_pages, dump_shared_pages
@@ -53,6 +52,7 @@ from stasis.process.remote import Remote
 from stasis.process.restore.crew import Roll
 from stasis.process.seals import write_seals
 from stasis.process.seccomp import FilterTable
+from stasis.process.spaces import has_own
 from stasis.process.tree import MOMENTS, Task, Tree
 
 __all__ = ["DumpOptions", "DumpResult", "check", "dump"]
@@ -126,12 +126,9 @@ def dump(pid: int, images: str | os.PathLike[str], options: DumpOptions | None =
     if chosen.track and not chosen.leave_running:
         raise UsageError("only a tree that is left running can be watched", hint="leave it running, or do not track it")
     if way := entering(pid):
-        if chosen.track and way.flags & CLONE_NEWPID:
-            raise UsageError(f"process {pid} is in a pid namespace of its own, and cannot be watched afterwards",
-                             hint="leave --track out")  # fmt: skip
         ends = not chosen.leave_running and not chosen.leave_stopped
         return dump_inside(pid, way, images, lambda inner, path: _dump(inner, path, chosen), ends=ends,
-                           stops=chosen.leave_stopped)  # fmt: skip
+                           stops=chosen.leave_stopped, watched=chosen.track or chosen.parent is not None)  # fmt: skip
     return _dump(pid, images, chosen)
 
 
@@ -343,7 +340,7 @@ class _Dump:
         pages, left = dump_private_pages(remote, found, self._out, changes)
         self.pages, self.pages_in_parent = self.pages + pages, self.pages_in_parent + left
         for vma in found:
-            if vma.entry.status & mm.VmaStatus.SYSVIPC:
+            if vma.entry.status & mm.VmaStatus.SYSVIPC and not has_own("ipc", task.pid):
                 self._segments[vma.entry.shmid] = task.pid, vma.mapping
             if vma.entry.status & mm.VmaStatus.ANON_SHARED and vma.entry.shmid not in self._shared:
                 self._shared.add(vma.entry.shmid)
@@ -374,9 +371,8 @@ class _Dump:
             ))  # fmt: skip
         self._files.finish()
         self.warnings += self._files.warnings
-        if own := own_kinds(Home.ids(), namespace_ids(tree.root_pid)):
-            self.warnings += write_namespaces(tree.root_pid, self._out)
-        if self._segments and "ipc" not in own:
+        self.warnings += write_namespaces(tree.root_pid, self._out)
+        if self._segments:
             from stasis.process.sysvshm import write_segments
 
             self.pages += write_segments(self._segments, Home.ids()["ipc_ns_id"], self._out)

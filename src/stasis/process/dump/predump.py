@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from stasis.errors import UnsupportedError
+from stasis.errors import StasisError
 from stasis.linux import procfs
-from stasis.linux.namespaces import CLONE_NEWPID
 from stasis.linux.procfs import Mapping
 from stasis.linux.taskmem import TaskMemory
 from stasis.process import keeper
 from stasis.process.dump.changes import Changes
-from stasis.process.dump.inside import entering
+from stasis.process.dump.ids import with_memory
+from stasis.process.dump.inside import entering, watch_inside
 from stasis.process.dump.tracking import Key, Tracking, ended
 from stasis.process.errors import refusal
 from stasis.process.guardian import Guardian
@@ -80,9 +80,20 @@ def pre_dump(
     To be called in a process with one thread. The set is to be continued with `parent=images` by another one, or by
     `dump`, and cannot be restored by itself. Raises UnsupportedError where the kernel cannot watch memory.
     """
-    if (way := entering(pid)) is not None and way.flags & CLONE_NEWPID:
-        reason = "is in a pid namespace of its own, and cannot be watched from one command to the next"
-        raise UnsupportedError(f"process {pid} {reason}", hint="dump it with --pre-copy")
+    if way := entering(pid):
+        path, before = os.path.abspath(images), os.path.abspath(parent) if parent is not None else None
+        found = watch_inside(pid, way, lambda inner: _pre_dump(inner, path, before, timeout, progress).as_dict())
+        if found is None:
+            raise StasisError(f"the pre-dump of process {pid} was killed", hint="nothing was changed")
+        return PreDumpResult(**{**found, "images": os.fspath(images)})
+    return _pre_dump(pid, images, parent, timeout, progress)
+
+
+def _pre_dump(
+    pid: int, images: str | os.PathLike[str], parent: str | os.PathLike[str] | None, timeout: float,
+    progress: Progress | None,
+) -> PreDumpResult:
+    """From where its pids are ours."""
     root, staging = _root(pid), staging_for(images)
     with (
         Guardian(Journal(), partial(shutil.rmtree, staging, ignore_errors=True)),
@@ -202,7 +213,7 @@ def _mark(pid: int, tracking: Tracking, timeout: float, plans: list[_Plan]) -> f
     with Guardian(journal), Tree(pid, timeout=timeout) as tree:
         tree.freeze()
         frozen = time.monotonic()
-        living = [task for task in tree.tasks if not task.is_zombie]
+        living = with_memory(tree.tasks)
         tracking.keep_only({(task.pid, task.stat.start_time) for task in living})
         for task in living:
             changes = tracking.arm(task, _layout(task.pid), journal)

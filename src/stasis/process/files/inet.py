@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from stasis.errors import BusyError, StateError
 from stasis.linux import process
+from stasis.process import spaces
 from stasis.process.files import datagrams, tcp
 from stasis.process.files.connections import why_no_lock
 from stasis.process.files.descriptor import duplicate, owner, set_flags
@@ -66,6 +67,12 @@ class InetSockets(FileKind):
             reason, option = _reason_against(sock, self.options)
             if reason:
                 looking.findings.add(descriptor.pid, descriptor.where, reason, option, passes=reason in PASSING)
+
+    def check_apart(self, descriptor: Descriptor, namespace: int, looking: Looking) -> None:
+        """The lock that drops packets is in the namespace of the first process."""
+        if self.options.tcp == "established" and spaces.is_apart("net", namespace) and _is_connected(descriptor):
+            reason = "it is a TCP connection in another network namespace than that of the tree's first process"
+            looking.findings.add(descriptor.pid, descriptor.where, reason, "--tcp close")
 
     def check_all(self, looking: Looking) -> None:
         """A connection that others have open, too, would be dead for them once the tree has ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from stasis.process.images.damage import damaged
@@ -69,6 +70,12 @@ class Opened(Protocol):
     def tables(self) -> Mapping[int, Sequence[FdinfoEntry]]:
         """The descriptor tables by their ids."""
 
+    def inside(self, name: str, number: int | None) -> AbstractContextManager[None]:
+        """Be in a namespace of the tree for a moment, by its kind and number."""
+
+    def namespace(self, name: str, number: int) -> int | None:
+        """A descriptor for one in which the first process does not live; None where there is none."""
+
     def map_path(self, path: str) -> str:
         """Where a path of the image is to be looked for."""
 
@@ -114,6 +121,9 @@ class FileKind(ABC):
 
     def check(self, descriptor: Descriptor, looking: Looking) -> None:
         """Note why it cannot be kept, if it cannot."""
+
+    def check_apart(self, descriptor: Descriptor, namespace: int, looking: Looking) -> None:
+        """Note why a socket cannot be kept that is of the network namespace of this number."""
 
     def check_all(self, looking: Looking) -> None:
         """All descriptors were looked at: note what only shows when all are known."""

@@ -13,6 +13,7 @@ from stasis.process.dump.ids import NAMESPACES
 from stasis.process.files.kind import FileKind
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry, NsFileEntry
+from stasis.process.spaces import lives_in
 
 if TYPE_CHECKING:
     from stasis.process.files.descriptor import Descriptor
@@ -32,8 +33,9 @@ class NamespaceFiles(FileKind):
         return _name(descriptor.link) in NAMESPACES
 
     def check(self, descriptor: Descriptor, looking: Looking) -> None:
-        theirs = os.stat(f"/proc/{descriptor.pid}/ns/{_name(descriptor.link)}")
-        if not os.path.samestat(theirs, descriptor.status):
+        name = _name(descriptor.link)
+        theirs = os.stat(f"/proc/{descriptor.pid}/ns/{name}")
+        if not os.path.samestat(theirs, descriptor.status) and not lives_in(name, descriptor.status.st_ino):
             looking.findings.add(descriptor.pid, descriptor.where, "it is a namespace that the tree does not live in")
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
@@ -46,6 +48,8 @@ class NamespaceFiles(FileKind):
         name = NAMES.get(found.ns_cflag)
         if name is None:
             raise damaged(opened.images.file_path("files"), 0, f"there is no namespace of the kind {found.ns_cflag:#x}")
+        if (fd := opened.namespace(name, found.ns_id)) is not None:
+            return fd
         tree = opened.images.messages("pstree")
         lived_in = opened.images.one("ids", tree[0].pid) if tree else opened.images.inventory.root_ids
         if found.ns_id != (getattr(lived_in, NAMESPACES[name], None) or found.ns_id):

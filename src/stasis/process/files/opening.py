@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from stasis.errors import UnsupportedError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from stasis.process.files.kind import FileKind
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.schema.common import FownEntry
+    from stasis.process.namespaces.apart import Apart
 
 __all__ = ["FileSet"]
 
@@ -41,6 +43,7 @@ class FileSet:
         self.map_path = map_path
         self.state: dict[type[FileKind], dict[int, Any]] = {}
         self.tables: dict[int, list[FdinfoEntry]] = {}
+        self.apart: Apart | None = None
         self._options = options or FileOptions()
         self._ghosts = Ghosts(images, self.move, lambda number: map_path(self.file_name(number)))
         self._made: dict[int, int] = {}
@@ -109,8 +112,17 @@ class FileSet:
             entry = self.entry(number)
             kind = self._kind(entry)
             inherited = self._options.inherited.get(kind.resource(entry, self), -1)
-            self._made[number] = self.move(os.dup(inherited) if inherited >= 0 else kind.restore(entry, self))
+            with self.inside("net", getattr(kind.message_of(entry), "ns_id", None)):
+                self._made[number] = self.move(os.dup(inherited) if inherited >= 0 else kind.restore(entry, self))
         return self._made[number]
+
+    def inside(self, name: str, number: int | None) -> AbstractContextManager[None]:
+        """Be in a namespace of the tree for a moment, by its kind and number."""
+        return self.apart.inside(name, number) if self.apart else nullcontext()
+
+    def namespace(self, name: str, number: int) -> int | None:
+        """A descriptor for one of a kind in which processes live apart; None where there is none."""
+        return self.apart.descriptor(name, number) if self.apart else None
 
     def numbers(self, kind: FdTypes) -> list[int]:
         """The ids of all files of a kind that were made."""

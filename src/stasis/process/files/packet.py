@@ -18,6 +18,7 @@ from stasis.process.files.sockopts import options_of, set_options
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry
 from stasis.process.images.schema.sockets import PacketMclist, PacketSockEntry
+from stasis.process.spaces import everywhere
 
 if TYPE_CHECKING:
     from stasis.process.files.descriptor import Descriptor
@@ -52,7 +53,9 @@ class PacketSockets(FileKind):
 
     def _found(self, descriptor: Descriptor) -> PacketSocket | None:
         if self._known is None:
-            self._known = packet_sockets()
+            self._known = {}
+            for _ in everywhere("net"):
+                self._known.update(packet_sockets())
         return self._known.get(descriptor.status.st_ino)
 
     def check(self, descriptor: Descriptor, looking: Looking) -> None:

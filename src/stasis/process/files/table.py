@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from stasis.linux.kcmp import same_file
+from stasis.process import spaces
 from stasis.process.files.connections import Connections
 from stasis.process.files.descriptor import Descriptor, descriptors, duplicate
 from stasis.process.files.ghosts import GhostWriter
@@ -72,11 +74,30 @@ class _Check:
         if kind is None:
             self.findings.add(descriptor.pid, descriptor.where, _why_unknown(descriptor))
         else:
-            kind.check(descriptor, self)
-            if descriptor.kind == stat.S_IFSOCK:
-                from stasis.process.files.sockopts import check_filter  # a restore needs this module, too
+            self._check(kind, descriptor)
 
-                check_filter(descriptor, self.findings)
+    def _check(self, kind: FileKind, descriptor: Descriptor) -> None:
+        if descriptor.kind != stat.S_IFSOCK:
+            kind.check(descriptor, self)
+            return
+        from stasis.process.files.sockopts import check_filter  # a restore needs this module, too
+
+        with _namespace_of(descriptor) as number:
+            kind.check(descriptor, self)
+            check_filter(descriptor, self.findings)
+            spaces.check_socket(descriptor.pid, descriptor.where, number, self.findings)
+            kind.check_apart(descriptor, number, self)
+
+
+@contextmanager
+def _namespace_of(descriptor: Descriptor) -> Iterator[int]:
+    """In the network namespace of a socket; its number."""
+    fd = duplicate(descriptor)
+    try:
+        with spaces.inside_of(fd) as number:
+            yield number
+    finally:
+        os.close(fd)
 
 
 def _why_unknown(descriptor: Descriptor) -> str:
@@ -166,13 +187,22 @@ class FileTable:
         number = self.new_id()
         fd = duplicate(descriptor)
         try:
-            entry = kind.dump(descriptor, fd, number, self)
+            entry = self._dump(kind, descriptor, fd, number)
         finally:
             os.close(fd)
         if entry is not None:
             self.out.image("files").append(entry)
         known.append((descriptor, number, kind.type))
         return number, kind.type
+
+    def _dump(self, kind: FileKind, descriptor: Descriptor, fd: int, number: int) -> FileEntry | None:
+        if descriptor.kind != stat.S_IFSOCK:
+            return kind.dump(descriptor, fd, number, self)
+        with spaces.inside_of(fd) as namespace:
+            entry = kind.dump(descriptor, fd, number, self)
+        if entry is not None and spaces.is_apart("net", namespace):
+            getattr(entry, kind.field).ns_id = namespace
+        return entry
 
     def finish(self) -> None:
         """All processes were here."""

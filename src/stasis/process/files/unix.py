@@ -23,6 +23,7 @@ from stasis.process.files.unixnames import bind, directory_of, file_perms, reaso
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry
 from stasis.process.images.schema.sockets import ScmEntry, SkPacketEntry, SkShutdown, UnixSkEntry
+from stasis.process.spaces import everywhere
 
 if TYPE_CHECKING:
     from stasis.process.files.options import FileOptions
@@ -50,7 +51,9 @@ class UnixSockets(FileKind):
     def sockets(self) -> dict[int, UnixSocket]:
         """All that there are while the tree stands still."""
         if self._all is None:
-            self._all = unix_sockets()
+            self._all = {}
+            for _ in everywhere("net"):
+                self._all.update(unix_sockets())
         return self._all
 
     def claims(self, descriptor: Descriptor) -> bool:
@@ -232,7 +235,7 @@ class UnixSockets(FileKind):
         peer = self._by_inode(opened).get(target.peer)
         if peer is not None and peer.peer == target.ino:
             return _copy(opened.open(peer.id))
-        with _copy(opened.open(target.id)) as receiver:
+        with _copy(opened.open(target.id)) as receiver, opened.inside("net", target.ns_id):
             sender = socket.socket(socket.AF_UNIX, target.type)
             with standing(target, opened.map_path):
                 sender.connect(receiver.getsockname())

@@ -32,7 +32,7 @@ def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
 
 def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
     """A namespace whose roots are those groups: they are those that we are in at that moment."""
-    members = [member for member in _members(chain[0]) if member.cgns_prefix]
+    members = [member for member in _members(chain[0], number) if member.cgns_prefix]
     for member in members:
         _enter(member.name, member.path[: member.cgns_prefix])
     unshare(FLAGS["cgroup"])
@@ -40,9 +40,9 @@ def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
         _enter(member.name, member.path)
 
 
-def _members(images: ImageSet) -> list[CgMemberEntry]:
-    """Where the first process was."""
-    first = images.messages("pstree")[0].pid
+def _members(images: ImageSet, number: int) -> list[CgMemberEntry]:
+    """Where the first process was that lived in it."""
+    first = next(pid for pid in images.numbers("ids") if images.one("ids", pid).cgroup_ns_id == number)
     wanted = images.one("core", first).tc.cg_set
     sets = {found.id: found.ctls for entry in images.messages("cgroup") for found in entry.sets}
     return list(sets.get(wanted, ()))

@@ -131,7 +131,7 @@ def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
                           errno=error.errno or 0) from error  # fmt: skip
     from stasis.process.sysvshm import make_segments
 
-    make_segments(images, chain)
+    make_segments(images, number, chain)
 
 
 def _set_limits(wanted: IpcVarEntry) -> None:
@@ -168,12 +168,12 @@ def _object(desc: IpcDescEntry, path: str) -> Object:
     return Object(key, desc.id, desc.mode, desc.uid, desc.gid, desc.cuid, desc.cgid)
 
 
-def remove_marked(images: ImageSet, pid: int) -> None:
-    """Segments that were removed while they were in use go when nobody has them mapped any more. To be called when all
-    processes have, from outside of the namespace of process `pid`."""
+def remove_marked(images: ImageSet, number: int, pid: int) -> None:
+    """Segments of a namespace that were removed while they were in use go when nobody has them mapped any more. To be
+    called when all processes have, from outside of the namespace, in which process `pid` lives."""
     from stasis.process.sysvshm import marked
 
-    numbers = marked(images)
+    numbers = marked(images, number)
     if not numbers:
         return
     child = os.fork()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which namespaces a tree has of its own, and what is looked for, written and made again for all of them.
 
-All processes of a tree live in those of its first one. A module for a kind has `check`, which notes what cannot be
-kept, `write`, which runs in a worker that has entered what it needs (`dump/inside.py`), and `make`, which runs in the
-first process of a restore and leaves it in a namespace with everything in it.
+Each is looked at, written and made once, whichever processes live in it. A module for a kind has `check`, which notes
+what cannot be kept, `write`, which runs in what it needs (`dump/inside.py`, `spaces.py`), both with a process that
+lives there, and `make`, which runs in the first process of a restore and leaves it in one with everything in it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stasis.process.dump.ids import NAMESPACES, Home, namespace_ids, own_kinds, own_kinds_of
+from stasis.linux import sysvshm
+from stasis.linux.kcmp import Kcmp, compare
+from stasis.process import spaces
+from stasis.process.dump.ids import NAMESPACES, namespace_ids, own_kinds_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +27,15 @@ if TYPE_CHECKING:
     from stasis.process.namespaces.mounting import Copies
     from stasis.process.tree import Task
 
-__all__ = ["Settings", "check_namespaces", "make_namespaces", "write_namespaces"]
+__all__ = ["MODULES", "Settings", "check_namespaces", "make_namespace", "make_namespaces", "write_namespaces"]
 
 MODULES = {
     "user": "user", "pid": "pids", "cgroup": "cgroup", "time": "times", "uts": "uts", "ipc": "ipc", "net": "net",
     "mnt": "mnt",
 }  # fmt: skip
 """In the order in which they are made."""
+COMMON = ("pid", "user", "mnt")
+"""In these all processes of a tree have to live."""
 FOR_CHILDREN = {"pid": "pid_for_children", "time": "time_for_children"}
 
 
@@ -47,16 +52,40 @@ class Settings(NamedTuple):
 def check_namespaces(root: Task, living: Sequence[Task], findings: Findings) -> None:
     """Note what cannot be kept of the namespaces of a tree."""
     first = namespace_ids(root.pid)
+    spaces.look_at([root.pid, *(task.pid for task in living)])
     for task in living:
         theirs = namespace_ids(task.pid)
-        for name, field in NAMESPACES.items():
-            if theirs.get(field) != first.get(field):
+        for name in COMMON:
+            if theirs.get(NAMESPACES[name]) != first.get(NAMESPACES[name]):
                 findings.add(task.pid, f"{name} namespace", "it is another one than that of the tree's first process")
         for name, link in FOR_CHILDREN.items():
             if _differs(task.pid, name, link):
                 findings.add(task.pid, f"{name} namespace", "its children are to live in another one than itself")
-    for name in own_kinds(Home.ids(), first):
-        _module(name).check(root.pid, findings)
+    for (name, _), pid in spaces.spaces().items():
+        with spaces.inside(name, pid):
+            _module(name).check(pid, findings)
+    _check_apart(living, findings)
+
+
+def _check_apart(living: Sequence[Task], findings: Findings) -> None:
+    """What only trees have that live in more than one namespace of a kind."""
+    for task in living:
+        for child in task.children:
+            if not child.is_zombie and _numbers(task) != _numbers(child) and not compare(Kcmp.VM, task.pid, child.pid):
+                reason = f"it shares its memory with process {task.pid}, which lives in other ones"
+                findings.add(child.pid, "namespaces", reason)
+    known: set[int] = set()
+    for pid in spaces.lives("ipc") if len(spaces.lives("ipc")) > 1 else ():
+        with spaces.inside("ipc", pid):
+            ids = set(sysvshm.segments())
+        for number in sorted(known & ids):
+            findings.add(pid, f"System V segment {number}", "another one of the tree has the same id in its IPC "
+                                                            "namespace, and images cannot tell them apart")  # fmt: skip
+        known |= ids
+
+
+def _numbers(task: Task) -> dict[str, int]:
+    return namespace_ids(task.pid)
 
 
 def _differs(pid: int, name: str, link: str) -> bool:
@@ -69,11 +98,16 @@ def _differs(pid: int, name: str, link: str) -> bool:
 def write_namespaces(root: int, out: ImageSetWriter) -> list[str]:
     """Write what is in the namespaces that the tree of the process `root` has of its own. Returns what is lost and of
     little weight, a sentence for each."""
-    first = namespace_ids(root)
     warnings: list[str] = []
-    for name in own_kinds(Home.ids(), first):
-        warnings += _module(name).write(root, first[NAMESPACES[name]], out)
+    for (name, number), pid in spaces.spaces().items():
+        with spaces.inside(name, pid):
+            warnings += _module(name).write(pid, image_number(name, number, is_first=pid == root), out)
     return warnings
+
+
+def image_number(name: str, number: int, *, is_first: bool) -> int:
+    """That of the images of a namespace: its own, but for the clocks of the first process."""
+    return 0 if name == "time" and is_first else number
 
 
 def make_namespaces(ids: TaskKobjIdsEntry, chain: list[ImageSet], settings: Settings) -> None:
@@ -81,7 +115,14 @@ def make_namespaces(ids: TaskKobjIdsEntry, chain: list[ImageSet], settings: Sett
     own = own_kinds_of(chain[0], ids)
     for name in MODULES:
         if name in own:
-            _module(name).make(getattr(ids, NAMESPACES[name]), chain, settings)
+            make_namespace(name, getattr(ids, NAMESPACES[name]), chain, settings, is_first=True)
+
+
+def make_namespace(
+    name: str, number: int, chain: list[ImageSet], settings: Settings, *, is_first: bool = False
+) -> None:
+    """Go into one. `is_first`: that of the first process."""
+    _module(name).make(image_number(name, number, is_first=is_first), chain, settings)
 
 
 def _module(name: str) -> Any:

@@ -22,8 +22,6 @@ __all__ = ["check", "make", "write"]
 
 SECOND = 10**9
 CLOCKS = {"monotonic": time.CLOCK_MONOTONIC, "boottime": time.CLOCK_BOOTTIME}
-IMAGE = 0
-"""Its number is no namespace's: there is one for all."""
 
 
 def check(root: int, findings: Findings) -> None:
@@ -38,10 +36,10 @@ def _offsets(pid: int) -> dict[str, int]:
 
 
 def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
-    """What the clocks say."""
+    """What the clocks say. Those of the first process of a tree have the number 0."""
     ours, theirs = _offsets(procfs.SELF), _offsets(root)
     values = {name: time.clock_gettime_ns(clock) - ours[name] + theirs[name] for name, clock in CLOCKS.items()}
-    out.write("timens", TimensEntry(**{name: _timespec(value) for name, value in values.items()}), number=IMAGE)
+    out.write("timens", TimensEntry(**{name: _timespec(value) for name, value in values.items()}), number=number)
     return []
 
 
@@ -51,7 +49,7 @@ def _timespec(value: int) -> Timespec:
 
 def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
     """A namespace in which the clocks go on."""
-    found: TimensEntry = chain[0].one("timens", IMAGE)
+    found: TimensEntry = chain[0].one("timens", number)
     ours = _offsets(procfs.SELF)
     unshare(FLAGS["time"])
     for name, clock in CLOCKS.items():

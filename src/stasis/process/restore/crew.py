@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from stasis.errors import StasisError
 from stasis.linux import process, procfs
 from stasis.process.dump.ids import own_kinds_of
+from stasis.process.namespaces.apart import Apart
 
 if TYPE_CHECKING:
     from stasis.process.files.opening import FileSet
@@ -178,6 +179,9 @@ class Crew:
         self.links = links
         self.copies: Copies | None = None
         self.own = [] if root.ids is None else own_kinds_of(files.images, root.ids)
+        others = [plan.ids for plan in root.walk() if plan.ids is not None]
+        assert root.ids is not None
+        self.apart = files.apart = Apart(root.ids, others, files.images.inventory.root_ids or root.ids)
         self.pids = frozenset(plan.pid for plan in root.walk())
         self.is_guest = False
         self.is_sibling = False

@@ -123,7 +123,7 @@ def _restore_here(images: str | os.PathLike[str], chosen: RestoreOptions, traces
             raise UnsupportedError("the first process of a pid namespace cannot be a sibling of the restorer",
                                    hint="restore it as a child")  # fmt: skip
         try:
-            with _segments(opened, chain, own), Nursery(root, files, chain, chosen.links) as nursery:
+            with _segments(opened, root, chain), Nursery(root, files, chain, chosen.links) as nursery:
                 made = (_restore_first if "pid" in own else _restore)(nursery, chosen, traces)
         finally:
             for parent in chain[1:]:
@@ -168,13 +168,16 @@ def _restore_first(nursery: Nursery, options: RestoreOptions, traces: Traces) ->
 
 
 def _segments(
-    images: ImageSet, chain: list[ImageSet], own: list[str]
+    images: ImageSet, root: TaskPlan, chain: list[ImageSet]
 ) -> contextlib.AbstractContextManager[None]:
-    if "ipc" in own or not images.numbers("ipcns-shm"):
+    """Those of the namespace that the tree has in common with who dumped it."""
+    assert root.ids is not None
+    home = (images.inventory.root_ids or root.ids).ipc_ns_id or 0
+    if home not in images.numbers("ipcns-shm"):
         return contextlib.nullcontext()
     from stasis.process.sysvshm import segments_of
 
-    return segments_of(images, chain)
+    return segments_of(images, home, chain)
 
 
 def _expect(images: ImageSet, progress: Progress | None) -> None:
@@ -237,7 +240,7 @@ def _restore(
                 warnings += _join_beside(files.images, own, options)
             for plan in living:
                 _give_to_others(plan, files, beside)
-            _remove_marked(files.images, root)
+            _remove_marked(files.images, living)
             let_all_live(files, [(plan.pid, plan.ids.files_id) for plan in living if plan.ids is not None])
             for name in "post-restore", "pre-resume":
                 options.hook(name, root.pid)
@@ -271,12 +274,16 @@ def _end_up(files: FileSet, options: RestoreOptions, pid: int) -> None:
     options.hook("post-resume", pid)
 
 
-def _remove_marked(images: ImageSet, root: TaskPlan) -> None:
-    if not images.numbers("ipcns-shm") or root.ids is None or "ipc" not in own_kinds_of(images, root.ids):
+def _remove_marked(images: ImageSet, living: list[TaskPlan]) -> None:
+    """In namespaces that the tree has of its own."""
+    if not images.numbers("ipcns-shm"):
         return
     from stasis.process.namespaces.ipc import remove_marked
 
-    remove_marked(images, root.pid)
+    lives = {plan.ids.ipc_ns_id: plan.pid for plan in living if plan.ids and "ipc" in own_kinds_of(images, plan.ids)}
+    for number, pid in lives.items():
+        if number in images.numbers("ipcns-shm"):
+            remove_marked(images, number, pid)
 
 
 def _members(living: list[TaskPlan]) -> list[tuple[int, int | None]]:

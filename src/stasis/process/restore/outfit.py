@@ -56,11 +56,14 @@ def enter_namespaces(crew: Crew) -> None:
     """The first process goes into namespaces that the tree has of its own; all others are born there."""
     ids = crew.root.ids
     assert ids is not None
-    if not crew.own:
+    if not crew.own and not crew.apart:
         return
     from stasis.process.namespaces.own import Settings, make_namespaces
 
-    make_namespaces(ids, crew.chain, Settings(crew.links, crew.files.map_path, crew.copies))
+    settings = Settings(crew.links, crew.files.map_path, crew.copies)
+    crew.apart.make(crew.chain, settings)
+    make_namespaces(ids, crew.chain, settings)
+    crew.apart.note_own()
 
 
 def open_everything(crew: Crew) -> None:

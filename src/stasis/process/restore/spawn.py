@@ -286,6 +286,8 @@ def _live(plan: TaskPlan, crew: Crew, parent: int, maker_pid: int) -> None:
         enter_namespaces(crew)
         open_everything(crew)
         _move_up(crew)
+    elif crew.apart and plan.ids is not None:
+        crew.apart.enter(plan.ids)
     share_memory(plan, crew)
     maker = _Maker(crew, passed=plan.birth.passed)
     _make_children(plan, maker)
@@ -318,6 +320,7 @@ def _move_up(crew: Crew) -> None:
     crew.reports.writer = crew.files.move(crew.reports.writer)
     for gate in crew.gates.values():
         gate.reader = crew.files.move(gate.reader)
+    crew.apart.move(crew.files.move)
 
 
 def _join_group(pgid: int, crew: Crew) -> None:
