@@ -195,3 +195,18 @@ def test_a_full_cow_file_fails_the_tracer_and_says_so(stasis: Stasis, client: ap
     assert json.loads((stasis.run_dir / "datto-info").read_text())["devices"][0]["error"] == -27
     assert not (short_dir / "cow").exists()
     client.datto_destroy(0)
+
+
+def test_one_that_failed_while_no_daemon_ran_gives_way_to_the_next(stasis: Stasis, client: api.Client,
+                                                                   short_dir: Path) -> None:
+    disk = _disk(client, short_dir)
+    client.datto_setup([(0, disk, short_dir / "cow")], fallocated_space=1)
+    pid = stasis.daemon_pid()
+    assert pid is not None
+    kill(pid)
+    write(_uri_of(stasis), 0, bytes(3 << 20))
+    with api.connect(stasis.run_dir, stasis.state_dir) as again:
+        assert again.datto_info(0).error == -errno.EFBIG
+        again.datto_destroy(0)
+        again.datto_setup([(0, disk, short_dir / "next")])
+        assert again.datto_info(0).error == 0

@@ -279,6 +279,16 @@ def test_one_that_rests_is_retired_and_not_dropped(registry: Registry, backend: 
     assert backend.asked[-1] == ("sda", "retire")
 
 
+@pytest.mark.parametrize(("minor", "asked"), [(0, [("sda", "info"), ("sda", "drop")]), (1, [("sda", "info")])])
+def test_one_that_failed_unseen_is_dropped_where_it_still_is(registry: Registry, backend: FakeBackend, minor: int,
+                                                             asked: list[tuple[str, str]]) -> None:
+    """The daemon was killed after the failure; a new series would be refused if the worker kept the old one."""
+    record = _add(registry, State.UNVERIFIED_SNAPSHOT, error=-errno.ESTALE)
+    record.device, backend.minors["sda"] = "sda", minor
+    registry.destroy(0)
+    assert (backend.asked, registry.tracers) == (asked, {})
+
+
 def test_one_that_rests_is_no_more_than_dormant_when_its_device_goes(registry: Registry, backend: FakeBackend) -> None:
     record = _add(registry, State.ACTIVE_SNAPSHOT)
     registry.rested(record)

@@ -217,10 +217,19 @@ class Registry:
     def destroy(self, minor: int) -> None:
         """End a tracer. The COW file goes, except that of one that is dormant or unverified."""
         record = self._find_closed(minor)
-        if record.device is not None and (record.state.is_active or record.resting):
-            self._backend.ask(record.device, "drop" if record.state.is_active else "retire")
+        if record.device is not None and self._is_held(record, record.device):
+            self._backend.ask(record.device, "retire" if record.resting else "drop")
         del self.tracers[minor]
         self._backend.changed()
+
+    def _is_held(self, record: TracerRecord, device: str) -> bool:
+        """Whether a worker has it: also one that failed before a daemon that was started again had seen it active."""
+        if record.state.is_active or record.resting:
+            return True
+        try:
+            return bool(record.error) and self._backend.ask(device, "info").get("minor") == record.minor
+        except StasisError:
+            return False  # the device is not served any more
 
     def transition_incremental(self, minor: int) -> TracerRecord:
         """Keep no more contents, only what changes."""
