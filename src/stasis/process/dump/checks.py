@@ -6,7 +6,7 @@ from __future__ import annotations
 from stasis.linux import procfs, ptrace
 from stasis.linux.kcmp import Kcmp, compare
 from stasis.process.cgroups import check_groups
-from stasis.process.dump.ids import ObjectIds
+from stasis.process.dump.ids import ObjectIds, namespace_ids
 from stasis.process.dump.tasks import ns_pid
 from stasis.process.findings import Findings
 from stasis.process.fpu import lost_components
@@ -72,6 +72,9 @@ def _check_sharing(tree: Tree, findings: Findings) -> None:
     sharing = Sharing(_member(tree.root, ObjectIds()))
     for pid, what, reason in sharing.problems:
         findings.add(pid, what, reason)
+    for pid, birth in sharing.births.items():
+        if birth.beside and namespace_ids(pid) != namespace_ids(birth.maker):
+            findings.add(pid, "namespaces", f"they are not those of process {birth.maker}, which it shares memory with")
     if sharing.is_any:
         for task in tree.tasks:
             if task is not tree.root and not task.is_zombie and task.stat.exit_signal != SIGCHLD:

@@ -10,12 +10,13 @@ from stasis.linux.kcmp import Kcmp, compare
 from stasis.process.images.schema.tasks import TaskKobjIdsEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from stasis.linux.mountinfo import MountInfo
     from stasis.process.images.imageset import ImageSet
+    from stasis.process.tree import Task
 
-__all__ = ["FIRST_ID", "NAMESPACES", "Home", "ObjectIds", "namespace_ids", "own_kinds", "own_kinds_of"]
+__all__ = ["FIRST_ID", "NAMESPACES", "Home", "ObjectIds", "namespace_ids", "own_kinds", "own_kinds_of", "with_memory"]
 
 FIRST_ID = 2
 """Ids below belong to the dumper, as CRIU counts."""
@@ -42,6 +43,10 @@ class ObjectIds:
         """Those of what a clone may share, by the names that `sharing` has for them."""
         return {name: self._id(kind, pid) for name, kind in SHARED.items()}
 
+    def memory(self, pid: int) -> int:
+        """That of the address space alone."""
+        return self._id(Kcmp.VM, pid)
+
     def of(self, pid: int) -> TaskKobjIdsEntry:
         """The ids of a task's objects, its namespaces included."""
         entry = TaskKobjIdsEntry(**{f"{name}_id": number for name, number in self.shared(pid).items()})
@@ -60,6 +65,13 @@ class ObjectIds:
             low, high = (low, middle) if order == LESS else (middle + 1, high)
         seen.insert(low, (pid, number := FIRST_ID + len(seen)))
         return number
+
+
+def with_memory(tasks: Iterable[Task]) -> list[Task]:
+    """Those that live, of all that share an address space the first one."""
+    ids = ObjectIds()
+    found = {ids.memory(task.pid): task for task in reversed([task for task in tasks if not task.is_zombie])}
+    return list(reversed(found.values()))
 
 
 def namespace_ids(pid: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stasis.errors import UnsupportedError
+from stasis.process.dump.ids import NAMESPACES
 from stasis.process.dump.mm import VmaStatus
 from stasis.process.images.damage import damaged
 from stasis.process.seals import refuse_sealed_system
@@ -111,6 +112,9 @@ def _share(root: TaskPlan) -> None:
         plan.children = sorted(own, key=lambda child: order.index(child.pid)) if order else own
         if plan.birth.beside:
             plans[plan.birth.beside].beside.append(plan)
+            if _namespaces(plan) != _namespaces(plans[plan.birth.maker]):
+                raise UnsupportedError(f"process {plan.pid} cannot be made: its namespaces are not those of process "
+                                       f"{plan.birth.maker}, which it shares memory with")  # fmt: skip
     for first, *others in sharing.owners("files").values():
         plans[first].table += [plans[pid] for pid in others]
         for pid in others:
@@ -118,6 +122,10 @@ def _share(root: TaskPlan) -> None:
     for pids in sharing.owners("fs").values():
         for pid in pids:
             plans[pid].shares_directory, plans[pid].sets_directory = True, pid == pids[0]
+
+
+def _namespaces(plan: TaskPlan) -> list[int | None]:
+    return [getattr(plan.ids, field) for field in NAMESPACES.values()]
 
 
 def _member(plan: TaskPlan) -> Member:
