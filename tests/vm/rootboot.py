@@ -4,7 +4,8 @@
     python -m tests.vm.rootboot DIRECTORY [-k 6.12] [-f ext4|xfs] [hook|dracut|units|late ...]
 
 as root, with the Debian packages of tools/vmtest, debootstrap and e2fsprogs, and a kernel of `tools/vmtest setup`. A
-Debian root is made in the directory at the first run, which takes some 700 MB, and pip fetches what stasis depends on.
+Debian root is made in the directory at the first run, some 400 MB and 1 GB for each case, and pip fetches what stasis
+depends on. Without KVM a boot takes one to three minutes.
 Each case begins with a new disk; tests/vm/rootguest.py says what each step of it sees. A step is one boot. The last
 but one of a case with more than two ends as by a power cut: qemu is killed.
 
