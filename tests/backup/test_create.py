@@ -134,6 +134,20 @@ def test_what_cannot_be_gone_on_from_makes_a_full_backup_that_says_why(
     assert back_up(disk, repository, options).parent == backup.id
 
 
+def test_machines_of_one_name_do_not_make_each_other_s_backups_full(
+    disk: FakeDisk, repository: Repository, options: CreateOptions, tmp_path: Path
+) -> None:
+    """As two that are called localhost, with a disk of the same name each, in one repository."""
+    other = FakeDisk(bytes(disk.data))
+    theirs = dataclasses.replace(options, state_dir=tmp_path / "theirs")
+    kinds = []
+    for number in range(3):
+        for one_disk, own in ((disk, options), (other, theirs)):
+            one_disk.write((number + len(kinds)) * BLOCK, b"x")
+            kinds.append(back_up(one_disk, repository, own).kind)
+    assert kinds == ["full", "full", *["incremental"] * 4]
+
+
 def test_after_255_snapshots_a_backup_is_full_and_then_goes_on(
     disk: FakeDisk, repository: Repository, options: CreateOptions
 ) -> None:

@@ -99,14 +99,19 @@ def _choose(source: PointInTimeSource, candidates: Sequence[Manifest],
     """The first candidate that will do, with what changed since. Its reason is the first one's if none will."""
     first: GenerationError | None = None
     for manifest in candidates:
+        if first is not None and not _is_of_generation(manifest, source):
+            continue  # older ones may be of ours again: another machine of the same name has generations of its own
         try:
             return manifest, _changed_since(source, manifest, known)
         except GenerationError as error:
             first = first or error
-            if source.mark is None or ((mark := mark_of(manifest)) and mark.generation != source.mark.generation):
-                break  # older ones are of older generations
     assert first is not None
     raise first
+
+
+def _is_of_generation(manifest: Manifest, source: PointInTimeSource) -> bool:
+    mark = mark_of(manifest)
+    return mark is not None and source.mark is not None and mark.generation == source.mark.generation
 
 
 def _changed_since(source: PointInTimeSource, manifest: Manifest, known: Known) -> list[Extent]:
