@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -315,3 +316,75 @@ def test_it_is_in_the_images_once_and_shared_while_the_tree_runs_on(
             assert found.numbers("mm") == sorted(program.pids)
         program.restore(program.dump())
         program.finish()
+
+
+LOCKS = r"""
+// A lock of a table that two processes have, who both map the file; and signals of a pipe that go to a process which
+// another one has to make first.
+static volatile int heard;
+static int live(void *unused) {
+    struct sigaction action = {.sa_handler = nothing};
+    CHECK(!sigaction(SIGIO, &action, 0));
+    hear(0);
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGIO);
+    CHECK(sigwaitinfo(&set, 0) == SIGIO);
+    heard = 1;
+    return 0;
+}
+static int map_too(void *unused) { hear(0); CHECK(*(volatile char *)board == 1); return 0; }
+int main(void) {
+    board_up();
+    int fd = open("file", O_CREAT | O_RDWR, 0600), ends[2];
+    CHECK(!ftruncate(fd, 4096) && mmap(0, 4096, 3, MAP_SHARED, fd, 0) != MAP_FAILED);
+    struct flock lock = {.l_type = F_WRLCK, .l_start = 5, .l_len = 7};
+    CHECK(!fcntl(fd, F_SETLK, &lock) && !pipe(ends));
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGIO);
+    CHECK(!sigprocmask(SIG_BLOCK, &set, 0));
+    pid_t first = clone(map_too, stacks[0] + 60000, CLONE_FILES | SIGCHLD, 0);
+    pid_t second = clone(live, stacks[1] + 60000, CLONE_VM | SIGCHLD, 0);
+    CHECK(first > 0 && second > 0 && !fcntl(ends[0], F_SETOWN, second));
+    CHECK(!fcntl(ends[0], F_SETFL, O_ASYNC));
+    set_up();
+    pid_t other = fork();
+    if (!other) {
+        struct flock found = {.l_type = F_WRLCK};
+        CHECK(!fcntl(fd, F_GETLK, &found) && found.l_type == F_WRLCK && found.l_start == 5 && found.l_len == 7);
+        _exit(0);
+    }
+    end_well(other);
+    CHECK(fcntl(ends[0], F_GETOWN) == second);
+    say(0, 1);
+    CHECK(write(ends[1], "x", 1) == 1);
+    end_well(first); end_well(second);
+    CHECK(heard);
+    return content();
+}
+"""
+
+
+def test_locks_of_a_table_and_owners_that_are_made_late(tmp_path: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, COMMON + LOCKS)) as program:
+        for _ in range(2):
+            program.restore(program.dump("--file-locks"))
+        program.finish()
+
+
+def test_a_copy_in_a_pid_namespace_shares_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HERE", str(tmp_path))
+    with running(tmp_path, compiled(tmp_path, COMMON + LINUX_THREADS)) as program:
+        images = program.dump("--leave-running")
+        made = json.loads(stasis("restore", "--images", images, "--pid-namespace", "--json"))
+        copies = made["pids"]
+        program.pids += [made["init"], *copies]
+        assert len(copies) == 5
+        assert len({compare(Kcmp.VM, copies[0], pid) for pid in copies}) == 1
+        assert sum(compare(Kcmp.FILES, copies[0], pid) == 0 for pid in copies) == 4
+        assert compare(Kcmp.VM, program.pid, copies[0])
+        program.finish()
+        wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in copies), "the copy did not end")
+        errors = (tmp_path / "errors").read_text()
+        assert not errors, errors

@@ -236,7 +236,7 @@ def restore(arguments: argparse.Namespace) -> int:
         with open(arguments.pidfile, "w") as file:
             file.write(f"{result.pid}\n")
     if arguments.json:
-        output.print_json(result)
+        output.print_json(result.as_dict())
     elif not arguments.attach:
         print(result.pid)
     if not arguments.attach:
