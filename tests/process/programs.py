@@ -109,6 +109,12 @@ class Program:
         """Bring it back."""
         assert int(stasis("restore", "--images", images, *options)) == self.pid
 
+    def again_and_again(self) -> None:
+        """Dump it and let it run on, then dump and restore it; with STASIS_LONG all of it twice."""
+        for _ in range(2 if os.environ.get("STASIS_LONG") else 1):
+            self.dump("--leave-running")
+            self.restore(self.dump())
+
     def finish(self) -> None:
         """Let the program look at itself; it must be content."""
         (self.directory / "go").touch()

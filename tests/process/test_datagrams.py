@@ -60,8 +60,7 @@ def test_a_server_of_both_protocols(tmp_path: Path) -> None:
     with running(tmp_path, sys.executable, "-c", WILDCARD) as program:
         told = stasis("dump", program.pid, "--images", tmp_path / "running", "--leave-running", "--json")
         assert not json.loads(told)["warnings"]
-        for _ in range(2):
-            program.restore(program.dump())
+        program.again_and_again()
         program.finish()
 
 

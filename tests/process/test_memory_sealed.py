@@ -73,9 +73,7 @@ def _written(path: Path, pid: int, start: int, end: int) -> Path:
 def test_sealed_memory(tmp_path: Path) -> None:
     with running(tmp_path, compiled(tmp_path, SEALED)) as program:
         _needs_seals(program)
-        program.dump("--leave-running")
-        for _ in range(2):
-            program.restore(program.dump())
+        program.again_and_again()
         program.finish()
 
 

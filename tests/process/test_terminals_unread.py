@@ -62,10 +62,7 @@ Path("content").touch()
 
 def test_lines_and_bytes_in_both_directions(tmp_path: Path) -> None:
     with running(tmp_path, sys.executable, "-c", f"LINES = {LINES!r}\n{PROGRAM}") as program:
-        program.dump("--leave-running")
-        program.restore(program.dump())
-        program.dump("--leave-running")
-        program.restore(program.dump())
+        program.again_and_again()
         program.finish()
 
 

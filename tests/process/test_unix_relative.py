@@ -65,9 +65,7 @@ Path(f"{top}/content").touch()
 
 def test_relative_names(tmp_path: Path) -> None:
     with running(tmp_path, sys.executable, "-c", PROGRAM) as program:
-        program.dump("--leave-running")
-        for _ in range(2):
-            program.restore(program.dump())
+        program.again_and_again()
         program.finish()
 
 

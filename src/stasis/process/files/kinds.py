@@ -23,6 +23,7 @@ KINDS = {
     FdTypes.NETLINKSK: ("netlink", "NetlinkSockets"),
     FdTypes.PACKETSK: ("packet", "PacketSockets"),
     FdTypes.NS: ("nsfile", "NamespaceFiles"),
+    FdTypes.EXT: ("mqueues", "MessageQueues"),
     FdTypes.REG: ("regular", "RegularFiles"),
     FdTypes.MEMFD: ("memfd", "Memfds"),
     FdTypes.PIPE: ("pipes", "Pipes"),

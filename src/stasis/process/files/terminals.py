@@ -84,7 +84,7 @@ class Terminals(FileKind):
     @staticmethod
     def _check_pairs(pairs: list[Descriptor], alone: set[int], looking: Looking) -> None:
         """What waits in a terminal can be taken along if nobody but the tree reads and writes there."""
-        waiting = [one for one in pairs if _ask(one, FIONREAD)]
+        waiting = [one for one in pairs if _waiting(one)]
         outside = held_outside({one.pid for one in looking.descriptors}) if waiting else set()
         for one in waiting:
             if _index(one) in alone:
@@ -126,7 +126,7 @@ class Terminals(FileKind):
     def _keep_unread(self, saving: Saving) -> None:
         """Of canonical terminals also the beginning of a line, which nothing tells of."""
         pairs = [index for index, slave in self._slaves.items() if index in self._masters and (
-            _ask(self._masters[index], FIONREAD) or _ask(slave, FIONREAD) or _settings(slave).canonical)]  # fmt: skip
+            _waiting(self._masters[index]) or _waiting(slave) or _settings(slave).canonical)]  # fmt: skip
         outside = held_outside(saving.descriptors) if pairs else set()
         ours = [index for index in pairs if index not in outside and not _why_not_now(self._slaves[index])]
         masters = [duplicate(self._masters[index]) for index in ours]
@@ -249,10 +249,12 @@ def _info_id(descriptor: Descriptor) -> int:
     return _index(descriptor) << 1 | _is_master(descriptor)
 
 
-def _ask(descriptor: Descriptor, request: int) -> int:
+def _waiting(descriptor: Descriptor) -> int:
+    """How many bytes can be read. To poll has the kernel hand on what its worker has not yet (n_tty_poll())."""
     fd = duplicate(descriptor)
     try:
-        return get(fd, request)
+        select.select([fd], [], [], 0)
+        return get(fd, FIONREAD)
     finally:
         os.close(fd)
 

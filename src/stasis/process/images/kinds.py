@@ -79,6 +79,7 @@ def _kinds() -> dict[str, Kind]:
         "bpfmap-data": ("BPFMAP_DATA", "events.BpfmapDataEntry"),
         "cpuinfo": ("CPUINFO", "registers.CpuinfoEntry"),
         "stasis-datagrams": ("STASIS_DATAGRAMS", "sockets.DatagramEntry"),
+        "stasis-mqueues": ("STASIS_MQUEUES", "files.MqueueFileEntry"),
         # no longer written
         "reg-files": ("REG_FILES", "files.RegFileEntry"),
         "ext-files": ("EXT_FILES", "files.ExtFileEntry"),
@@ -124,6 +125,7 @@ def _kinds() -> dict[str, Kind]:
         "autofs": ("AUTOFS", "namespaces.AutofsEntry"),
         "binfmt-misc": ("BINFMT_MISC", "namespaces.BinfmtMiscEntry"),
         "stasis-seals": ("STASIS_SEALS", "memory.SealEntry"),
+        "stasis-ipcns-mq": ("STASIS_IPCNS_MQ", "ipc.MqueueEntry"),
         # no longer written
         "vmas": ("VMAS", "memory.VmaEntry"),
         "sigacts": ("SIGACT", "tasks.SaEntry"),

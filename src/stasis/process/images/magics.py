@@ -59,6 +59,8 @@ MAGICS: Final = {
     # Ours, which criu does not know.
     "STASIS_SEALS": 0x4C414553,
     "STASIS_DATAGRAMS": 0x4D524744,
+    "STASIS_MQUEUES": 0x5145554D,
+    "STASIS_IPCNS_MQ": 0x514D4E49,
     # Read, and no longer written: what they held lies in files.img, mm and core now.
     "REG_FILES": 0x50363636,
     "EXT_FILES": 0x59255641,

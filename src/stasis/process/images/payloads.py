@@ -56,6 +56,7 @@ _LAYOUTS: Final[dict[str, Callable[[Any], list[Size]]]] = {
     "fifo-data": lambda entry: _one(entry.bytes),
     "sk-queues": lambda entry: _one(entry.length),
     "stasis-datagrams": lambda entry: _one(entry.length),
+    "stasis-ipcns-mq": lambda entry: _one(entry.length),
     "tcp-stream": _queues,
     "ipcns-shm": lambda entry: [] if entry.in_pagemaps else [Size("", entry.size, round_up(entry.size, 4))],
     "ipcns-sem": lambda entry: [Size("", entry.nsems * 2, round_up(entry.nsems * 2, 8))],

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IPC namespaces (ipc_namespaces(7)): limits, semaphores, message queues with their messages, shared memory.
-
-POSIX message queues are refused: to read their messages is to take them out, and images have no place for them.
-"""
+"""IPC namespaces (ipc_namespaces(7)): limits, semaphores, message queues with their messages, shared memory."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from stasis.errors import StasisError
 from stasis.linux import libc, procfs, sysvipc, sysvshm
 from stasis.linux.namespaces import FLAGS, join, unshare
-from stasis.linux.newmount import new_filesystem
 from stasis.linux.sysvipc import Object, Queue, Semaphores
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.ipc import IpcDescEntry, IpcMsg, IpcMsgEntry, IpcSemEntry, IpcVarEntry
 from stasis.process.namespaces.identities import Identities
+from stasis.process.namespaces.mqueues import check_queues, make_queues, write_queues
 
 if TYPE_CHECKING:
     from stasis.process.findings import Findings
@@ -47,20 +44,7 @@ SEMAPHORE_LIMITS = SYSTEM / "kernel/sem"
 
 def check(root: int, findings: Findings) -> None:
     """Note what cannot be kept."""
-    try:
-        names = _posix_queues()
-    except OSError:
-        return  # a kernel without them
-    for name in names:
-        findings.add(root, f"POSIX message queue /{name}", "images have no place for it")
-
-
-def _posix_queues() -> list[str]:
-    fd = new_filesystem("mqueue")
-    try:
-        return os.listdir(fd)
-    finally:
-        os.close(fd)
+    check_queues(root, findings)
 
 
 def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
@@ -77,6 +61,7 @@ def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
         parts = [(IpcMsg(mtype=kind, msize=len(text)), text) for kind, text in texts]
         out.image("ipcns-msg", number).append(message, *parts)
     _write_segments(number, out, identities)
+    write_queues(number, out, identities)
     return []
 
 
@@ -126,6 +111,7 @@ def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
             _make_semaphores(images, number, record)
         for record in images.image("ipcns-msg", number) if images.has("ipcns-msg", number) else ():
             _make_queue(images, number, record)
+        make_queues(images, number)
     except OSError as error:
         raise StasisError(f"the IPC namespace cannot be filled: {error.strerror or error}",
                           errno=error.errno or 0) from error  # fmt: skip

@@ -45,6 +45,7 @@ __all__ = [
     "FileLockEntry",
     "GhostChunkEntry",
     "GhostFileEntry",
+    "MqueueFileEntry",
     "NsFileEntry",
     "PipeDataEntry",
     "PipeEntry",
@@ -100,6 +101,12 @@ class RegFileEntry(Message):
 class ExtFileEntry(Message):
     id: int = uint32(1)
     fown: FownEntry = message(5, FownEntry)
+
+
+class MqueueFileEntry(Message):
+    id: int = uint32(1)
+    name: str = string(2)
+    flags: int = uint32(3, show="open")
 
 
 class NsFileEntry(Message):

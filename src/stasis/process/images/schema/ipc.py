@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""System V IPC objects and their limits."""
+"""System V IPC objects and their limits, POSIX message queues."""
 
 from __future__ import annotations
 
-from stasis.process.images.message import Message, boolean, message, uint32, uint64
+from stasis.process.images.message import Message, boolean, message, string, uint32, uint64
 
 __all__ = [
     "IpcDescEntry",
@@ -12,6 +12,7 @@ __all__ = [
     "IpcSemEntry",
     "IpcShmEntry",
     "IpcVarEntry",
+    "MqueueEntry",
 ]
 
 
@@ -66,3 +67,13 @@ class IpcVarEntry(Message):
     msg_next_id: int | None = uint32(15, default=None)
     sem_next_id: int | None = uint32(16, default=None)
     shm_next_id: int | None = uint32(17, default=None)
+
+
+class MqueueEntry(Message):
+    name: str = string(1)
+    mode: int = uint32(2)
+    uid: int = uint32(3)
+    gid: int = uint32(4)
+    maxmsg: int = uint32(5)
+    msgsize: int = uint32(6)
+    length: int = uint32(7)
