@@ -344,8 +344,9 @@ int main(void) {
     sigemptyset(&set);
     sigaddset(&set, SIGIO);
     CHECK(!sigprocmask(SIG_BLOCK, &set, 0));
+    int pidfd;
     pid_t first = clone(map_too, stacks[0] + 60000, CLONE_FILES | SIGCHLD, 0);
-    pid_t second = clone(live, stacks[1] + 60000, CLONE_VM | SIGCHLD, 0);
+    pid_t second = clone(live, stacks[1] + 60000, CLONE_VM | CLONE_PIDFD | SIGCHLD, 0, &pidfd);
     CHECK(first > 0 && second > 0 && !fcntl(ends[0], F_SETOWN, second));
     CHECK(!fcntl(ends[0], F_SETFL, O_ASYNC));
     set_up();
@@ -359,14 +360,17 @@ int main(void) {
     CHECK(fcntl(ends[0], F_GETOWN) == second);
     say(0, 1);
     CHECK(write(ends[1], "x", 1) == 1);
-    end_well(first); end_well(second);
+    end_well(first);
+    siginfo_t info;
+    CHECK(!waitid(3 /* P_PIDFD */, pidfd, &info, WEXITED) && info.si_pid == second && info.si_status == 0);
+    CHECK(fcntl(pidfd, F_GETFD) == FD_CLOEXEC);
     CHECK(heard);
     return content();
 }
 """
 
 
-def test_locks_of_a_table_and_owners_that_are_made_late(tmp_path: Path) -> None:
+def test_locks_of_a_table_and_descriptors_of_processes_that_are_made_late(tmp_path: Path) -> None:
     with running(tmp_path, compiled(tmp_path, COMMON + LOCKS)) as program:
         for _ in range(2):
             program.restore(program.dump("--file-locks"))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -61,6 +61,8 @@ class Opened(Protocol):
 
     images: ImageSet
     state: dict[type[FileKind], dict[int, Any]]
+    made_late: Container[int]
+    """Pids of processes that are made when all descriptor tables are filled."""
 
     @property
     def closes_connections(self) -> bool:

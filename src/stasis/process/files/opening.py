@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stasis.process.files.kind import FileKind
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.schema.common import FownEntry
+    from stasis.process.images.schema.events import PidfdEntry
     from stasis.process.namespaces.apart import Apart
 
 __all__ = ["FileSet"]
@@ -48,6 +49,7 @@ class FileSet:
         self._ghosts = Ghosts(images, self.move, lambda number: map_path(self.file_name(number)))
         self._made: dict[int, int] = {}
         self._late: set[int] = set()
+        self.made_late: Container[int] = frozenset()
         self.base = ROOM
         self._entries: dict[int, FileEntry] = {entry.id: entry for entry in images.messages("files")}
         types = {entry.type for entry in self._entries.values()}
@@ -182,14 +184,18 @@ class FileSet:
                 os.close(self._made[number])
                 self._made[number] = self.move(late)
 
-    def owned_by_others(self, files_id: int, beside: Container[int] = ()) -> list[tuple[int, FownEntry]]:
-        """Descriptors whose signals go to a single thread, or to a process `beside` another one: these are there later
-        than others."""
+    def late_pidfds(self, files_id: int) -> list[tuple[FdinfoEntry, PidfdEntry]]:
+        """Descriptors of processes that are made late, and what they are for."""
+        found = [(entry, self.entry(entry.id).pidfd) for entry in self.images.messages("fdinfo", files_id)]
+        return [(entry, pidfd) for entry, pidfd in found if pidfd is not None and pidfd.nspid in self.made_late]
+
+    def owned_by_others(self, files_id: int) -> list[tuple[int, FownEntry]]:
+        """Descriptors whose signals go to a single thread, or to a process that is made late."""
         found = []
         for entry in self.images.messages("fdinfo", files_id):
             file = self.entry(entry.id)
             wanted = self._kind(file).owner(file, self)
-            if wanted is not None and wanted.pid and (wanted.pid_type == F_OWNER_TID or wanted.pid in beside):
+            if wanted is not None and wanted.pid and (wanted.pid_type == F_OWNER_TID or wanted.pid in self.made_late):
                 found.append((entry.fd, wanted))
         return found
 

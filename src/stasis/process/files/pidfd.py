@@ -48,8 +48,8 @@ class Pidfds(FileKind):
 
     def late(self, entry: FileEntry, opened: Opened) -> int | None:
         found = self.message_of(entry)
-        if found.nspid <= 0:
-            return None
+        if found.nspid <= 0 or found.nspid in opened.made_late:
+            return None  # what `restore` made keeps the number for one that is there later
         deadline = time.monotonic() + LONGEST_WAIT
         while True:
             try:

@@ -14,23 +14,25 @@ import signal
 import struct
 from typing import TYPE_CHECKING
 
-from stasis.linux import ptrace
+from stasis.linux import procfs, ptrace
 from stasis.linux.clone3 import CLONE_ARGS, CLONE_PARENT
 from stasis.process.files.locks import F_OFD_SETLK, FL_FLOCK, FL_LEASE, FL_OFD, packed_lock
+from stasis.process.files.table import FD_CLOEXEC
+from stasis.process.remote import Remote
 from stasis.process.restore.spawn import refusal
 from stasis.process.restore.tasks import give_process_state
 from stasis.process.restore.threads import make_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
+    from stasis.process.files.opening import FileSet
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.schema.files import FileLockEntry
-    from stasis.process.remote import Remote
     from stasis.process.restore.outfit import Ready
     from stasis.process.restore.plan import TaskPlan
 
-__all__ = ["give_directory", "make_beside"]
+__all__ = ["give_directory", "give_pidfds", "make_beside"]
 
 CLONE_PTRACE = 0x2000  # include/uapi/linux/sched.h: the child of a traced process is traced with the same options
 LAST_FD = (1 << 32) - 1
@@ -91,6 +93,21 @@ def give_directory(remote: Remote, plan: TaskPlan, directory: Sequence[int]) -> 
         remote.call("fchdir", root)
         remote.call("chroot", remote.put(b".\0"))
     remote.call("fchdir", directory[0])
+
+
+def give_pidfds(living: Iterable[TaskPlan], files: FileSet) -> None:
+    """Descriptors of processes that were made here, in place of what kept their numbers. Each table once."""
+    done: set[int] = set()
+    for plan in living:
+        assert plan.ids is not None
+        found = [] if plan.ids.files_id in done else files.late_pidfds(plan.ids.files_id)
+        done.add(plan.ids.files_id)
+        if found:
+            with Remote(plan.pid, procfs.mappings(plan.pid, flags=False)) as remote:
+                for entry, pidfd in found:
+                    made = remote.call("pidfd_open", pidfd.nspid, pidfd.flags & os.O_NONBLOCK)
+                    remote.call("dup3", made, entry.fd, os.O_CLOEXEC if entry.flags & FD_CLOEXEC else 0)
+                    remote.call("close", made)
 
 
 def _fill(remote: Remote, table: Sequence[tuple[int, bool, int]]) -> None:

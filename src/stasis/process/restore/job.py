@@ -9,7 +9,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from stasis.process.images.schema.tasks import TaskKobjIdsEntry
 from stasis.process.journal import Journal
 from stasis.process.meter import Meter, Progress
 from stasis.process.remote import Remote
-from stasis.process.restore.beside import give_directory, make_beside
+from stasis.process.restore.beside import give_directory, give_pidfds, make_beside
 from stasis.process.restore.crew import Roll, adopting
 from stasis.process.restore.memory import replace_memory
 from stasis.process.restore.outfit import Ready
@@ -114,6 +114,7 @@ def _restore_here(images: str | os.PathLike[str], chosen: RestoreOptions, traces
         assert root.ids is not None
         own = own_kinds_of(opened, root.ids)
         files = FileSet(opened, _mapper(_paths(opened, root.ids, own, chosen)), chosen.files)
+        files.made_late = {plan.pid for plan in root.walk() if plan.birth.beside}
         for plan in root.walk():
             if plan.ids is not None:
                 files.check(plan.ids.files_id)
@@ -221,7 +222,7 @@ def _restore(
     anything runs, and what follows is left to the caller."""
     root, files, chain = nursery.crew.root, nursery.crew.files, nursery.crew.chain
     living = [plan for plan in root.walk() if not plan.is_zombie]
-    own, beside = [plan for plan in living if not plan.birth.beside], {plan.pid for plan in living if plan.birth.beside}
+    own = [plan for plan in living if not plan.birth.beside]
     roll, filters = Roll(), Filters(files.images)
     with Guardian(Journal(), roll.end, traces.undo), adopting() as end_all:
         try:
@@ -235,11 +236,12 @@ def _restore(
                 _seize(plan.pid)
             for plan in own:
                 _become(plan, ready[plan.pid], chain, filters)
-            if beside:
+            if len(own) < len(living):
                 roll.enter(plan.pid for plan in living)
                 warnings += _join_beside(files.images, own, options)
+                give_pidfds(living, files)
             for plan in living:
-                _give_to_others(plan, files, beside)
+                _give_to_others(plan, files)
             _remove_marked(files.images, living)
             let_all_live(files, [(plan.pid, plan.ids.files_id) for plan in living if plan.ids is not None])
             for name in "post-restore", "pre-resume":
@@ -335,10 +337,10 @@ def _give(plan: TaskPlan, remote: Remote, filters: Filters) -> None:
     remote.leader.signal_mask = task.blk_sigset
 
 
-def _give_to_others(plan: TaskPlan, files: FileSet, beside: Container[int]) -> None:
+def _give_to_others(plan: TaskPlan, files: FileSet) -> None:
     """Descriptions whose signals are for one thread, or for a process that was not there before."""
     assert plan.ids is not None
-    for fd, wanted in files.owned_by_others(plan.ids.files_id, beside):
+    for fd, wanted in files.owned_by_others(plan.ids.files_id):
         with Pidfd(plan.pid) as pidfd:
             ours = pidfd.get(fd)
         try:
