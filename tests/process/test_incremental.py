@@ -30,7 +30,7 @@ from tests.process.test_dump_restore import stasis, wait_for_end
 
 pytestmark = pytest.mark.root
 
-PATIENCE = 20.0
+PATIENCE = 90.0
 
 WRITER = r"""
 import contextlib, ctypes, hashlib, mmap, os, random, sys, time
