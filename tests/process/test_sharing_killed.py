@@ -4,6 +4,7 @@ brought into them is there once, and goes once."""
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 
 from stasis.process.dump.job import DumpOptions, dump
 from stasis.process.restore.job import restore
-from tests.process.injector import count_steps, kill_at
+from tests.process.injector import count_steps_of_all, kill_at
 from tests.process.programs import compiled, counts, goes_on, running, wait_for
-from tests.process.test_every_step import LONG, end, killed_again_and_again, steps
+from tests.process.test_every_step import LONG, SAMPLE, end, killed_again_and_again
 from tests.process.test_killed import settled
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.timeout(7200 if LONG else 300)]
@@ -62,15 +63,17 @@ def test_a_dumper_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> None:
         program.finish()
 
 
-def test_a_restorer_that_is_killed_at_any_step(tmp_path: Path, seed: int) -> None:
+def test_any_process_of_such_a_restore_is_killed(tmp_path: Path, seed: int) -> None:
     with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
         images = program.dump()
-        total = count_steps(lambda: restore(images))
-        for step in steps(total, seed):
+        all_steps = count_steps_of_all(lambda: restore(images))
+        found = [(process, step) for process, total in sorted(all_steps.items()) for step in range(1, total + 1)]
+        for process, step in found if LONG else random.Random(seed).sample(found, SAMPLE):
             images = end(program, images)
-            kill_at(step, lambda images=images: restore(images))
+            kill_at(step, lambda images=images: restore(images), process)
             before = counts(tmp_path)
-            wait_for(partial(settled, program, before), f"killed at step {step} of {total}: half of the tree is left")
+            where = f"process {process} was killed at step {step} of {all_steps[process]}"
+            wait_for(partial(settled, program, before), f"{where}: half of the tree is left")
         program.restore(end(program, images))
         goes_on(program)
         program.finish()

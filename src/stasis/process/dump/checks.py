@@ -75,11 +75,10 @@ def _check_sharing(tree: Tree, findings: Findings) -> None:
     for pid, birth in sharing.births.items():
         if birth.beside and namespace_ids(pid) != namespace_ids(birth.maker):
             findings.add(pid, "namespaces", f"they are not those of process {birth.maker}, which it shares memory with")
-    if sharing.is_any:
-        for task in tree.tasks:
-            if task is not tree.root and not task.is_zombie and task.stat.exit_signal != SIGCHLD:
-                findings.add(task.pid, "parent", f"its end is told by signal {task.stat.exit_signal} and not SIGCHLD, "
-                                                 "which no image can say")  # fmt: skip
+    for task in tree.tasks:
+        if task is not tree.root and not task.is_zombie and task.stat.exit_signal != SIGCHLD:
+            findings.add(task.pid, "parent", f"its end is told by signal {task.stat.exit_signal} and not SIGCHLD, "
+                                             "which no image can say")  # fmt: skip
     _check_outside(tree.root, findings)
 
 
