@@ -44,7 +44,7 @@ class DattoMethods:
         """With the lock, and no kernel node that holds the image open; it is made again where there still is one."""
         tracers = self._devices.tracers
         try:
-            with self._devices.lock:
+            with tracers.nodes.none_is_made(), self._devices.lock:
                 tracers.nodes.release(minor)
                 yield
         finally:

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from stasis.daemon import nodes
@@ -100,6 +100,12 @@ class TracerNodes:
                 return True
         self._abandon(record)
         return False
+
+    @contextlib.contextmanager
+    def none_is_made(self) -> Iterator[None]:
+        """No node is being made, which would have its image open before anybody knows of it. Not with the lock."""
+        with self._making:
+            yield
 
     # -- taking apart -------------------------------------------------------------------------------------
 
