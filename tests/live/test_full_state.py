@@ -12,7 +12,7 @@ import pytest
 
 from stasis.errors import ExitCode
 from tests.live.disks import MIB, mounted
-from tests.live.writers import bpf_works, loop_device, read_direct
+from tests.live.writers import bpf_works, loop_device, read_direct, state_directory
 from tests.runner import Stasis
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices")]
@@ -48,7 +48,8 @@ def change(node: str, number: int) -> None:
 def test_a_full_state_directory_is_named_and_loses_nothing(stasis: Stasis, node: str, tmp_path: Path) -> None:
     repo, out = tmp_path / "repo", tmp_path / "restored"
     backup = ("backup", "create", node, "--repo", repo, "--self-check", "0")
-    with mounted("none", stasis.state_dir, "-t", "tmpfs", "-o", f"size={ROOM}") as state:
+    with (mounted("none", stasis.state_dir, "-t", "tmpfs", "-o", f"size={ROOM}") as state,
+          state_directory(stasis.state_dir)):
         stasis("repo", "init", repo, "--no-encryption")
         stasis("track", "start", node)
         stasis(*backup)
