@@ -68,6 +68,10 @@ class Sharing:
         self.problems: list[tuple[int, str, str]] = []
         self._everyone = list(root.walk())
         self._parents = {child.pid: one for one in self._everyone for child in one.children}
+        self._first: dict[int, Member] = {}
+        for one in self._everyone:
+            if one.ids:
+                self._first.setdefault(one.ids["vm"], one)
         self._own = [one for one in self._everyone if not self._is_beside(one)]
         self.is_any = self._has_any()
         self._sessions(root, root.sid)
@@ -96,7 +100,7 @@ class Sharing:
         self.births[one.pid] = birth = Birth()
         parent = self._parents.get(one.pid)
         birth.maker = parent.pid if parent is not None else 0
-        first = next((other for other in self._everyone if other.ids and other.ids["vm"] == one.ids.get("vm")), one)
+        first = self._first[one.ids["vm"]] if one.ids else one
         if first is one:
             return False
         birth.beside, birth.flags = first.pid, CLONE_VM
@@ -143,19 +147,20 @@ class Sharing:
                 self._arrange_children(one, children)
 
     def _arrange_children(self, one: Member, children: list[Member]) -> None:
-        steps = {child.pid: self._steps(one, child) for child in children}
-        left, found = list(children), []
+        left: dict[tuple[int | None, ...], list[Member]] = {}
+        for child in children:
+            left.setdefault(self._steps(one, child), []).append(child)
+        found: list[int] = []
         while left:
-            following = next((child for child in left if not any(_must_wait(steps[child.pid], steps[other.pid])
-                                                                 for other in left)), None)  # fmt: skip
+            following = next((steps for steps in left if not any(_must_wait(steps, others) for others in left)), None)
             if following is None:
-                self._problem(left[0], "files", "the processes that share theirs cannot be made in any order")
+                several = next(iter(left.values()))[0]
+                self._problem(several, "files", "the processes that share theirs cannot be made in any order")
                 return
-            left.remove(following)
-            found.append(following.pid)
+            found += [child.pid for child in left.pop(following)]
         self.order[one.pid] = found
 
-    def _steps(self, one: Member, child: Member) -> list[int | None]:
+    def _steps(self, one: Member, child: Member) -> tuple[int | None, ...]:
         """When a child is made, as far as sessions, tables and directories are concerned; None where that is all the
         same. A process begins with what passes through it, then has what only its children share, then its own."""
         born_in, birth = self.births[one.pid].born_in, self.births[child.pid]
@@ -171,7 +176,7 @@ class Sharing:
                                            "which it shares with others")  # fmt: skip
             between = 1 + (number or 0)
             steps.append(None if number is None else 0 if number == begin else 1 << 32 if number == end else between)
-        return steps
+        return tuple(steps)
 
     # -- processes with the address space of another one ---------------------------------------------
 
@@ -205,7 +210,7 @@ class Sharing:
                 self._problem(one, kind, f"it is shared with process {other.pid}, which does not make this one")
         if one.sid not in (one.pid, maker.sid):
             self.problems.append((one.pid, "session", f"it is not that of process {maker.pid}"))
-        if one.pgid not in (one.pid, maker.pgid, *(other.pgid for other in made)):
+        if one.pgid not in (one.pid, maker.pgid) and not any(one.pgid == other.pgid for other in made):
             self.problems.append((one.pid, "process group", "nobody else is in it, and its leader is dead"))
 
 

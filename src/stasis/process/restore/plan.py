@@ -82,8 +82,9 @@ def read_tree(images: ImageSet) -> TaskPlan:
     plans: dict[int, TaskPlan] = {}
     root: TaskPlan | None = None
     for entry in images.messages("pstree"):
-        if entry.pid in plans or not entry.threads or entry.pid not in entry.threads:
-            raise damaged(path, 0, f"process {entry.pid} is there twice or has no threads")
+        entry.threads = entry.threads or [entry.pid]  # CRIU's zombies have none
+        if entry.pid in plans or entry.pid not in entry.threads:
+            raise damaged(path, 0, f"process {entry.pid} is there twice, or is none of its threads")
         plans[entry.pid] = plan = _read_task(images, entry)
         if root is None:
             root = plan
@@ -107,9 +108,9 @@ def _share(root: TaskPlan) -> None:
     plans = {plan.pid: plan for plan in root.walk()}
     for plan in plans.values():
         plan.birth = sharing.births[plan.pid]
-        order = sharing.order.get(plan.pid, [])
+        order = {pid: number for number, pid in enumerate(sharing.order.get(plan.pid, []))}
         own = [child for child in plan.children if not sharing.births[child.pid].beside]
-        plan.children = sorted(own, key=lambda child: order.index(child.pid)) if order else own
+        plan.children = sorted(own, key=lambda child: order[child.pid]) if order else own
         if plan.birth.beside:
             plans[plan.birth.beside].beside.append(plan)
             if _namespaces(plan) != _namespaces(plans[plan.birth.maker]):
