@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import _thread
+import errno
 import os
 import socket
 import subprocess
@@ -116,6 +118,40 @@ def test_a_block_that_cannot_be_read_costs_no_other(
     image, changed, errors, _ = _copied(source, reader, short_dir / "image")
     assert image == _expected(export, reader, broken)
     assert (changed, errors) == (997 + 4000 + 2, len(broken))
+
+
+def test_the_image_is_durable_when_it_is_over(source: BulkReader, reader: CowReader, short_dir: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is busy from early on; what was written after it was told to begin is told to it again."""
+    calls: list[str] = []
+    real_write, real_sync = os.pwrite, os.fdatasync
+    monkeypatch.setattr(os, "pwrite", lambda *given: calls.append("write") or real_write(*given))
+    monkeypatch.setattr(os, "fdatasync", lambda fd: calls.append("sync") or real_sync(fd))
+    _copied(source, reader, short_dir / "image")
+    assert calls[-1] == "sync"
+    assert calls.index("sync") < len(calls) - 1 - calls[::-1].index("write")
+
+
+@pytest.mark.parametrize("failing", [0, 1, -1])
+def test_a_disk_that_fails_is_told_of_whenever_it_does(source: BulkReader, reader: CowReader, short_dir: Path,
+                                                       monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """The kernel tells of a write that failed once, to whoever asks first. -1: no thread could be had to ask early."""
+    asked = 0
+
+    def sync(_fd: int) -> None:
+        nonlocal asked
+        asked += 1
+        if asked - 1 == max(failing, 0):
+            raise OSError(errno.EIO, "the disk failed")
+
+    def refuse(*_given: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    if failing < 0:
+        monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    with pytest.raises(OSError, match="the disk failed"):
+        _copied(source, reader, short_dir / "image")
 
 
 class _Ends(MemoryExport):

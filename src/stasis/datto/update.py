@@ -8,6 +8,7 @@ writes.
 
 from __future__ import annotations
 
+import _thread
 import os
 from errno import EINVAL
 
@@ -34,8 +35,8 @@ __all__ = ["Result", "Source", "check_follows", "describe", "place_in_series", "
 Extent = tuple[int, int]
 """Offset and length in bytes."""
 
-PROGRESS_BLOCKS = 2048
-"""Blocks between two calls of `progress`."""
+STEP_BLOCKS = 512
+"""Blocks between two calls of `progress`, after which what was written is sent to the disk, too."""
 
 
 class Result:
@@ -87,10 +88,57 @@ def update(source: Source, reader: CowReader, target: int,
     `progress` is called with blocks done and blocks in all. A block that cannot be copied is counted and the rest is
     copied; OSError if the image cannot be made durable.
     """
-    copy = _Copy(source, target, sum(end - first for first, end in reader.changed()), progress)
-    copy.run(reader.extents())
-    os.fdatasync(target)  # the image keeps its length and its place, so that times are all that is left out
+    durable = _Durable(target)
+
+    def step(done: int, total: int) -> None:
+        durable.begin()
+        progress(done, total)
+
+    copy = _Copy(source, target, sum(end - first for first, end in reader.changed()), step)
+    try:
+        copy.run(reader.extents())
+    finally:
+        durable.wait()
+    progress(copy.total, copy.total)
+    durable.finish()
     return Result(copy.total, copy.errors)
+
+
+class _Durable:
+    """Has the disk write while more is copied: at the end little is left to wait for."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._running = _thread.allocate_lock()  # `threading` takes 2 ms to load
+        self._error: OSError | None = None
+
+    def begin(self) -> None:
+        """Begin with what was written up to now, unless the disk is still busy with what was before."""
+        if not self._running.acquire(blocking=False):
+            return
+        try:
+            _thread.start_new_thread(self._run, ())
+        except RuntimeError:  # no more threads: it is all done at the end
+            self._running.release()
+
+    def _run(self) -> None:
+        try:
+            os.fdatasync(self._target)
+        except OSError as error:
+            self._error = error  # the kernel tells of it once
+        finally:
+            self._running.release()
+
+    def wait(self) -> None:
+        """Until nothing is under way."""
+        with self._running:
+            pass
+
+    def finish(self) -> None:
+        """All of it. The OSError of any writeback that failed."""
+        if self._error is not None:
+            raise self._error
+        os.fdatasync(self._target)  # the image keeps its length and its place, so that times are all that is left out
 
 
 class _Copy:
@@ -108,7 +156,6 @@ class _Copy:
             self.errors = len(self._copy(_blocks(failed)))
         except (ConnectionError, TimeoutError):
             self.errors = self.total - self._done
-        self._progress(self.total, self.total)
 
     def _copy(self, extents: Iterable[Extent]) -> list[Extent]:
         """What could not be copied."""
@@ -124,7 +171,7 @@ class _Copy:
                 failed.append((offset, length))
                 continue
             self._done += -(-length >> BLOCK_SHIFT)
-            if self._done - told >= PROGRESS_BLOCKS:
+            if self._done - told >= STEP_BLOCKS:
                 told = self._done
                 self._progress(told, self.total)
         return failed
