@@ -17,6 +17,7 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from stasis.process.helpers import apart
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.sockets import DatagramEntry
 
@@ -29,6 +30,7 @@ SO_PEEK_OFF, SO_NETNS_COOKIE = 42, 71  # include/uapi/asm-generic/socket.h
 UDP_GRO = 104  # include/uapi/linux/udp.h
 LARGEST = 1 << 16
 MOST_BYTES = 64 << 20
+FRAME = struct.Struct("<III")
 UDP_HEADER = struct.Struct(">4H")
 IPV4_HEADER = struct.Struct(">BBHHHBBH4s4s")
 IPV6_HEADER = struct.Struct(">IHBB16s16s")
@@ -86,10 +88,26 @@ def peeked(sock: socket.socket) -> Iterator[Datagram]:
 
 
 def keep(sock: socket.socket, number: int, saving: Saving) -> None:
-    """Write what waits in the socket that has the id `number`."""
-    for found in peeked(sock):
+    """Write what waits in the socket that has the id `number`. The program's own looks begin at another place meanwhile
+    (SO_PEEK_OFF), which must not stay so."""
+    what = "the datagrams that wait in a socket cannot be looked at"
+    told = apart(what, lambda: b"".join(map(_packed, peeked(sock))))
+    for found in _unpacked(told):
         entry = DatagramEntry(id_for=number, length=len(found.data), address=found.address, port=found.port)
         saving.out.image("stasis-datagrams").append(entry, found.data)
+
+
+def _packed(one: Datagram) -> bytes:
+    return FRAME.pack(len(one.address), one.port, len(one.data)) + one.address + one.data
+
+
+def _unpacked(told: bytes) -> Iterator[Datagram]:
+    at = 0
+    while at < len(told):
+        address, port, length = FRAME.unpack_from(told, at)
+        at += FRAME.size
+        yield Datagram(told[at : at + address], port, told[at + address : at + address + length])
+        at += address + length
 
 
 def put_back(made: Collection[int], opened: Opened) -> None:

@@ -12,17 +12,16 @@ from __future__ import annotations
 import fcntl
 import os
 import select
-import signal
 import struct
 import termios
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import NamedTuple, NoReturn, Self
+from typing import NamedTuple, Self
 
-from stasis.errors import StasisError, StateError
+from stasis.errors import StateError
 from stasis.linux.ioctl import IO, IOR, IOW
-from stasis.process.helpers import fork_helper, wait_for_helper
+from stasis.process.helpers import apart
 
 __all__ = ["ROOM", "TCGETS2", "TCSETS2", "Pair", "Settings", "Unread", "get", "held_outside", "looked_at"]
 
@@ -33,7 +32,6 @@ TIOCSPTLCK, TIOCGPTLCK, TIOCGPKT = IOW("T", 0x31, 4), IOR("T", 0x39, 4), IOR("T"
 TIOCGPTPEER = IO("T", 0x41)
 LAYOUT = struct.Struct("<4IB19sII")  # struct termios2
 INT, LENGTHS = struct.Struct("<i"), struct.Struct("<II")
-FAILED = 0xFFFFFFFF
 ROOM = 4095
 """Bytes that a reader's buffer holds (N_TTY_BUF_SIZE - 1); more waits in front of it, and was not looked at."""
 CHUNK, SMALLEST_BUFFER, LARGEST_BUFFER = 1 << 16, 256, 3584
@@ -238,50 +236,25 @@ class Pair:
 
 
 def looked_at(masters: Sequence[int]) -> list[Unread]:
-    """What waits in these terminals, by their masters. A process of its own looks, which goes on to the end when the
-    caller is killed: at no moment is what waited only in the memory of one who may die of it."""
-    reader, writer = os.pipe()
-    pid = fork_helper()
-    if pid == 0:
-        os.close(reader)
-        _look(masters, writer)
-    os.close(writer)
-    with open(reader, "rb") as file:
-        told = file.read()
-    wait_for_helper(pid)
+    """What waits in these terminals, by their masters. At no moment is it only in the memory of a process that may be
+    killed with the dumper. StateError where it cannot be put back."""
+    told = apart("what waits in a terminal cannot be kept", lambda: b"".join(map(_look, masters)))
     return list(_parsed(told))
 
 
-def _look(masters: Sequence[int], writer: int) -> NoReturn:
-    """The life of that process. What goes wrong is told as the last of its words."""
-    status = 1
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP):
-            signal.signal(number, signal.SIG_IGN)
-        os.setsid()
-        with open(writer, "wb") as file:
-            for master in masters:
-                try:
-                    with Pair(master) as pair:
-                        found = pair.look()
-                    file.write(LENGTHS.pack(*map(len, found)) + b"".join(found))
-                except (OSError, StasisError) as error:
-                    file.write(LENGTHS.pack(FAILED, FAILED) + str(error).encode())
-                    break
-        status = 0
-    finally:
-        os._exit(status)
+def _look(master: int) -> bytes:
+    with Pair(master) as pair:
+        found = pair.look()
+    return LENGTHS.pack(*map(len, found)) + b"".join(found)
 
 
 def _parsed(told: bytes) -> Iterator[Unread]:
     at = 0
     while at < len(told):
-        lengths = LENGTHS.unpack_from(told, at)
+        output, typed = LENGTHS.unpack_from(told, at)
         at += LENGTHS.size
-        if FAILED in lengths:
-            raise StateError(f"what waits in a terminal cannot be kept: {told[at:].decode()}")
-        yield Unread(told[at : at + lengths[0]], told[at + lengths[0] : at + sum(lengths)])
-        at += sum(lengths)
+        yield Unread(told[at : at + output], told[at + output : at + output + typed])
+        at += output + typed
 
 
 def held_outside(tree: Iterable[int]) -> set[int]:

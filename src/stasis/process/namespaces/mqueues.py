@@ -11,13 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import signal
 import struct
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from stasis.errors import StateError
 from stasis.linux import mqueue
-from stasis.process.helpers import fork_helper, wait_for_helper
+from stasis.process.helpers import apart
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.ipc import MqueueEntry
 
@@ -33,7 +31,6 @@ __all__ = ["check_queues", "make_queues", "write_queues"]
 
 MESSAGE = struct.Struct("<II")  # priority, length
 LARGEST_PRIORITY = 32767  # MQ_PRIO_MAX - 1
-DONE = b"d"
 
 
 def check_queues(root: int, findings: Findings) -> None:
@@ -75,37 +72,18 @@ def _contents(fd: int) -> bytes:
     """All messages, which are in the queue afterwards."""
     if not mqueue.attributes(fd).waiting:
         return b""
-    reader, writer = os.pipe()
-    pid = fork_helper()
-    if pid == 0:
-        os.close(reader)
-        _take_and_put_back(fd, writer)
-    os.close(writer)
-    with open(reader, "rb") as file:
-        told = file.read()
-    wait_for_helper(pid)
-    if not told.endswith(DONE):
-        raise StateError(f"the messages of {os.readlink(f'/proc/self/fd/{fd}')} cannot be looked at",
-                         hint="see what else uses this message queue")  # fmt: skip
-    return told[: -len(DONE)]
+    name = os.readlink(f"/proc/self/fd/{fd}")
+    return apart(f"the messages of {name} cannot be looked at", lambda: _take_and_put_back(fd))
 
 
-def _take_and_put_back(fd: int, writer: int) -> NoReturn:
-    """The life of that process."""
+def _take_and_put_back(fd: int) -> bytes:
+    taken: list[tuple[int, bytes]] = []
     try:
-        for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP):
-            signal.signal(ignored, signal.SIG_IGN)
-        os.setsid()
-        taken: list[tuple[int, bytes]] = []
-        try:
-            taken.extend(mqueue.receive_all(fd))
-        finally:
-            for message in taken:
-                mqueue.send(fd, *message)
-        with open(writer, "wb") as file:
-            file.write(b"".join(MESSAGE.pack(priority, len(data)) + data for priority, data in taken) + DONE)
+        taken.extend(mqueue.receive_all(fd))
     finally:
-        os._exit(0)
+        for message in taken:
+            mqueue.send(fd, *message)
+    return b"".join(MESSAGE.pack(priority, len(data)) + data for priority, data in taken)
 
 
 def make_queues(images: ImageSet, number: int) -> None:
