@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from stasis.linux.procfs import Mapping
+    from stasis.process.dump.shared import Known
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.schema.memory import VmaEntry
@@ -65,10 +66,11 @@ def check_segments(pid: int, mappings: Sequence[Mapping], findings: Findings) ->
 
 
 def write_segments(
-    mapped: dict[int, tuple[int, Mapping]], namespace: int, out: ImageSetWriter, identities: Identities | None = None
+    mapped: dict[int, tuple[int, Mapping]], namespace: int, out: ImageSetWriter, identities: Identities | None = None,
+    known: Known | None = None,
 ) -> int:
     """Write the segments of which something is mapped: by id, a process that has it, and where. Returns pages.
-    `identities`: those of the user namespace that owners are to be named in."""
+    `identities`: those of the user namespace that owners are to be named in. `known`: what the set before has."""
     from stasis.process.dump.pages import write_shared
 
     pages = 0
@@ -85,7 +87,7 @@ def write_segments(
             last = memory.read(mapping.start - mapping.offset + (found.size - 1) // PAGE * PAGE, PAGE)
         finally:
             memory.close()
-        pages += write_shared(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", number, out, last)
+        pages += write_shared(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", number, out, last, known)
     return pages
 
 

@@ -344,7 +344,7 @@ class _Dump:
                 self._segments[vma.entry.shmid] = task.pid, vma.mapping
             if vma.entry.status & mm.VmaStatus.ANON_SHARED and vma.entry.shmid not in self._shared:
                 self._shared.add(vma.entry.shmid)
-                self.pages += dump_shared_pages(task.pid, vma, self._out)
+                self.pages += dump_shared_pages(task.pid, vma, self._out, self._tracking.shared)
         self.pages_seconds += time.monotonic() - started
         return entry
 
@@ -375,7 +375,8 @@ class _Dump:
         if self._segments:
             from stasis.process.sysvshm import write_segments
 
-            self.pages += write_segments(self._segments, Home.ids()["ipc_ns_id"], self._out)
+            namespace = Home.ids()["ipc_ns_id"]
+            self.pages += write_segments(self._segments, namespace, self._out, known=self._tracking.shared)
         self._filters.write(self._out)
         ours = FIRST_ID - 1
         root_ids = TaskKobjIdsEntry(vm_id=ours, files_id=ours, fs_id=ours, sighand_id=ours)

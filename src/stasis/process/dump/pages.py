@@ -16,7 +16,9 @@ from stasis.errors import StasisError
 from stasis.linux import files, procfs
 from stasis.linux.pagemap import Change, PageScanner
 from stasis.linux.procfs import Mapping
+from stasis.linux.segments import data_segments
 from stasis.process.dump.mm import Vma, VmaStatus
+from stasis.process.dump.shared import Known
 from stasis.process.images.pagemap import PE_PARENT, PE_PRESENT, PagemapWriter
 from stasis.process.images.setwriter import ImageSetWriter
 from stasis.process.meter import Meter
@@ -70,25 +72,33 @@ def _is_readable(vma: Vma) -> bool:
     return bool(vma.entry.prot & PROT_READ)
 
 
-def dump_shared_pages(pid: int, vma: Vma, out: ImageSetWriter) -> int:
+def dump_shared_pages(pid: int, vma: Vma, out: ImageSetWriter, known: Known | None = None) -> int:
     """Write shared memory that is no file's, once for all tasks; addresses count from its start. Returns pages.
 
     From the memory itself, not through a task's page tables: they do not know what only another task has touched.
     """
-    return write_shared(f"/proc/{pid}/map_files/{vma.entry.start:x}-{vma.entry.end:x}", vma.entry.shmid, out)
+    path = f"/proc/{pid}/map_files/{vma.entry.start:x}-{vma.entry.end:x}"
+    return write_shared(path, vma.entry.shmid, out, known=known)
 
 
-def write_shared(path: str, number: int, out: ImageSetWriter, last_page: bytes = b"") -> int:
+def write_shared(
+    path: str, number: int, out: ImageSetWriter, last_page: bytes = b"", known: Known | None = None
+) -> int:
     """Write what a file in memory holds as the pages of `number`. Where it ends within a page, `last_page` is that
-    page: a file's descriptor gives nothing behind its end, and a mapping does. Returns pages."""
+    page: a file's descriptor gives nothing behind its end, and a mapping does. `known`: what the set before has, and
+    need not be written. Returns pages."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     pages = 0
     try:
+        size = os.fstat(fd).st_size // PAGE * PAGE
         with PagemapWriter(out, number, "pagemap-shmem") as pagemap:
-            for start, end in data_segments(fd):
+            for start, end, is_same in _shared_runs(fd, number, known):
+                if is_same:
+                    pagemap.add(start, (end - start) // PAGE, PE_PARENT)
+                    continue
                 pagemap.add(start, (end - start) // PAGE, PE_PRESENT)
                 pages += (end - start) // PAGE
-                whole = min(end, os.fstat(fd).st_size // PAGE * PAGE)
+                whole = min(end, size)
                 _send(fd, pagemap.fd, start, whole, out.meter)
                 if whole < end:
                     os.write(pagemap.fd, last_page or os.pread(fd, PAGE, whole).ljust(PAGE, b"\0"))
@@ -97,23 +107,13 @@ def write_shared(path: str, number: int, out: ImageSetWriter, last_page: bytes =
     return pages
 
 
-def data_segments(fd: int) -> Iterator[Run]:
-    """(start, end) of what is not a hole, in whole pages."""
-    status = os.fstat(fd)
-    if status.st_blksize > PAGE:  # hugetlbfs tells nothing of holes
-        step = status.st_blksize
-        yield from ((start, start + step) for start in range(0, status.st_size, step) if any(os.pread(fd, step, start)))
-        return
-    position = 0
-    while True:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return  # no data behind
-        position = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, -(-position // PAGE) * PAGE
+def _shared_runs(fd: int, number: int, known: Known | None) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, whether the set before has it)"""
+    for start, end in data_segments(fd):
+        if known is None:
+            yield start, end, False
+        else:
+            yield from known.runs(number, fd, start, end)
 
 
 def _send(source: int, target: int, start: int, end: int, meter: Meter) -> None:

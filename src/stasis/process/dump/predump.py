@@ -25,6 +25,8 @@ from stasis.process import keeper
 from stasis.process.dump.changes import Changes
 from stasis.process.dump.ids import with_memory
 from stasis.process.dump.inside import entering, watch_inside
+from stasis.process.dump.pages import write_shared
+from stasis.process.dump.shared import Known, shared_memory
 from stasis.process.dump.tracking import Key, Tracking, ended
 from stasis.process.errors import refusal
 from stasis.process.guardian import Guardian
@@ -102,7 +104,8 @@ def _pre_dump(
     ):
         if tracking.since and parent is not None:
             out.link_parent(parent)
-        result = copy_round(pid, out, tracking, timeout, warnings)
+        with _known(pid, parent if tracking.since else None) as known:
+            result = copy_round(pid, out, tracking, timeout, warnings, known)
         keeper.give(root, tracking)
     return result
 
@@ -120,20 +123,42 @@ def continued(
         return
     root = _root(pid)
     with _taken(root, parent) as (tracking, warnings):
-        last = parent if tracking.since else None
+        last = where = parent if tracking.since else None
         copied = 0
         for number in range(1, rounds + 1):
             with ImageSetWriter(os.path.join(out.staging, f"pre-copy-{number}"), meter=out.meter) as ahead:
                 if last is not None:
                     ahead.link_parent(_seen_from(ahead, last, out))
-                result = copy_round(pid, ahead, tracking, timeout, [])
+                with _known(pid, where) as known:
+                    result = copy_round(pid, ahead, tracking, timeout, [], known)
+                where = ahead.path
             last = os.path.join(out.path, f"pre-copy-{number}")
             if result.pages <= LITTLE or (copied and result.pages > SHRINKING * copied):
                 break
             copied = result.pages
         if last is not None:
             out.link_parent(last)
-        yield tracking, warnings
+        with _known(pid, where) as tracking.shared:
+            yield tracking, warnings
+
+
+@contextmanager
+def _known(pid: int, parent: str | os.PathLike[str] | None) -> Iterator[Known | None]:
+    """What a set that is to be continued has of the tree's shared memory."""
+    if parent is None:
+        yield None
+        return
+    with Known(parent, shared_memory(_tree(pid))) as known:
+        yield known
+
+
+def _tree(pid: int) -> list[int]:
+    """The processes of a tree that runs; who comes and goes meanwhile may be missing."""
+    found = [pid]
+    for one in found:
+        with suppress(ProcessLookupError):
+            found += [child for tid in procfs.threads(one) for child in procfs.children(one, tid)]
+    return found
 
 
 def _seen_from(ahead: ImageSetWriter, parent: str | os.PathLike[str], out: ImageSetWriter) -> str:
@@ -168,7 +193,7 @@ def _run_id(parent: str | os.PathLike[str]) -> str:
 
 
 def copy_round(
-    pid: int, out: ImageSetWriter, tracking: Tracking, timeout: float, warnings: list[str]
+    pid: int, out: ImageSetWriter, tracking: Tracking, timeout: float, warnings: list[str], known: Known | None = None
 ) -> PreDumpResult:
     """Write a set with what was written since the last one; the marks refer to it afterwards."""
     plans: list[_Plan] = []
@@ -179,6 +204,9 @@ def copy_round(
         for plan in plans:
             written, left = _copy(plan, out)
             pages, kept = pages + written, kept + left
+        for region in shared_memory(plan.pid for plan in plans):
+            with suppress(FileNotFoundError, PermissionError):  # it is gone, or not ours to read: the dump will see
+                pages += write_shared(region.path, region.number, out, known=known)
     finally:
         for plan in plans:
             plan.memory.close()

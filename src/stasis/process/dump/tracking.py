@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from stasis.errors import NotFoundError, UnsupportedError
 from stasis.linux import procfs, softdirty, userfaultfd
@@ -22,6 +23,9 @@ from stasis.process.dump.changes import Changes
 from stasis.process.journal import Journal
 from stasis.process.remote import Remote
 from stasis.process.tree import Task
+
+if TYPE_CHECKING:
+    from stasis.process.dump.shared import Known
 
 __all__ = ["Key", "Tracking", "ended", "is_watchable"]
 
@@ -57,6 +61,8 @@ class Tracking:
 
     def __init__(self, since: str = "") -> None:
         self.since = since
+        self.shared: Known | None = None
+        """What the set `since` has of shared memory; for the command that works with it."""
         self.watches: dict[Key, int] = {}
         self.canaries: dict[Key, Canary] = {}
         self.warnings: list[str] = []
