@@ -204,3 +204,33 @@ def test_a_first_thread_that_ended_is_named(tmp_path: Path) -> None:
         (tmp_path / "go").touch()
         program.process.wait()
         assert (tmp_path / "content").exists()
+
+
+ENDING = r"""
+// Ends as soon as it runs, with children and threads that it takes along.
+static void *live(void *nothing) { while (1) pause(); }
+int main(void) {
+    pthread_t thread;
+    for (int i = 0; i < 8; i++) {
+        pid_t child = fork();
+        if (!child) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            for (int j = 0; j < 4; j++) pthread_create(&thread, 0, live, 0);
+            live(0);
+        }
+    }
+    for (int j = 0; j < 8; j++) pthread_create(&thread, 0, live, 0);
+    touch("ready");
+    await("go");
+    _exit(7);
+}
+"""
+
+
+def test_a_tree_that_ends_while_it_is_let_go(tmp_path: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, ENDING)) as program:
+        images = program.dump()
+        (tmp_path / "go").touch()
+        for _ in range(3):
+            stasis("restore", "--images", images, "--attach", status=7)
+            wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in program.pids), "a process is left")

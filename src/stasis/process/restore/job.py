@@ -364,9 +364,15 @@ def _let_go(living: list[TaskPlan], roll: Roll, *, stopped: bool) -> None:
             os.kill(plan.pid, signal.SIGSTOP)
         ptrace.set_options(plan.pid, OPTIONS)
     roll.clear()
-    for plan in living:
-        for tid in plan.cores:
+    ended = []
+    for tid in (tid for plan in living for tid in plan.cores):
+        try:
             ptrace.detach(tid)
+        except ProcessLookupError:  # those that run already have ended it
+            ended.append(tid)
+    for tid in reversed(ended):  # a first thread's end is told when all others' were asked for
+        if tid != living[0].pid:
+            ptrace.wait_for_end(tid)
 
 
 def _end(living: list[TaskPlan]) -> None:
