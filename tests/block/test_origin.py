@@ -94,6 +94,17 @@ def test_a_mount_leaves_its_mark(tmp_path: Path, buffered: bool) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.tool("losetup", "mkfs.ext4")
+def test_a_worker_that_ends_notes_the_mark(short_dir: Path) -> None:
+    with loop_device(short_dir / "disk", 8 * MIB) as device:
+        subprocess.run(["mkfs.ext4", "-q", device], check=True)
+        with WorkerProcess(short_dir, Path(device), buffered=False) as worker:
+            worker.stop()
+        with contextlib.closing(open_origin(device)) as origin, worker.map() as changes:
+            assert changes.fs_mark == origin.fs_mark() != NO_FS_MARK
+
+
+@pytest.mark.root
 @pytest.mark.tool("losetup")
 def test_a_device_has_one_owner(device: str) -> None:
     origin = open_origin(device)
