@@ -99,7 +99,7 @@ FLAGS = {
 
 
 LONG = bool(os.environ.get("STASIS_LONG"))
-CHOSEN = list(FLAGS) if LONG else ["files", "directory", "memory", "all"]
+CHOSEN = list(FLAGS) if LONG else ["files", "memory", "all"]
 
 
 @pytest.mark.parametrize("flags", [FLAGS[name] for name in CHOSEN], ids=CHOSEN)
