@@ -66,6 +66,28 @@ int main(void) {
 """
 
 
+APART = r"""
+// Parent and children in different namespaces; they count, and the memory between them is shared.
+#include <sys/msg.h>
+#include <sys/ipc.h>
+int main(void) {
+    int file = open("counts", O_RDWR | O_CREAT | O_TRUNC, 0600), number = 0;
+    CHECK(!ftruncate(file, 4096));
+    volatile long *counts = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    while (number < 2 && !fork()) {
+        CHECK(!unshare(++number == 1 ? CLONE_NEWNET | CLONE_NEWUTS | CLONE_NEWCGROUP : CLONE_NEWNET | CLONE_NEWIPC));
+        CHECK(number == 1 ? !sethostname("apart", 5) : msgget(7, IPC_CREAT | 0600) >= 0);
+    }
+    if (number == 2) touch("ready");
+    while (access("go", F_OK)) { ++counts[2 * number]; ++counts[2 * number + 1]; usleep(500); }
+    CHECK((msgget(7, 0) >= 0) == (number == 2));
+    int status;
+    if (number < 2) CHECK(wait(&status) > 0 && !status);
+    return number ? 0 : content();
+}
+"""
+
+
 def _steps(all_steps: dict[int, int], seed: int) -> Iterator[tuple[int, int]]:
     """(process, step): all of them, or a few."""
     found = [(process, step) for process, total in sorted(all_steps.items()) for step in range(1, total + 1)]
@@ -136,6 +158,13 @@ def test_any_process_of_the_restore_of_a_container(tmp_path: Path, seed: int) ->
 
 def test_any_process_of_the_restore_of_a_family(tmp_path: Path, seed: int) -> None:
     with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
+        _again_and_again(program, seed, program.dump(), restore, lambda: program.dump())
+        goes_on(program)
+        program.finish()
+
+
+def test_any_process_of_the_restore_of_a_tree_in_different_namespaces(tmp_path: Path, seed: int) -> None:
+    with running(tmp_path, compiled(tmp_path, APART)) as program:
         _again_and_again(program, seed, program.dump(), restore, lambda: program.dump())
         goes_on(program)
         program.finish()

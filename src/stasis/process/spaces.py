@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from stasis.errors import PermissionDeniedError
 from stasis.linux.namespaces import FLAGS, join_fd
 from stasis.process.dump.ids import NAMESPACES, Home, namespace_ids
 
@@ -68,13 +69,21 @@ def _in(name: str, fd: int) -> Iterator[None]:
             yield
             return
         Home.remember()
-        join_fd(fd, FLAGS[name])
+        _enter(name, fd)
         try:
             yield
         finally:
             join_fd(ours, FLAGS[name])
     finally:
         os.close(ours)
+
+
+def _enter(name: str, fd: int) -> None:
+    try:
+        join_fd(fd, FLAGS[name])
+    except PermissionError as error:
+        raise PermissionDeniedError(f"entering a {name} namespace of the tree needs CAP_SYS_ADMIN",
+                                    hint="run as root") from error  # fmt: skip
 
 
 def everywhere(name: str) -> Iterator[None]:
