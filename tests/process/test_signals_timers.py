@@ -162,7 +162,11 @@ int main(void) {
     dprintf(open("/proc/self/oom_score_adj", O_WRONLY), "345");
     CHECK(!prctl(PR_SET_NAME, "a) (name"));
     CHECK(!prctl(PR_SET_CHILD_SUBREAPER, 1) && !prctl(PR_SET_DUMPABLE, 0));
+    enum { BARRIER = 1 << 3, REGISTER = 1 << 4, OTHER_BARRIER = 1 << 5 };  // linux/membarrier.h
+    CHECK(!syscall(SYS_membarrier, REGISTER, 0, 0));
     set_up();
+    CHECK(!syscall(SYS_membarrier, BARRIER, 0, 0));
+    CHECK(syscall(SYS_membarrier, OTHER_BARRIER, 0, 0) == -1 && errno == EPERM);
     CHECK(!getrlimit(RLIMIT_NOFILE, &found) && found.rlim_cur == 100 && found.rlim_max == 1000);
     CHECK(!getrlimit(RLIMIT_CORE, &found) && found.rlim_cur == 0 && found.rlim_max == 4096);
     CHECK(!getrlimit(RLIMIT_STACK, &found) && found.rlim_cur == 4 << 20 && found.rlim_max == stack.rlim_max);

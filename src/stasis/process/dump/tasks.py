@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,10 @@ ITIMERSPEC = struct.Struct("<QQQQ")
 # include/uapi/linux/prctl.h, include/uapi/linux/membarrier.h
 PR_GET_CHILD_SUBREAPER = 37
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
+MEMBARRIER_REGISTER_GLOBAL = 1 << 2
+MEMBARRIER_PRIVATE = {1 << 3: 1 << 4, 1 << 5: 1 << 6, 1 << 7: 1 << 8}
+"""Barriers within a process: plain, for changed code, for restartable sequences; and how to register for each."""
+MEMBARRIER_REGISTRATIONS = MEMBARRIER_REGISTER_GLOBAL | sum(MEMBARRIER_PRIVATE.values())
 NO_LOGINUID = (1 << 32) - 1
 SIGEV_NAMES = {"signal": 0, "none": 1, "thread": 2}  # include/uapi/asm-generic/siginfo.h
 SIGEV_THREAD_ID = 4
@@ -119,12 +124,27 @@ def _is_subreaper(remote: Remote) -> bool:
     return bool(remote.get_words("<I")[0])
 
 
-def _membarrier(remote: Remote) -> int | None:
-    """Since Linux 6.3 (commit 544a4f2ecd45); None where it cannot be asked."""
+def _membarrier(remote: Remote) -> int:
+    """Commands by which the process has registered for memory barriers. Before Linux 6.3 (commit 544a4f2ecd45) nobody
+    tells: then it is tried, which is a barrier more and nothing else, and the one for all processes is assumed."""
     try:
         return remote.call("membarrier", MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0)
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            return 0
+    return MEMBARRIER_REGISTER_GLOBAL | sum(
+        register for command, register in MEMBARRIER_PRIVATE.items() if _has_barrier(remote, command)
+    )
+
+
+def _has_barrier(remote: Remote, command: int) -> bool:
+    try:
+        remote.call("membarrier", command, 0, 0)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EINVAL):
+            return False  # not registered; no such barrier
+        raise
+    return True
 
 
 def _login_uid(pid: int) -> int | None:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 
 from stasis.errors import PermissionDeniedError, UnsupportedError
 from stasis.linux import procfs
-from stasis.process.dump.tasks import ACTION, ITIMER, ITIMERSPEC, SIGEV_THREAD_ID, SIGNALS
+from stasis.process.dump.tasks import (
+    ACTION,
+    ITIMER,
+    ITIMERSPEC,
+    MEMBARRIER_REGISTRATIONS,
+    SIGEV_THREAD_ID,
+    SIGNALS,
+)
 
 if TYPE_CHECKING:
     from stasis.process.images.schema.memory import MmEntry
@@ -36,7 +43,14 @@ def give_process_state(remote: Remote, task: TaskCoreEntry) -> None:
         remote.call("prctl", PR_SET_CHILD_SUBREAPER, 1)
     if task.personality != int(procfs.read(remote.pid, "personality"), 16):
         remote.call("personality", task.personality)
+    _register_for_barriers(remote, task.membarrier_registration_mask or 0)
     _limit(remote.pid, task)
+
+
+def _register_for_barriers(remote: Remote, mask: int) -> None:
+    for bit in range(MEMBARRIER_REGISTRATIONS.bit_length()):
+        if mask & MEMBARRIER_REGISTRATIONS & 1 << bit:
+            remote.call("membarrier", 1 << bit, 0, 0)
 
 
 def _act_on_signals(remote: Remote, task: TaskCoreEntry) -> None:
