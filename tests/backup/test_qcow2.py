@@ -17,6 +17,7 @@ import pytest
 from stasis.backup.repo import Manifest, Repository
 from stasis.backup.streams import qemu
 from stasis.backup.streams.image import receive_image
+from stasis.backup.streams.newfile import new_file
 from stasis.backup.streams.qcow_export import export_chain, export_whole
 from stasis.backup.streams.qcow_import import ImportOptions, backing_chain, import_images
 from stasis.backup.streams.receive import open_stream, receive
@@ -80,6 +81,13 @@ def test_an_export_holds_the_backup_and_leaves_holes(repository: Repository, his
     assert as_qemu_reads(tmp_path / "disk.qcow2") == content
     assert result.bytes_data == SIZE - 8 * CHUNK
     assert (tmp_path / "disk.qcow2").stat().st_blocks * 512 < SIZE - 7 * CHUNK + 8 * CHUNK
+
+
+def test_no_file_is_made_where_a_device_was_meant() -> None:
+    path = Path("/dev/no-such-device-of-stasis")
+    with pytest.raises(NotFoundError, match="there is no device"), new_file(path):
+        pass
+    assert not path.exists()
 
 
 def test_a_chain_is_a_file_per_increment_and_each_shows_its_backup(

@@ -53,6 +53,12 @@ def _detached(client: api.Client) -> bool:
     return True
 
 
+def _refusal(client: api.Client, minor: int, cow: Path) -> int:
+    with pytest.raises(StasisError) as caught:
+        client.datto_to_snapshot(minor, cow)
+    return caught.value.errno
+
+
 def _header(path: Path) -> Header:
     return Header.unpack(path.read_bytes()[:64], str(path))
 
@@ -114,6 +120,7 @@ def test_the_image_is_a_block_device_that_can_be_mounted(stasis: Stasis, client:
                 with pytest.raises(StasisError) as caught:
                     call()
                 assert caught.value.errno == errno.EBUSY
+        await_true(lambda: _refusal(client, minor, short_dir / "cow1") == errno.EINVAL)  # its node is no reader
         client.datto_reconfigure(minor, 1 << 20)
         assert client.datto_info(minor).node is not None
         client.datto_to_incremental(minor)

@@ -88,9 +88,8 @@ class DattoMethods:
         tracers = self._devices.tracers
         if tracers.live.owns(minor):
             return _answer(tracers.live.transition_snapshot(minor, cow, fallocated_space or 0))
-        with self._devices.lock:
+        with self._without_node(minor):
             record = tracers.registry.transition_snapshot(minor, cow, fallocated_space or 0)
-        tracers.nodes.settle()
         return _answer(record)
 
     @method

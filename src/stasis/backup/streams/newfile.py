@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from stasis.block.copy.target import refuse_device_folder
 from stasis.errors import BusyError, StasisError, StorageError
 
 __all__ = ["failure", "new_file"]
@@ -32,10 +33,12 @@ def failure(message: str, error: OSError | None) -> StasisError:
 def new_file(path: Path) -> Iterator[tuple[int, Path]]:
     """A descriptor and the path of an empty file that becomes `path` when the block ends well.
 
-    Raises BusyError when `path` exists or somebody else writes it, StorageError on a full disk, else StasisError.
+    Raises BusyError when `path` exists or somebody else writes it, NotFoundError in /dev, StorageError on a full disk,
+    else StasisError.
     """
     if path.exists():
         raise BusyError(f"{path} exists", hint="name a file that does not exist yet")
+    refuse_device_folder(path)
     part = path.with_name(f".{path.name}.part")
     try:
         with contextlib.ExitStack() as stack:

@@ -28,7 +28,7 @@ from stasis.linux.iobuffer import IoBuffer
 from stasis.linux.writebehind import WriteBehind
 from stasis.units import format_size
 
-__all__ = ["Target"]
+__all__ = ["Target", "refuse_device_folder"]
 
 # Unit in which data is searched for zeroes. A smaller one finds more holes and costs a call of memcmp each:
 # 1 GiB takes 16384 calls (10 ms) at this size and 260 ms at 4 KiB.
@@ -214,15 +214,18 @@ def _open(path: Path, create: bool) -> tuple[int, bool]:
             # it.
             return os.open(path, flags | os.O_EXCL), False
         if create and not path.exists():
-            _refuse_device_folder(path)
+            refuse_device_folder(path)
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
         return os.open(path, flags), False
     except OSError as error:
         raise _open_error(path, error) from error
 
 
-def _refuse_device_folder(path: Path) -> None:
-    """A device that is not there must not become a file of its name, which is in memory and gone at the next boot."""
+def refuse_device_folder(path: Path) -> None:
+    """A device that is not there must not become a file of its name, which is in memory and gone at the next boot.
+
+    NotFoundError for a new file in /dev; /dev/shm is another file system.
+    """
     folder, devices = Path(os.path.realpath(path.parent)), Path("/dev")
     if folder.is_relative_to(devices) and folder.exists() and folder.stat().st_dev == devices.stat().st_dev:
         raise NotFoundError(f"there is no device {path}", hint="lsblk shows the devices; no file is made in /dev")
