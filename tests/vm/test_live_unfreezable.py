@@ -17,9 +17,13 @@ from stasis.errors import ExitCode
 from tests.live.writers import state_directory
 from tests.runner import Stasis
 from tests.system.helpers import wait_until
-from tests.vm.machine import MIB, Disk, mounted, partition, run
+from tests.vm.logwrites import mapped
+from tests.vm.machine import MIB, SECTOR, Disk, mounted, run
 
-pytestmark = pytest.mark.tool("mkfs.vfat")
+pytestmark = pytest.mark.tool("mkfs.vfat", "dmsetup")
+
+SIZE = 48 * MIB
+READ_DELAY = 200  # milliseconds: nothing is copied so fast that a slow machine's writer does not come in between
 
 WRITER = """
 import os, sys
@@ -51,11 +55,16 @@ def writer(path: Path) -> Iterator[int]:
 
 def test_a_file_system_that_cannot_be_frozen(disks: list[Disk], tracked_state: Stasis, tmp_path: Path) -> None:
     stasis = tracked_state
-    node = partition(disks[0].path, [48 * MIB])[0]
-    run("mkfs.vfat", node)
     stasis("repo", "init", tmp_path / "repo", "--no-encryption")
-    create = ("backup", "create", node, "--repo", tmp_path / "repo", "--json", "--max-freeze", "5s", "--busy-freeze",
-              "5s")
+    path = disks[0].path
+    with mapped("slow", f"0 {SIZE // SECTOR} delay {path} 0 {READ_DELAY} {path} 0 0") as node:
+        run("mkfs.vfat", node)
+        check_backups(node, stasis, tmp_path)
+
+
+def check_backups(node: str, stasis: Stasis, tmp_path: Path) -> None:
+    create = ("backup", "create", node, "--repo", tmp_path / "repo", "--json", "--max-freeze", "60s", "--busy-freeze",
+              "60s")
     with mounted(node, tmp_path / "mounted") as directory:
         stasis("track", "start", node)
         (directory / "big").write_bytes(os.urandom(4 * MIB))
