@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from stasis.linux.clone3 import CLONE_PARENT
 
@@ -28,15 +27,15 @@ PASSED = {"files": CLONE_FILES, "fs": CLONE_FS}
 """What passes through processes that do not have it in the end."""
 
 
-@dataclass(slots=True)
 class Member:
     """A process among those that may share with it; `ids` by the names in NAMES, empty for the dead."""
 
-    pid: int
-    sid: int
-    pgid: int
-    ids: dict[str, int]
-    children: list[Member] = field(default_factory=list)
+    def __init__(
+        self, pid: int, sid: int, pgid: int, ids: dict[str, int], children: Sequence[Member] = ()
+    ) -> None:
+        self.pid, self.sid, self.pgid = pid, sid, pgid
+        self.ids = ids
+        self.children = list(children)
 
     def walk(self) -> Iterator[Member]:
         """This one and all below it, parents first."""
@@ -45,17 +44,14 @@ class Member:
             yield from child.walk()
 
 
-@dataclass(slots=True)
 class Birth:
     """How a process is made. `flags` of the clone that makes it, by `maker`; `passed`: by kind, the object that it
     begins with where that is another one's, too. `beside`: pid of the process whose address space it has, 0 for one
     that is made as a process of its own. `born_in`: its session then."""
 
-    maker: int = 0
-    flags: int = 0
-    beside: int = 0
-    born_in: int = 0
-    passed: dict[str, int] = field(default_factory=dict)
+    def __init__(self, maker: int = 0, flags: int = 0, beside: int = 0, born_in: int = 0) -> None:
+        self.maker, self.flags, self.beside, self.born_in = maker, flags, beside, born_in
+        self.passed: dict[str, int] = {}
 
 
 class Sharing:

@@ -9,8 +9,8 @@ second page is never touched: a bit there would say that all pages of this mappi
 from __future__ import annotations
 
 import errno
+import os
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from stasis.linux import libc, procfs, softdirty
@@ -30,7 +30,7 @@ LENGTH = 2 * PAGE
 NAME = "stasis-watch"
 PATH = f"/memfd:{NAME} (deleted)"
 PROT_NONE, MAP_PRIVATE, MFD_CLOEXEC, MADV_DONTFORK = 0, 2, 1, 10
-KSM = Path("/sys/kernel/mm/ksm")
+KSM = "/sys/kernel/mm/ksm"
 
 
 def is_canary(mapping: Mapping) -> bool:
@@ -105,10 +105,11 @@ def _mapping(pid: int, address: int) -> Mapping:
 def merged_pages() -> int:
     """How many merged pages were split again since the machine was started; 0 for a kernel that merges none. OSError
     (EOPNOTSUPP) for one that does and does not tell (before Linux 5.18)."""
-    for line in Path("/proc/vmstat").read_text().splitlines():
-        name, _, count = line.partition(" ")
-        if name == "cow_ksm":
-            return int(count)
-    if KSM.exists():
+    with open("/proc/vmstat") as file:
+        for line in file:
+            name, _, count = line.partition(" ")
+            if name == "cow_ksm":
+                return int(count)
+    if os.path.exists(KSM):
         raise libc.error(errno.EOPNOTSUPP, "cow_ksm in /proc/vmstat")
     return 0
