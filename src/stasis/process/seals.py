@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stasis.errors import UnsupportedError
+from stasis.linux import procfs
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.memory import SealEntry
 
@@ -63,6 +63,6 @@ def has_sealed_system(smaps: bytes) -> bool:
 
 def refuse_sealed_system() -> None:
     """Where it is, no process can be given the vdso of another one. Raises UnsupportedError."""
-    if has_sealed_system(Path("/proc/self/smaps").read_bytes()):
+    if has_sealed_system(procfs.read(procfs.SELF, "smaps")):
         raise UnsupportedError("this kernel seals the vdso of every process, so that none can be given that of another",
                                hint="restore on a kernel without CONFIG_MSEAL_SYSTEM_MAPPINGS")  # fmt: skip
