@@ -64,7 +64,7 @@ class Case:
 
 def _table(images: Path) -> str:
     shown = json.loads(stasis("decode", images / "inventory.img"))
-    return f"CRIU-{shown['entries'][0]['dump_criu_run_id']}"
+    return f"CRIU-{shown['entries'][0]['dump_criu_run_id'][:21]}"
 
 
 def _connect(directory: Path, address: str) -> socket.socket:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
-    from stasis.process.images.schema.inventory import CgMemberEntry
+    from stasis.process.images.schema.inventory import CgControllerEntry, CgMemberEntry
     from stasis.process.images.setwriter import ImageSetWriter
     from stasis.process.tree import Task
 
@@ -75,6 +75,8 @@ class GroupTable:
             return OUR_SET
         from stasis.process.images.schema.inventory import CgMemberEntry, CgroupEntry, CgSetEntry
 
+        controllers = _controllers(groups for groups, _ in self._sets)
+
         tops = {namespace: _roots(pid) for namespace, pid in self._lives.items()}
         out.write("cgroup", CgroupEntry(sets=[
             CgSetEntry(id=number, ctls=[
@@ -82,8 +84,20 @@ class GroupTable:
                 for name, path in found
             ])
             for (found, space), number in self._sets.items()
-        ]))  # fmt: skip
+        ], controllers=controllers))  # fmt: skip
         return OUR_SET
+
+
+def _controllers(sets: Iterable[Groups]) -> list[CgControllerEntry]:
+    """All groups by hierarchy, without their properties: CRIU restores nobody into one that is not listed."""
+    from stasis.process.images.schema.inventory import CgControllerEntry, CgroupDirEntry
+
+    paths: dict[str, dict[str, None]] = {}
+    for groups in sets:
+        for name, path in groups:
+            paths.setdefault(name, {})[path.lstrip("/")] = None
+    return [CgControllerEntry(cnames=[name], dirs=[CgroupDirEntry(dir_name=path) for path in found])
+            for name, found in paths.items()]  # fmt: skip
 
 
 def _roots(pid: int) -> dict[str, str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import struct
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -45,6 +46,7 @@ LOWEST_ADDRESS = 1 << 16
 USER_END = (1 << 47) - PAGE  # arch/x86/include/asm/page_64_types.h, TASK_SIZE_MAX with four levels
 GAP = 1 << 20
 HIGHEST_ERRNO = 4095
+FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 RSEQ_CS_OFFSET = 8  # include/uapi/linux/rseq.h
 RSEQ_CS = struct.Struct("<IIQQQ")
@@ -114,6 +116,9 @@ class RemoteThread:
         for _ in range(2):
             ptrace.cont_to_system_call(self.tid)
             while not (stop := self._wait()).is_system_call:
+                if stop.signal in FAULTS and not stop.event:  # all that is not forced by an instruction is blocked
+                    raise StasisError(f"thread {self.tid} cannot run a system call: {signal.strsignal(stop.signal)}",
+                                      errno=errno.EFAULT)  # fmt: skip
                 if not stop.event:
                     self._hold_back(stop.signal)
                 ptrace.cont_to_system_call(self.tid)

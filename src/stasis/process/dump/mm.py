@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from stasis.linux import procfs
@@ -40,6 +40,8 @@ REFUSED = {
     "socket:": "a mapped socket",
 }  # fmt: skip
 HUGE = "/anon_hugepage" + DELETED
+MOST_AUXV = 44 * 8
+"""CRIU takes no more (AT_VECTOR_SIZE); the pair of zeroes at the end need not be there."""
 SHARED_IDS = 1 << 31
 """Ids of shared memory begin here: those of System V segments, which are small, have theirs in the same images."""
 
@@ -50,6 +52,7 @@ class VmaStatus:
     REGULAR, STACK, VSYSCALL, VDSO, HEAP = 0x1, 0x2, 0x4, 0x8, 0x20
     FILE_PRIVATE, FILE_SHARED, ANON_SHARED, ANON_PRIVATE, VVAR = 0x40, 0x80, 0x100, 0x200, 0x1000
     SYSVIPC, AIORING, MEMFD, GUARD = 0x400, 0x2000, 0x4000, 0x10000
+    KERNELS = VDSO | VVAR | VSYSCALL  # what the kernel maps; CRIU's have ANON_PRIVATE, too
 
 
 class PathFiles(Protocol):
@@ -68,7 +71,9 @@ class Vma(NamedTuple):
     @property
     def has_private_pages(self) -> bool:
         """Whether contents are dumped with the task itself."""
-        private = VmaStatus.FILE_PRIVATE | VmaStatus.ANON_PRIVATE | VmaStatus.VDSO
+        if kernels := self.entry.status & VmaStatus.KERNELS:
+            return kernels == VmaStatus.VDSO
+        private = VmaStatus.FILE_PRIVATE | VmaStatus.ANON_PRIVATE | VmaStatus.AIORING
         return bool(self.entry.status & private) and self.entry.flags & MAP_TYPE != MAP_DROPPABLE
 
 
@@ -163,12 +168,29 @@ def _is_shared_anonymous(mapping: Mapping) -> bool:
 def vmas(pid: int, mappings: Sequence[Mapping], files: PathFiles) -> list[Vma]:
     """All mappings with their messages, and behind them one for each run of guard pages. Ours are left out."""
     known: dict[tuple[object, ...], int] = {}
-    found = [Vma(mapping, _entry(pid, mapping, files, known)) for mapping in mappings if not is_canary(mapping)]
+    theirs = [mapping for mapping in _joined(mappings) if not is_canary(mapping)]
+    found = [Vma(mapping, _entry(pid, mapping, files, known)) for mapping in theirs]
     for mapping in mappings:
         for start, end in (guards_of(pid, mapping) or ()) if "gu" in mapping.flags else ():
             entry = VmaEntry(start=start, end=end, pgoff=0, shmid=0, prot=0, flags=0, status=VmaStatus.GUARD, fd=-1)
             found.append(Vma(mapping, entry))
     return found
+
+
+def _joined(mappings: Sequence[Mapping]) -> Iterator[Mapping]:
+    """What the kernel has as [vvar] and [vvar_vclock] (Linux 6.13) is one mapping in an image."""
+    waiting: Mapping | None = None
+    for mapping in mappings:
+        if waiting is not None and mapping.path.startswith("[vvar") and mapping.start == waiting.end:
+            waiting = waiting._replace(end=mapping.end)
+            continue
+        if waiting is not None:
+            yield waiting
+        waiting = mapping if mapping.path.startswith("[vvar") else None
+        if waiting is None:
+            yield mapping
+    if waiting is not None:
+        yield waiting
 
 
 def _file_id(pid: int, mapping: Mapping, files: PathFiles, known: dict[tuple[object, ...], int]) -> int:
@@ -182,7 +204,7 @@ def _file_id(pid: int, mapping: Mapping, files: PathFiles, known: dict[tuple[obj
 
 def _entry(pid: int, mapping: Mapping, files: PathFiles, known: dict[tuple[object, ...], int]) -> VmaEntry:
     kind = kind_of(mapping)
-    status = VmaStatus.REGULAR | kind
+    status = (0 if kind == VmaStatus.VSYSCALL else VmaStatus.REGULAR) | kind
     flags = MAP_SHARED if mapping.is_shared else MAP_DROPPABLE if "dp" in mapping.flags else MAP_PRIVATE
     shmid, offset = 0, mapping.offset
     if kind & (VmaStatus.FILE_SHARED | VmaStatus.FILE_PRIVATE):
@@ -193,6 +215,7 @@ def _entry(pid: int, mapping: Mapping, files: PathFiles, known: dict[tuple[objec
         shmid = mapping.inode + SHARED_IDS if kind == VmaStatus.ANON_SHARED else mapping.inode
     else:
         status |= {"[heap]": VmaStatus.HEAP, "[stack]": VmaStatus.STACK}.get(mapping.path, 0)
+        status |= VmaStatus.ANON_PRIVATE if kind & VmaStatus.KERNELS else 0
         flags |= MAP_ANONYMOUS
         offset = 0
     for name, bit in MAP_BY_FLAG.items():
@@ -216,7 +239,7 @@ def _open_flags(mapping: Mapping) -> int:
 def mm_entry(remote: Remote, task: Task, found: Sequence[Vma], exe_id: int) -> MmEntry:
     """The message for a task's address space."""
     stat = task.stat
-    auxv = procfs.read(task.pid, "auxv")
+    auxv = procfs.read(task.pid, "auxv")[:MOST_AUXV]
     return MmEntry(
         mm_start_code=stat.start_code, mm_end_code=stat.end_code, mm_start_data=stat.start_data,
         mm_end_data=stat.end_data, mm_start_stack=stat.start_stack, mm_start_brk=stat.start_brk,

@@ -141,7 +141,7 @@ def _pieces(
             continue
         changes = look(vma.mapping, scanner) if look is not None else None
         is_next = changes is None and neighbours and neighbours[-1].entry.end == vma.entry.start
-        if neighbours and (not is_next or _is_vdso(vma) or _is_vdso(neighbours[-1])):
+        if neighbours and (not is_next or _is_whole(vma) or _is_whole(neighbours[-1])):
             yield neighbours, None
             neighbours = []
         if changes is None:
@@ -152,15 +152,16 @@ def _pieces(
         yield neighbours, None
 
 
-def _is_vdso(vma: Vma) -> bool:
-    return bool(vma.entry.status & VmaStatus.VDSO)
+def _is_whole(vma: Vma) -> bool:
+    """What the kernel mapped is taken as it is: page tables do not tell that it is the task's."""
+    return bool(vma.entry.status & (VmaStatus.VDSO | VmaStatus.AIORING))
 
 
 def _own_pages(scanner: PageScanner, neighbours: Sequence[Vma]) -> Iterator[tuple[Vma, int, int]]:
     """(mapping, address, bytes) of runs of pages to be written, of mappings without gaps between them."""
     waiting = iter(neighbours)
     vma = next(waiting)
-    if _is_vdso(vma):
+    if _is_whole(vma):
         yield vma, vma.entry.start, vma.mapping.length
         return
     for start, length in scanner.own_pages(vma.entry.start, neighbours[-1].entry.end):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NFTABLES", "SKIP", "Connections", "let_all_live", "table_name", "why_no_lock"]
 
-NFTABLES, SKIP = 1, 2
+IPTABLES, NFTABLES, SKIP = 0, 1, 2
 """Values of the inventory's network_lock_method."""
 SLOTS = 1 << 16
 CAP_NET_ADMIN = 12
@@ -39,8 +39,9 @@ class _Slot(ctypes.Structure):
 
 
 def table_name(run_id: str) -> str:
-    """The name of the table that drops packets, by the id in the inventory."""
-    return f"CRIU-{run_id}"
+    """The name of the table that drops packets, by the id in the inventory. CRIU has 31 bytes for "inet" and name
+    together, and takes away the table with what fits."""
+    return f"CRIU-{run_id[:21]}"
 
 
 class Connections:
@@ -155,11 +156,15 @@ def let_all_live(files: FileSet, tables: Iterable[tuple[int, int]]) -> None:
     import socket
 
     from stasis.process.files.inet import is_connection, let_live
+    from stasis.process.files.iptables import drop_rules
 
+    method = images.inventory.network_lock_method or IPTABLES
     for number, (pid, fd) in places.items():
         found = files.entry(number).isk
         if found is not None and is_connection(found) and not files.closes_connections:
             with Pidfd(pid) as pidfd, socket.socket(fileno=pidfd.get(fd)) as sock:
                 let_live(sock, found, images)
-    if images.inventory.network_lock_method == NFTABLES and images.inventory.dump_criu_run_id:
+            if method == IPTABLES:
+                drop_rules(found)
+    if method == NFTABLES and images.inventory.dump_criu_run_id:
         _unlock(table_name(images.inventory.dump_criu_run_id))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stasis.process.files.options import FileOptions
     from stasis.process.images.imageset import ImageSet
 
-__all__ = ["InetSockets", "is_connection", "let_live"]
+__all__ = ["InetSockets", "ends_of", "is_connection", "let_live"]
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 # include/net/tcp_states.h
@@ -159,7 +159,7 @@ def let_live(sock: socket.socket, found: InetSkEntry, images: ImageSet) -> None:
 
 
 def _dump_connection(sock: socket.socket, descriptor: Descriptor, entry: InetSkEntry, saving: Saving) -> None:
-    saving.connections.hold(descriptor, sock, _ends_of(entry), reuse=bool(entry.opts.reuseaddr))
+    saving.connections.hold(descriptor, sock, ends_of(entry), reuse=bool(entry.opts.reuseaddr))
     entry.state = tcp.state_of(sock)  # nothing changes it any more
     stream, incoming, outgoing = tcp.read_stream(sock)
     saving.out.image("tcp-stream", entry.ino).append(stream, incoming, outgoing)
@@ -176,7 +176,7 @@ def _dump_end(sock: socket.socket, entry: InetSkEntry, saving: Saving) -> None:
     saving.out.image("tcp-stream", entry.ino).append(stream, incoming, b"")
 
 
-def _ends_of(entry: InetSkEntry) -> tuple[str, int, str, int]:
+def ends_of(entry: InetSkEntry) -> tuple[str, int, str, int]:
     return (_address(entry.family, entry.src_addr), entry.src_port, _address(entry.family, entry.dst_addr),
             entry.dst_port)  # fmt: skip
 
@@ -197,7 +197,7 @@ def _make_connection(sock: socket.socket, found: InetSkEntry, opened: Opened) ->
     set_options(sock, found.opts)
     if found.v6only is not None:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(found.v6only))
-    own, own_port, peer, peer_port = _ends_of(found)
+    own, own_port, peer, peer_port = ends_of(found)
     try:
         tcp.begin_repair(sock)
         tcp.connect(sock, found.state, entry, (queues[0], queues[1]), (own, own_port), (peer, peer_port),

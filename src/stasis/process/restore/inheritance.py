@@ -148,7 +148,8 @@ def _file(vma: VmaEntry) -> int:
 
 def _candidates(plan: TaskPlan) -> list[VmaEntry]:
     """Mappings that a parent and a child may share pages of: private ones that do not grow downwards."""
-    return [vma for vma in _vmas(plan) if vma.status & PRIVATE and not vma.flags & NEVER]
+    return [vma for vma in _vmas(plan)
+            if vma.status & PRIVATE and not vma.status & VmaStatus.KERNELS and not vma.flags & NEVER]  # fmt: skip
 
 
 def _wanted(plan: TaskPlan) -> list[VmaEntry]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stasis.errors import UnsupportedError
 from stasis.linux import procfs, ptrace
 from stasis.process.dump.mm import MAP_ANONYMOUS, MAP_BY_FLAG, MAP_SHARED, VmaStatus
 from stasis.process.images import ImageSet, MemoryReader, PageSource
-from stasis.process.remote import CODE_BYTES, PAGE, SCRATCH_BYTES, Remote
+from stasis.process.remote import CODE_BYTES, PAGE, SCRATCH_BYTES, Range, Remote
 from stasis.process.seals import seal
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ LARGEST_READ = 64 << 20
 LOCKED = MAP_BY_FLAG["lo"]
 MADV_GUARD_INSTALL = 102
 OTHERS = VmaStatus.SYSVIPC | VmaStatus.AIORING
-SPECIAL = VmaStatus.VDSO | VmaStatus.VVAR | VmaStatus.VSYSCALL | VmaStatus.GUARD | OTHERS
+SPECIAL = VmaStatus.KERNELS | VmaStatus.GUARD | OTHERS
 FROM_FILE = VmaStatus.FILE_PRIVATE | VmaStatus.FILE_SHARED
 
 
@@ -89,13 +90,25 @@ def _map_vdso(remote: Remote, mm: MmEntry) -> None:
         return
     remote.call("arch_prctl", ARCH_MAP_VDSO_64, min(vma.start for vma in wanted))
     now = procfs.mappings(remote.pid, flags=False)
-    there = {(mapping.start, mapping.end) for mapping in now if mapping.path.startswith(("[vvar", "[vdso"))}
-    if there != {(vma.start, vma.end) for vma in wanted}:
+    remote.moved(now)
+    there = [mapping for mapping in now if mapping.path.startswith(("[vvar", "[vdso"))]
+    code = {mapping.start for mapping in there if mapping.path == "[vdso]"}
+    if _ranges(there) != _ranges(wanted) or code != {vma.start for vma in wanted if vma.status & VmaStatus.VDSO}:
         raise UnsupportedError(
             f"this kernel's vdso is laid out in another way than that of process {remote.pid} when it was dumped",
             hint="restore it on the kernel that it was dumped on",
         )
-    remote.moved(now)
+
+
+def _ranges(pieces: Sequence[Range]) -> list[tuple[int, int]]:
+    """(start, end) of what they cover; images have [vvar] in one piece or in two."""
+    found: list[tuple[int, int]] = []
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        if found and found[-1][1] == piece.start:
+            found[-1] = (found[-1][0], piece.end)
+        else:
+            found.append((piece.start, piece.end))
+    return found
 
 
 def _has_pages(vma: VmaEntry, reader: MemoryReader) -> bool:

@@ -82,9 +82,8 @@ def read_tree(images: ImageSet) -> TaskPlan:
     plans: dict[int, TaskPlan] = {}
     root: TaskPlan | None = None
     for entry in images.messages("pstree"):
-        entry.threads = entry.threads or [entry.pid]  # CRIU's zombies have none
-        if entry.pid in plans or entry.pid not in entry.threads:
-            raise damaged(path, 0, f"process {entry.pid} is there twice, or is none of its threads")
+        if entry.pid in plans:
+            raise damaged(path, 0, f"process {entry.pid} is there twice")
         plans[entry.pid] = plan = _read_task(images, entry)
         if root is None:
             root = plan
@@ -135,12 +134,16 @@ def _member(plan: TaskPlan) -> Member:
 
 
 def _read_task(images: ImageSet, entry: PstreeEntry) -> TaskPlan:
-    cores = {tid: images.one("core", tid) for tid in entry.threads}
-    plan = TaskPlan(entry, cores)
+    plan = TaskPlan(entry, {entry.pid: images.one("core", entry.pid)})
     if plan.core.tc is None:
         raise damaged(images.file_path("core", entry.pid), 0, "it lacks what every process has")
     if plan.is_zombie:
+        entry.threads = [entry.pid]  # CRIU's has one with any number
         return plan
+    if entry.pid not in entry.threads:
+        raise damaged(images.file_path("pstree"), 0, f"process {entry.pid} is none of its threads")
+    plan.cores.update((tid, images.one("core", tid)) for tid in entry.threads if tid != entry.pid)
+    cores = plan.cores
     plan.ids, plan.mm, plan.fs = (images.one(kind, entry.pid) for kind in ("ids", "mm", "fs"))
     for tid, core in cores.items():
         if core.thread_info is None or core.thread_core is None:

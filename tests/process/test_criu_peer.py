@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CRIU restores what we dump, and we restore what it dumps, where there is a CRIU that works on this kernel; and what
+its images have that ours have not, without one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stasis.errors import StasisError
+from stasis.linux import ptrace
+from stasis.process.remote import RemoteThread
+from tests.process.programs import Program, compiled, running, stasis, wait_for
+from tests.process.test_memory_kinds import KINDS, SHARED
+from tests.process.test_tcp import ECHO, server
+from tests.process.victims import counting
+
+pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
+
+CRIU = shutil.which(os.environ.get("CRIU", "criu")) or ""
+THREADS = r"""
+// Two threads, a child that has ended, a pipe with something in it, a file.
+static int ends[2], file;
+static volatile int counted;
+static void *count(void *unused) { while (1) { counted++; usleep(1000); } }
+int main(void) {
+    pthread_t thread;
+    pid_t child = fork();
+    if (!child) _exit(7);
+    siginfo_t told;
+    CHECK(!waitid(P_PID, child, &told, WEXITED | WNOWAIT));
+    CHECK(!pipe(ends) && write(ends[1], "piped", 5) == 5);
+    file = open("data", O_RDWR | O_CREAT, 0600);
+    CHECK(write(file, "one", 3) == 3);
+    pthread_create(&thread, 0, count, 0);
+    set_up();
+    int before = counted, status;
+    char found[8] = "";
+    while (counted < before + 10) usleep(1000);
+    CHECK(read(ends[0], found, 8) == 5 && !strcmp(found, "piped"));
+    CHECK(waitpid(child, &status, 0) == child && WEXITSTATUS(status) == 7);
+    CHECK(lseek(file, 0, SEEK_CUR) == 3);
+    return content();
+}
+"""
+
+
+@functools.cache
+def _criu_works() -> bool:
+    """Debian 12's does not on kernels from 6.13 on; one before 4.2 reads none of our page counts."""
+    if not CRIU:
+        return False
+    version = subprocess.run([CRIU, "--version"], capture_output=True, text=True).stdout.split()[1].split(".")
+    if [int(part) for part in version[:2]] < [4, 2]:
+        return False
+    return subprocess.run([CRIU, "check"], capture_output=True).returncode == 0
+
+
+needs_criu = pytest.mark.skipif(not _criu_works(), reason="needs CRIU 4.2 that works here; CRIU=PATH names one")
+PROGRAMS = {"threads": THREADS, "kinds": KINDS, "shared": SHARED}
+
+
+def _criu(directory: Path, *words: str | Path | int) -> None:
+    log = directory / "criu.log"
+    done = subprocess.run([CRIU, *map(str, words), "-D", directory, "-v4", "-o", log], timeout=120)
+    assert not done.returncode, [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
+
+
+def _free(program: Program) -> None:
+    program.process.poll()
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in program.pids), "the pids are not free")
+
+
+@needs_criu
+@pytest.mark.parametrize("code", PROGRAMS.values(), ids=PROGRAMS)
+def test_criu_restores_ours(tmp_path: Path, code: str) -> None:
+    with running(tmp_path, compiled(tmp_path, code)) as program:
+        images = program.dump()
+        _free(program)
+        _criu(images, "restore", "-d")
+        program.finish()
+
+
+@needs_criu
+@pytest.mark.parametrize("code", PROGRAMS.values(), ids=PROGRAMS)
+def test_we_restore_criu_s(tmp_path: Path, code: str) -> None:
+    with running(tmp_path, compiled(tmp_path, code)) as program:
+        images = tmp_path / "images"
+        images.mkdir()
+        program.pids = program.descendants()
+        _criu(images, "dump", "-t", program.pid)
+        _free(program)
+        program.restore(images)
+        program.finish()
+
+
+def _documents(images: Path, name: str) -> dict[str, Any]:
+    return dict(json.loads(stasis("decode", images / name)))
+
+
+def _edit(images: Path, name: str, document: dict[str, Any]) -> None:
+    edited = images / "edited"
+    edited.write_text(json.dumps(document))
+    stasis("encode", edited, "--output", images / name)
+    edited.unlink()
+
+
+def test_what_the_kernel_maps_is_told_as_criu_tells_it(tmp_path: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, THREADS)) as program:
+        images = program.dump()
+        (entry,) = _documents(images, f"mm-{program.pid}.img")["entries"]
+        kinds = {vma["status"] & 0x100C: vma["status"] for vma in entry["vmas"] if vma["status"] & 0x100C}
+        assert {kind: status for kind, status in kinds.items() if kind != 0x4} == {0x8: 0x209, 0x1000: 0x1201}
+        assert kinds.get(0x4, 0x204) == 0x204
+        assert sum(bool(vma["status"] & 0x1000) for vma in entry["vmas"]) == 1
+        assert len(entry["mm_saved_auxv"]) <= 44
+
+
+def test_a_zombie_with_any_thread_and_a_vvar_in_pieces(tmp_path: Path) -> None:
+    """What CRIU 4.2 writes for a zombie was never set; sets of ours from before have two pieces, without its status."""
+    with running(tmp_path, compiled(tmp_path, THREADS)) as program:
+        images = program.dump()
+        tree = _documents(images, "pstree.img")
+        for entry in tree["entries"]:
+            entry["threads"] = entry["threads"] if entry["pid"] == program.pid else [2005389856]
+        _edit(images, "pstree.img", tree)
+        memory = _documents(images, f"mm-{program.pid}.img")
+        memory["entries"][0]["vmas"] = _in_pieces(memory["entries"][0]["vmas"])
+        _edit(images, f"mm-{program.pid}.img", memory)
+        program.restore(images)
+        program.finish()
+
+
+def _in_pieces(vmas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for vma in vmas:
+        if vma["status"] & 0x1000:
+            middle = vma["start"] + 0x1000
+            found += [{**vma, "end": middle, "status": 0x1001}, {**vma, "start": middle, "status": 0x1001}]
+        else:
+            found.append(vma)
+    return found
+
+
+@pytest.mark.tool("iptables")
+def test_rules_of_iptables_go_with_the_restore(tmp_path: Path) -> None:
+    """CRIU drops packets with them unless told otherwise; the connection came back, and nothing went through."""
+    with server(tmp_path, ECHO, "127.0.0.1") as case:
+        images = case.program.dump("--tcp", "established", "--network-lock", "skip")
+        inventory = _documents(images, "inventory.img")
+        inventory["entries"][0]["network_lock_method"] = 0
+        _edit(images, "inventory.img", inventory)
+        ours, theirs = case.client.getsockname(), case.client.getpeername()
+        rules = [_rule("INPUT", ours, theirs), _rule("OUTPUT", theirs, ours)]
+        for rule in rules:
+            subprocess.run(["iptables", "-w", "-A", *rule], check=True)
+        try:
+            case.program.restore(images)
+            gone = [subprocess.run(["iptables", "-w", "-C", *rule], capture_output=True).returncode for rule in rules]
+            assert all(gone)
+        finally:
+            for rule in rules:
+                subprocess.run(["iptables", "-w", "-D", *rule], capture_output=True)
+        case.client.sendall(b"after")
+        case.client.shutdown(socket.SHUT_WR)
+        case.go()
+        assert case.client.recv(100) == b"after"[::-1]
+
+
+def _rule(chain: str, source: tuple[str, int], target: tuple[str, int]) -> list[str]:
+    return [
+        chain, "-p", "tcp", "-m", "mark", "!", "--mark", "0xC114", "--source", source[0], "--sport", str(source[1]),
+        "--destination", target[0], "--dport", str(target[1]), "-j", "DROP",
+    ]  # fmt: skip
+
+
+def test_a_call_that_cannot_run_is_an_error() -> None:
+    """It was tried for ever: a process without its vdso, where the restore had found it laid out differently."""
+    with counting() as process:
+        ptrace.seize(process.pid)
+        ptrace.interrupt(process.pid)
+        ptrace.wait_for_stop(process.pid)
+        thread = RemoteThread(process.pid)
+        with pytest.raises(StasisError, match="cannot run a system call") as raised:
+            thread.call(0x1000, "getpid")
+        assert raised.value.errno == errno.EFAULT
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
