@@ -27,7 +27,6 @@ from tests.live.disks import (
     Disk,
     Setup,
     back_up,
-    fast_folder,
     formatted,
     image_file,
     loop,
@@ -42,18 +41,6 @@ pytestmark = [pytest.mark.root, pytest.mark.tool("mkfs.ext4", "losetup")]
 
 ROUNDS = 30 if LONG else 3
 DATA = 4 * MIB
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Repository]:
-    with fast_folder(tmp_path) as folder, new_repository(folder / "repo") as made:
-        yield made
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    with formatted("ext4", tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,27 +15,14 @@ from stasis.daemon.live_sources import LiveSources
 from stasis.live import tracking
 from stasis.live.liveset import LiveSet
 from stasis.live.options import LiveOptions
-from tests.backup.restoring import new_repository
 from tests.backup.stored import content_of
 from tests.live.difftracker import DiffTracker
-from tests.live.disks import MIB, Disk, Setup, back_up, fast_folder, formatted
+from tests.live.disks import MIB, Disk, Setup, back_up
 from tests.live.writers import bpf_works, state_directory
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("mkfs.ext4", "losetup")]
 
 OPTIONS = LiveOptions(max_freeze=20, busy_freeze=30, memory=8 * MIB, rounds=2)
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Repository]:
-    with fast_folder(tmp_path) as folder, new_repository(folder / "repo") as made:
-        yield made
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    with formatted("ext4", tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

@@ -18,26 +18,13 @@ from stasis.live.options import LiveOptions
 from stasis.live.source import LiveSource
 from stasis.live.stack import Stack
 from stasis.live.staging import StagingArea
-from tests.backup.restoring import new_repository
 from tests.live.difftracker import DiffTracker
-from tests.live.disks import MIB, Disk, Setup, back_up, fast_folder, formatted, image_file, loop, mounted, tool
+from tests.live.disks import MIB, Disk, Setup, back_up, fast_folder, image_file, loop, mounted, tool
 from tests.live.writers import bpf_works, state_directory
 from tests.runner import Stasis
 from tests.system.helpers import LONG
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("mkfs.ext4", "losetup")]
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Repository]:
-    with fast_folder(tmp_path) as folder, new_repository(folder / "repo") as made:
-        yield made
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    with formatted("ext4", tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

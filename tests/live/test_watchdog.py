@@ -19,7 +19,7 @@ from stasis.errors import BusyError, StasisError
 from stasis.linux import freeze
 from stasis.live.freezer import FreezeExpired, Freezer
 from stasis.live.stack import FileSystem, Stack
-from tests.live.disks import Disk, formatted, loop, mounted, tool
+from tests.live.disks import Disk, loop, mounted, tool
 from tests.system.helpers import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("mkfs.ext4", "losetup")]
@@ -45,12 +45,6 @@ with Stack([os.stat(node).st_rdev]) as stack, Freezer(stack.file_systems) as fre
     freezer.thaw()
     os.kill(os.getpid(), signal.SIGSTOP)
 """
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    with formatted("ext4", tmp_path) as made:
-        yield made
 
 
 @contextlib.contextmanager
