@@ -22,7 +22,7 @@ from stasis.errors import UnsupportedError
 from stasis.linux import procfs, softdirty, userfaultfd
 from stasis.linux.pagemap import PAGE, PageScanner
 from stasis.process import features
-from stasis.process.dump.canary import is_canary
+from stasis.process.dump.canary import is_canary, merged_pages
 from stasis.process.dump.predump import pre_dump
 from tests.process.test_dump_restore import stasis
 from tests.process.test_incremental import (
@@ -249,8 +249,10 @@ def test_a_zero_page_counts_as_written() -> None:
 def test_equal_pages_that_were_merged_are_written(tmp_path: Path) -> None:
     with running(tmp_path, MERGED) as process, merging():
         stasis("pre-dump", process.pid, "--images", tmp_path / "before")
+        before = merged_pages()
         (tmp_path / "go").touch()
         wait_for_steps(tmp_path, process.pid, 1)
+        assert merged_pages() > before, "nothing was merged"
         stasis("dump", process.pid, "--images", tmp_path / "images", "--parent", tmp_path / "before")
         (tmp_path / "look").touch()
         restore_and_check(tmp_path / "images", process, tmp_path)
@@ -278,8 +280,9 @@ memory.madvise(13)
 step()
 wait_for("look")
 assert memory[:] == b"m" * len(memory)
-step(3)
-time.sleep(1000)
+while True:
+    step()
+    time.sleep(0.01)
 """
 """Writes, has its pages merged and split again."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stasis.linux.procfs import Mapping
     from stasis.process.remote import Remote
 
-__all__ = ["Canary", "is_canary", "take_out"]
+__all__ = ["Canary", "is_canary", "merged_pages", "take_out"]
 
 PAGE = 4096
 LENGTH = 2 * PAGE
