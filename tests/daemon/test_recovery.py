@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 
 import stasis as api
+from stasis.daemon import main
+from stasis.daemon.devices import DeviceKeeper
+from stasis.daemon.paths import Directories
+from stasis.errors import StasisError
 from stasis.linux import process
 from stasis.nbd.client import Client as NbdClient
 from tests.daemon.helpers import MIB, alive, await_true, kill, read, write
@@ -315,3 +320,32 @@ def test_what_is_left_of_a_take_that_was_not_noted_is_removed(
         assert list((stasis.run_dir / "snapshots").iterdir()) == []
         assert [path.name for path in (stasis.run_dir / "nbd").iterdir()] == [f"{device.name}.sock"]
         assert other.create_snapshot("memory", [device.name], limit=64 * MIB, take=True).state == "taken"
+
+
+def test_nothing_else_changes_the_registries_meanwhile(
+    run_dir: Path, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads that watch nodes and mounts run already: one wrote the tracers' file as the recovery did, and the
+    daemon of a boot ended with ENOENT."""
+    others = []
+
+    def recovering(devices: DeviceKeeper, _: object) -> None:
+        other = threading.Thread(target=lambda: others.append(devices.lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+        raise StasisError("that was all")
+
+    monkeypatch.setattr(main, "recover", recovering)
+    monkeypatch.setattr(main, "set_priority", lambda *_: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    directories = Directories(run_dir, state_dir)
+    directories.create()
+    daemon = main.Daemon(directories, {})
+    try:
+        with pytest.raises(StasisError, match="that was all"):
+            main._serve(daemon, directories.control_socket, None)
+    finally:
+        daemon.shut_down()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert others == [False]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.live.difftracker import DiffTracker
 __all__ = ["CHECK", "MIB", "Backup", "Disk", "Setup", "back_up", "check_file_system", "fast_folder", "formatted",
            "image_file", "loop", "mounted", "put_number", "tool", "writing"]
 
+PATIENCE = 30.0
 MIB = 1 << 20
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"], "btrfs": ["mkfs.btrfs", "-q", "-f"],
         "vfat": ["mkfs.vfat"]}
@@ -59,7 +61,16 @@ def mounted(node: str | Path, directory: Path, *options: str) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        tool("umount", directory)
+        _unmount(directory)
+
+
+def _unmount(directory: Path) -> None:
+    """Mount namespaces of tests that run beside this one may hold a mount within it for a while."""
+    deadline = time.monotonic() + PATIENCE
+    while subprocess.run(["umount", directory], capture_output=True).returncode:
+        if time.monotonic() > deadline:
+            tool("umount", directory)
+        time.sleep(0.05)
 
 
 def check_file_system(kind: str, image: Path) -> None:

@@ -127,8 +127,9 @@ def _serve(daemon: Daemon, socket_path: Path, ready_fd: int | None) -> None:
         signal.signal(number, lambda *_: daemon.stop(False))
     listener = sockets.passed_in(socket_path)
     set_priority(0, NICE_IN_PATH)
-    recover(daemon.devices, daemon.snapshots)
-    daemon.driven.recover()
+    with daemon.devices.lock:  # what watches nodes and mounts runs already
+        recover(daemon.devices, daemon.snapshots)
+        daemon.driven.recover()
     server = control.Server(socket_path, daemon.engines, daemon.devices, daemon.stop, listener)
     log.info("serving on %s", socket_path)
     _tell(ready_fd, {"pid": os.getpid()})

@@ -113,9 +113,9 @@ class Hooks:
     @classmethod
     def load(cls, directory: Path) -> Hooks:
         """Load, attach and pin a new set; under the lock. UnsupportedError or PermissionDeniedError."""
-        ensure_mounted()
         if directory.exists():
-            remove(directory)
+            remove(directory)  # and with the last set the file system, if it is ours
+        ensure_mounted()
         try:
             directory.mkdir(mode=0o700)
             _load(directory)
