@@ -22,6 +22,7 @@ from stasis.process.images.imageset import ImageSet
 from stasis.process.images.schema.inventory import InventoryEntry
 from stasis.process.images.setwriter import ImageSetWriter
 from stasis.process.tree import Tree
+from tests.process.terminals import low_numbers_taken
 
 __all__ = ["cycle", "findings_of", "make_child"]
 
@@ -48,17 +49,18 @@ def _become(work: Callable[[], Any], told: int) -> NoReturn:
 def _start(work: Callable[[], Any], pid: int | None = None) -> tuple[int, Any]:
     """Do the work in a child with no descriptors but 0, 1, 2, which lives on. Returns its pid and what it told."""
     reader, writer = os.pipe()
-    child = os.fork() if pid is None else fork_as(pid)
-    if child == 0:
-        null = os.open("/dev/null", os.O_RDWR)
-        for number in range(3):
-            os.dup2(null, number)
-        told = os.dup2(writer, HIGH, inheritable=False)
-        os.closerange(3, HIGH)
-        _become(work, told)
-    os.close(writer)
-    with open(reader, "rb") as file:  # up to its end: the descriptor must not be there when the child is dumped
-        kind, answer = pickle.loads(file.read())
+    with low_numbers_taken():
+        child = os.fork() if pid is None else fork_as(pid)
+        if child == 0:
+            null = os.open("/dev/null", os.O_RDWR)
+            for number in range(3):
+                os.dup2(null, number)
+            told = os.dup2(writer, HIGH, inheritable=False)
+            os.closerange(3, HIGH)
+            _become(work, told)
+        os.close(writer)
+        with open(reader, "rb") as file:  # up to its end: the descriptor must not be there when the child is dumped
+            kind, answer = pickle.loads(file.read())
     if kind == "failed":
         end(child)
         raise AssertionError(answer)

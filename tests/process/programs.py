@@ -7,6 +7,7 @@ CHECK() ends the program with the line and the reason. A program that is content
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stasis.linux import procfs
+from tests.process.terminals import low_numbers_taken
 
 __all__ = ["PRELUDE", "Program", "compiled", "counts", "cycle", "goes_on", "running", "stasis", "wait_for"]
 
@@ -124,12 +126,20 @@ class Program:
         assert (self.directory / "content").exists(), "the program ended before it had looked"
 
     def end(self) -> None:
-        """Kill what is left of it."""
-        for pid in {*self.pids, *self.descendants()}:
-            with _gone_is_fine():
-                if os.readlink(f"/proc/{pid}/cwd") == str(self.directory):
-                    os.kill(pid, signal.SIGKILL)
+        """Kill what is left of it, also what is born meanwhile."""
         self.process.kill()
+        wait_for(lambda: not _killed_in(self.directory), "what is left of the program does not end")
+
+
+def _killed_in(directory: Path) -> list[int]:
+    """Kill whoever lives in the directory; who that was. Zombies have none."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdecimal()):
+        with _gone_is_fine(), contextlib.suppress(PermissionError):  # the first process, on some machines
+            if os.readlink(f"/proc/{pid}/cwd") == str(directory):
+                os.kill(pid, signal.SIGKILL)
+                found.append(pid)
+    return found
 
 
 @contextmanager
@@ -155,6 +165,7 @@ def _lives(pid: int) -> bool:
 def running(directory: Path, *command: str | Path, **options: object) -> Iterator[Program]:
     """The program, in a session of its own, once it is set up."""
     with (
+        low_numbers_taken() as taken,
         open(os.devnull, "rb") as nothing,
         open(directory / "errors", "ab") as errors,
         subprocess.Popen(
@@ -166,6 +177,7 @@ def running(directory: Path, *command: str | Path, **options: object) -> Iterato
         try:
             ready = directory / "ready"
             wait_for(lambda: ready.exists() or process.poll(), "the program is not set up")
+            taken.close()
             assert ready.exists(), (directory / "errors").read_text()
             yield program
         finally:

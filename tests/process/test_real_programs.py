@@ -123,6 +123,7 @@ def test_nginx_with_workers(tmp_path: Path) -> None:
     with serving(tmp_path, *command, ready=lambda: answers(port)) as program:
         with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
             request(client)
+            wait_for(lambda: len(program.descendants()) == 4, "there are not three workers")
             images = program.dump("--tcp", "established")
             assert len(program.pids) == 4
             program.restore(images)

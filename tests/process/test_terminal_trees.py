@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.process.programs import Program, running, wait_for
+from tests.process.terminals import low_numbers_taken
 
 pytestmark = pytest.mark.root
 
@@ -108,8 +109,9 @@ def test_tmux(tmp_path: Path) -> None:
     socket = tmp_path / "tmux"
     command = ["tmux", "-f", "/dev/null", "-S", str(socket)]
     environment = {**os.environ, "PS1": "$ ", "TERM": "screen"}
-    subprocess.run([*command, "new-session", "-d", "-x", "80", "-y", "24", "bash --norc"], check=True, timeout=60,
-                   cwd=tmp_path, env=environment)  # fmt: skip
+    with low_numbers_taken():
+        subprocess.run([*command, "new-session", "-d", "-x", "80", "-y", "24", "bash --norc"], check=True, timeout=60,
+                       cwd=tmp_path, env=environment)  # fmt: skip
 
     def run(*words: str) -> str:
         return subprocess.run([*command, *words], check=True, timeout=60, capture_output=True, text=True).stdout
