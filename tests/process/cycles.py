@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -49,7 +50,7 @@ def _become(work: Callable[[], Any], told: int) -> NoReturn:
 def _start(work: Callable[[], Any], pid: int | None = None) -> tuple[int, Any]:
     """Do the work in a child with no descriptors but 0, 1, 2, which lives on. Returns its pid and what it told."""
     reader, writer = os.pipe()
-    with low_numbers_taken():
+    with low_numbers_taken() if pid is None else contextlib.nullcontext():  # a restore takes the numbers it needs
         child = os.fork() if pid is None else fork_as(pid)
         if child == 0:
             null = os.open("/dev/null", os.O_RDWR)
