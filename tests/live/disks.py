@@ -8,7 +8,6 @@ import os
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +22,12 @@ from stasis.live.source import LiveSource
 from stasis.live.staging import StagingArea
 from stasis.live.stash import Budget
 from tests.backup.stored import content_of
+from tests.daemon.helpers import await_true
 from tests.live.difftracker import DiffTracker
 
 __all__ = ["CHECK", "MIB", "Backup", "Disk", "Setup", "back_up", "check_file_system", "fast_folder", "formatted",
            "image_file", "loop", "mounted", "put_number", "tool", "writing"]
 
-PATIENCE = 30.0
 MIB = 1 << 20
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"], "btrfs": ["mkfs.btrfs", "-q", "-f"],
         "vfat": ["mkfs.vfat"]}
@@ -61,16 +60,8 @@ def mounted(node: str | Path, directory: Path, *options: str) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        _unmount(directory)
-
-
-def _unmount(directory: Path) -> None:
-    """Mount namespaces of tests that run beside this one may hold a mount within it for a while."""
-    deadline = time.monotonic() + PATIENCE
-    while subprocess.run(["umount", directory], capture_output=True).returncode:
-        if time.monotonic() > deadline:
-            tool("umount", directory)
-        time.sleep(0.05)
+        # Mount namespaces of tests that run beside this one may hold a mount within it for a while.
+        await_true(lambda: subprocess.run(["umount", directory]).returncode == 0)
 
 
 def check_file_system(kind: str, image: Path) -> None:

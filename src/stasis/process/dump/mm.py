@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from stasis.linux import procfs
@@ -177,20 +177,16 @@ def vmas(pid: int, mappings: Sequence[Mapping], files: PathFiles) -> list[Vma]:
     return found
 
 
-def _joined(mappings: Sequence[Mapping]) -> Iterator[Mapping]:
+def _joined(mappings: Sequence[Mapping]) -> list[Mapping]:
     """What the kernel has as [vvar] and [vvar_vclock] (Linux 6.13) is one mapping in an image."""
-    waiting: Mapping | None = None
+    found: list[Mapping] = []
     for mapping in mappings:
-        if waiting is not None and mapping.path.startswith("[vvar") and mapping.start == waiting.end:
-            waiting = waiting._replace(end=mapping.end)
-            continue
-        if waiting is not None:
-            yield waiting
-        waiting = mapping if mapping.path.startswith("[vvar") else None
-        if waiting is None:
-            yield mapping
-    if waiting is not None:
-        yield waiting
+        last = found[-1] if found and mapping.path.startswith("[vvar") else None
+        if last is not None and last.path.startswith("[vvar") and last.end == mapping.start:
+            found[-1] = last._replace(end=mapping.end)
+        else:
+            found.append(mapping)
+    return found
 
 
 def _file_id(pid: int, mapping: Mapping, files: PathFiles, known: dict[tuple[object, ...], int]) -> int:

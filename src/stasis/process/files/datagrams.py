@@ -17,6 +17,7 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from stasis.process.files.queues import peeking
 from stasis.process.helpers import apart
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.sockets import DatagramEntry
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Datagram", "is_waiting", "keep", "peeked", "put_back", "why_not_kept"]
 
-SO_PEEK_OFF, SO_NETNS_COOKIE = 42, 71  # include/uapi/asm-generic/socket.h
+SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
 UDP_GRO = 104  # include/uapi/linux/udp.h
 LARGEST = 1 << 16
 MOST_BYTES = 64 << 20
@@ -73,9 +74,7 @@ def _events(sock: socket.socket) -> int:
 
 def peeked(sock: socket.socket) -> Iterator[Datagram]:
     """All that waits, in order, which waits on."""
-    before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
-    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
-    try:
+    with peeking(sock):
         while True:
             try:
                 data, sender = sock.recvfrom(LARGEST, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -83,8 +82,6 @@ def peeked(sock: socket.socket) -> Iterator[Datagram]:
                 return
             raw = socket.inet_pton(sock.family, sender[0].partition("%")[0])
             yield Datagram(raw.removeprefix(MAPPED) if len(raw) == 16 else raw, sender[1], data)
-    finally:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
 
 
 def keep(sock: socket.socket, number: int, saving: Saving) -> None:

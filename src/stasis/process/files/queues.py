@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
 
 from stasis.errors import UnsupportedError
 
-__all__ = ["packets", "send"]
+__all__ = ["packets", "peeking", "send"]
 
 SO_PEEK_OFF = 42  # include/uapi/asm-generic/socket.h
 SO_SNDBUFFORCE = 32
@@ -22,11 +23,20 @@ Packet = tuple[bytes, list[int]]
 """(bytes, descriptors of ours for what comes with them)"""
 
 
-def packets(sock: socket.socket) -> Iterator[Packet]:
-    """Everything that waits, in order. The descriptors are the caller's to close."""
+@contextlib.contextmanager
+def peeking(sock: socket.socket) -> Iterator[None]:
+    """Looks at what waits (MSG_PEEK) go from one to the next, from the first on; afterwards from where they did."""
     before = sock.getsockopt(socket.SOL_SOCKET, SO_PEEK_OFF)
     sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
     try:
+        yield
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
+
+
+def packets(sock: socket.socket) -> Iterator[Packet]:
+    """Everything that waits, in order. The descriptors are the caller's to close."""
+    with peeking(sock):
         while True:
             try:
                 packet = _peek(sock)
@@ -35,8 +45,6 @@ def packets(sock: socket.socket) -> Iterator[Packet]:
             if not packet[0]:
                 return  # the end; an empty packet cannot be stepped over
             yield packet
-    finally:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, before)
 
 
 def _peek(sock: socket.socket) -> Packet:

@@ -33,13 +33,17 @@ MESSAGE = struct.Struct("<II")  # priority, length
 LARGEST_PRIORITY = 32767  # MQ_PRIO_MAX - 1
 
 
+def _names() -> list[str]:
+    """All queues of this namespace; none where the kernel has no such."""
+    try:
+        return mqueue.names()
+    except OSError:
+        return []
+
+
 def check_queues(root: int, findings: Findings) -> None:
     """Note what cannot be kept of the queues of this namespace."""
-    try:
-        found = mqueue.names()
-    except OSError:
-        return  # a kernel without them
-    for name in found:
+    for name in _names():
         fd = mqueue.open_queue(name, os.O_RDONLY | os.O_NONBLOCK)
         try:
             if pid := mqueue.notified(fd):
@@ -51,11 +55,7 @@ def check_queues(root: int, findings: Findings) -> None:
 
 def write_queues(number: int, out: ImageSetWriter, identities: Identities) -> None:
     """All queues of this namespace."""
-    try:
-        found = mqueue.names()
-    except OSError:
-        return  # a kernel without them
-    for name in found:
+    for name in _names():
         fd = mqueue.open_queue(name, os.O_RDWR | os.O_NONBLOCK)
         try:
             status, attributes, contents = os.fstat(fd), mqueue.attributes(fd), _contents(fd)
