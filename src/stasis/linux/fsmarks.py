@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file system writes about itself whenever it is mounted for writing: the same twice means that nobody did.
+"""What a file system writes about itself whenever anything in it is written: the same twice means that nothing was.
+
+ext4 and XFS do so at every mount for writing. btrfs does only if something changed: whatever does ends in a new
+superblock (fs/btrfs/transaction.c).
 
 Every layout here is on-disk format of the kernel: fs/ext4/ext4.h (struct ext4_super_block), fs/xfs/libxfs/xfs_format.h
 (struct xfs_dsb), fs/btrfs (struct btrfs_super_block).
