@@ -219,6 +219,18 @@ def is_lost_for_good(tracker: Tracker, state: Path, why: str) -> None:
     tracker.close()
 
 
+@pytest.mark.parametrize("in_order", [programs.STORES_IN_ORDER, ()], ids=["work shared", "work not shared"])
+def test_any_program_for_completions_does_alone(node: str, own_state: Path, monkeypatch: pytest.MonkeyPatch,
+                                                in_order: tuple[str, ...]) -> None:
+    monkeypatch.setattr(programs, "STORES_IN_ORDER", in_order)
+    with tracking.start(node, own_state) as tracker:
+        for name in set(programs.PROGRAMS) - {programs.COMPLETIONS[-1]}:
+            (pins.directory_of(own_state) / f"link_{name}").unlink()
+        write(node, 9)
+        with tracker._kernel().map_bits(0) as bits:
+            assert int.from_bytes(bits[:], "little") == 1 << 9
+
+
 @pytest.mark.parametrize("name", programs.COMPLETIONS)
 def test_a_program_that_was_detached_is_a_loss(own_tracker: Tracker, own_state: Path, name: str) -> None:
     (pins.directory_of(own_state) / f"link_{name}").unlink()

@@ -6,6 +6,7 @@ Each consists of an entry, which finds out what an event is about, and the funct
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 
 from stasis.linux.bpf import FunctionInfo
@@ -25,6 +26,8 @@ MERGED_DISCARDS = 257
 
 COMPLETIONS = ("request_1", "request_2", "request_3")
 """One program alone would miss a completion that interrupts it on the same processor; see the design note."""
+STORES_IN_ORDER = ("x86_64", "i386", "i486", "i586", "i686")
+"""Processors on which nobody sees a flip before the epoch that was drawn ahead of it."""
 PROGRAMS = {
     **dict.fromkeys(COMPLETIONS, "block_rq_complete"),
     "bio": "block_bio_complete",
@@ -42,14 +45,18 @@ class Source:
     functions: list[FunctionInfo]
 
 
-def assemble(name: str, kernel: KernelTypes, maps: Maps, type_ids: list[int]) -> Source:
-    """The program of a name in PROGRAMS; `type_ids` are those of FUNCTIONS."""
+def assemble(name: str, kernel: KernelTypes, maps: Maps, type_ids: list[int], *,
+             machine: str = platform.machine()) -> Source:
+    """The program of a name in PROGRAMS; `type_ids` are those of FUNCTIONS.
+
+    Where others may see the stores of one processor in another order, each program for completions does all the work.
+    """
     writer = _Writer(kernel, maps)
     event = PROGRAMS[name]
     writer.asm.label("entry")
     argument = kernel.events[event].argument
     if name in COMPLETIONS:
-        writer.request(argument, first=name == COMPLETIONS[0])
+        writer.request(argument, first=name == COMPLETIONS[0], shared=machine in STORES_IN_ORDER)
     else:
         {"queue": writer.queue, "remap": writer.remap, "bio": writer.bio}[name](argument)
     writer.functions()
@@ -102,10 +109,11 @@ class _Writer(Functions):
         asm.call_helper(MAP_DELETE)
         self._leave()
 
-    def request(self, argument: int, *, first: bool) -> None:
+    def request(self, argument: int, *, first: bool, shared: bool) -> None:
         """A request, or a part of one, ended. Only discards that do not adjoin are merged: theirs is a chain.
 
-        The programs for completions do the same one after the other. What the first did is found by the others.
+        The programs for completions do the same one after the other. If work is shared, what the first did is found
+        by the others.
         """
         asm = self.asm
         asm.load(8, R6, R1, argument * 8)
@@ -114,16 +122,17 @@ class _Writer(Functions):
         self._leave_if_reading()
         asm.load(4, R9, R1, (argument + 2) * 8)
         asm.load(8, R8, R6, self.offsets["request.__sector"])
-        self._find_done()
-        if not first:
-            self._leave_if_done()
+        if shared:
+            self._find_done()
+            if not first:
+                self._leave_if_done()
         asm.label("fresh")
         asm.alu(">>", R9, 9)
         asm.load(8, R2, R6, self.offsets["request.q"])
         asm.load(8, R2, R2, self.offsets["request_queue.disk"])
         self._device_of_disk()
         self._record_by_kind()
-        if first:
+        if shared and first:
             self._note_done()
         asm.jump_if(R7, "!=", self.operations["REQ_OP_DISCARD"], "leave")
         self._record_chain()
