@@ -17,25 +17,34 @@ from stasis.linux import libc, procfs, softdirty
 from stasis.linux.taskmem import TaskMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from stasis.linux.pagemap import PageScanner
     from stasis.linux.procfs import Mapping
     from stasis.process.remote import Remote
 
-__all__ = ["Canary", "is_canary", "merged_pages", "take_out"]
+__all__ = ["WATCHED", "Canary", "is_canary", "left_behind", "merged_pages", "take_out"]
 
 PAGE = 4096
 LENGTH = 2 * PAGE
 NAME = "stasis-watch"
 PATH = f"/memfd:{NAME} (deleted)"
 PROT_NONE, MAP_PRIVATE, MFD_CLOEXEC, MADV_DONTFORK = 0, 2, 1, 10
+WATCHED = "uw"  # VM_UFFD_WP, in VmFlags of /proc/PID/smaps
 KSM = "/sys/kernel/mm/ksm"
 
 
 def is_canary(mapping: Mapping) -> bool:
-    """Whether a mapping is ours: it belongs to no image."""
-    return mapping.path == PATH and not mapping.is_shared
+    """Whether a mapping is ours: it belongs to no image. A name can be chosen by anybody; but what nobody can read or
+    write, and has this length, holds nothing of the process's."""
+    return (mapping.path, mapping.permissions, mapping.offset, mapping.length) == (PATH, "---p", 0, LENGTH)
+
+
+def left_behind(layout: Sequence[Mapping]) -> list[Mapping]:
+    """Ours that no keeper knows of any more. While one lives, its descriptor watches other mappings of the process."""
+    if any(WATCHED in mapping.flags for mapping in layout):
+        return []
+    return list(filter(is_canary, layout))
 
 
 def take_out(remote: Remote, layout: Iterable[Mapping]) -> None:

@@ -43,6 +43,8 @@ __all__ = ["PreDumpResult", "continued", "memory_of", "pre_dump"]
 PAGE = 4096
 BUFFER = 1 << 20
 IMAGE_VERSION = 2
+PATIENCE = 1.0
+"""Seconds for stopping a tree once more after something failed."""
 LITTLE = 256
 """Pages that need no further round."""
 SHRINKING = 0.9
@@ -184,7 +186,23 @@ def _taken(root: Key, parent: str | os.PathLike[str] | None) -> Iterator[tuple[T
             if parent is not None:
                 tracking.warnings.append(f"nothing is known of what process {root[0]} wrote since {os.fspath(parent)}: "
                                          "all of its memory is written")  # fmt: skip
-        yield tracking, tracking.warnings
+        try:
+            yield tracking, tracking.warnings
+        except BaseException:
+            with suppress(StasisError, OSError):  # what went wrong before is told; the next command does this, too
+                _withdraw(root[0], tracking)
+            raise
+
+
+def _withdraw(pid: int, tracking: Tracking) -> None:
+    """Leave nothing in a tree that nobody is going to watch."""
+    if not tracking.canaries:
+        return
+    journal = Journal()
+    with Guardian(journal), Tree(pid, timeout=PATIENCE) as tree:
+        tree.freeze()
+        for task in with_memory(tree.tasks):
+            tracking.withdraw(task, journal)
 
 
 def _run_id(parent: str | os.PathLike[str]) -> str:

@@ -18,7 +18,7 @@ from stasis.linux.pagemap import PageScanner
 from stasis.linux.pidfd import Pidfd
 from stasis.linux.procfs import Mapping
 from stasis.process.dump import dirtybits
-from stasis.process.dump.canary import Canary, take_out
+from stasis.process.dump.canary import WATCHED, Canary, is_canary, left_behind, take_out
 from stasis.process.dump.changes import Changes
 from stasis.process.journal import Journal
 from stasis.process.remote import Remote
@@ -32,7 +32,6 @@ __all__ = ["Key", "Tracking", "ended", "is_watchable"]
 Key = tuple[int, int]
 """(pid, start time): a process for good."""
 
-WATCHED = "uw"  # VM_UFFD_WP, in VmFlags of /proc/PID/smaps
 UNWATCHABLE = frozenset(("io", "pf", "ht", "dp", "ss"))
 """Device memory, raw pages, huge pages, droppable memory, shadow stacks."""
 RINGS = ("/[aio]", "anon_inode:[io_uring]")
@@ -102,6 +101,7 @@ class Tracking:
     def _mark(self, task: Task, layout: Sequence[Mapping], journal: Journal) -> dict[int, Changes]:
         if writes_unseen(layout):
             self._drop(_key(task))
+            _clean(task.pid, layout, journal)
             return {}
         fd = self._watch(task, layout, journal)
         with PageScanner(task.pid) as scanner:
@@ -133,13 +133,11 @@ class Tracking:
         proven = self._is_proven(task, scanner)
         self._proven.pop(key, None)
         canary = self._canary(task, layout, journal)
-        found = dirtybits.clear(scanner, task.pid, fd, watched)
         try:
+            found = dirtybits.clear(scanner, task.pid, fd, watched)
             self.canaries[key] = canary.raised(scanner, task.pid)
         except OSError:
-            present = procfs.mappings(task.pid, flags=False)
-            with Remote(task.pid, present, journal) as remote:
-                take_out(remote, present)
+            _clean(task.pid, procfs.mappings(task.pid, flags=False), journal)
             raise
         marked = {}
         for mapping in watched:
@@ -182,9 +180,14 @@ class Tracking:
         return Changes(scanner.changes(mapping.start, mapping.end, arm=False))
 
     def end(self, remote: Remote, task: Task, layout: Sequence[Mapping]) -> None:
-        """Leave nothing in a stopped process that is not watched on."""
+        """Leave nothing in a stopped process that is not watched on, nor what a keeper left that was killed."""
+        self.canaries.pop(_key(task), None)
+        take_out(remote, layout if _key(task) in self.watches else left_behind(layout))
+
+    def withdraw(self, task: Task, journal: Journal) -> None:
+        """The same where nothing else is done with it."""
         if self.canaries.pop(_key(task), None) is not None:
-            take_out(remote, layout)
+            _clean(task.pid, procfs.mappings(task.pid, flags=False), journal)
 
     def _watch(self, task: Task, layout: Sequence[Mapping], journal: Journal) -> int:
         """A descriptor for the task's memory: that of before, unless it runs another program since."""
@@ -209,6 +212,13 @@ def ended(pid: int) -> NotFoundError:
 
 def _key(task: Task) -> Key:
     return task.pid, task.stat.start_time
+
+
+def _clean(pid: int, layout: Sequence[Mapping], journal: Journal) -> None:
+    """Take canaries out of a stopped process that we do not look at otherwise."""
+    if any(map(is_canary, layout)):
+        with Remote(pid, layout, journal) as remote:
+            take_out(remote, layout)
 
 
 def _inject(remote: Remote) -> int:
