@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What most tests of live devices begin with: a repository on a fast disk, and a mounted ext4 on a loop device."""
+"""What most tests of live devices begin with: a state directory, a repository on a fast disk, a mounted ext4."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ import pytest
 from stasis.backup.repo import Repository
 from tests.backup.restoring import new_repository
 from tests.live.disks import Disk, fast_folder, formatted
+from tests.live.writers import state_directory
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """A state directory of the test's own; some files replace it by one that all of their tests share."""
+    with state_directory(tmp_path / "state") as path:
+        yield path
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from stasis.errors import GenerationError, NotFoundError
 from stasis.live import point, tracking
 from stasis.live.options import LiveOptions
 from stasis.live.tracker import Mark, Tracker
-from tests.live.writers import MIB, bpf_works, loop_device, read_direct, state_directory
+from tests.live.writers import MIB, bpf_works, loop_device, read_direct
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices")]
 
@@ -24,12 +24,6 @@ SIZE = 8 * MIB + 4096
 def node(tmp_path: Path) -> Iterator[str]:
     with loop_device(tmp_path / "backing", SIZE) as node:
         yield node
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    with state_directory(tmp_path / "state") as path:
-        yield path
 
 
 def _write(node: str, offset: int, data: bytes) -> None:

@@ -38,12 +38,6 @@ def node(tmp_path: Path) -> Iterator[str]:
         yield node
 
 
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    with state_directory(tmp_path / "state") as path:
-        yield path
-
-
 def test_a_copy_kept_by_turns_and_switches_is_the_device(node: str, state: Path, seed: int) -> None:
     with tracking.start(node, state) as tracker:
         mirror = Mirror(tracker)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +14,12 @@ from stasis.errors import NotFoundError
 from stasis.linux import ioctl, loop
 from stasis.live import identity, tracking
 from stasis.live.tracker import Tracker
-from tests.live.writers import MIB, bpf_works, loop_device, state_directory, zram_device
+from tests.live.writers import MIB, bpf_works, loop_device, zram_device
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices")]
 
 SIZE = 16 * MIB
 LOOP_SET_STATUS64 = 0x4C04
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    with state_directory(tmp_path / "state") as path:
-        yield path
 
 
 def write(node: str, length: int) -> None:
@@ -36,6 +29,15 @@ def write(node: str, length: int) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def is_good_anew(device: str, state: Path, node: str) -> None:
+    """A new generation, of the disk that the name is of now, ends the loss."""
+    with Tracker.open(device, state) as tracker:
+        tracker.begin_generation("test")
+        tracker.check()
+        assert tracker.identity.path == node
+    tracking.stop(device, state)
 
 
 @pytest.mark.skipif(not os.path.exists("/sys/class/zram-control/hot_add"), reason="this kernel has no zram")
@@ -50,10 +52,7 @@ def test_a_zram_disk_that_was_reset_is_lost_and_stays_so(state: Path) -> None:
         assert tracking.inspect(node, state).lost == "the disk was set up anew"
         write(node, 4 * MIB)  # more than before
         assert tracking.inspect(node, state).lost == "the disk was set up anew"
-        with Tracker.open(node, state) as tracker:
-            tracker.begin_generation("test")
-            tracker.check()
-        tracking.stop(node, state)
+        is_good_anew(node, state, node)
 
 
 def test_a_name_that_leads_to_another_disk_is_a_loss(state: Path, tmp_path: Path) -> None:
@@ -67,11 +66,7 @@ def test_a_name_that_leads_to_another_disk_is_a_loss(state: Path, tmp_path: Path
         assert tracking.inspect(str(link), state).lost == f"{link} leads to {two} now"
         with pytest.raises(NotFoundError):  # a new generation would be of the other disk
             Tracker.open(one, state)
-        with Tracker.open(str(link), state) as tracker:
-            tracker.begin_generation("test")
-            tracker.check()
-            assert tracker.identity.path == two
-        tracking.stop(str(link), state)
+        is_good_anew(str(link), state, two)
 
 
 def test_what_is_counted_of_a_disk_only_grows(state: Path, tmp_path: Path) -> None:
@@ -97,10 +92,7 @@ def test_a_loop_device_that_shows_another_part_of_its_file_is_lost(state: Path, 
         assert tracking.inspect(node, state).lost == ""
         begin_at(node, MIB)
         assert tracking.inspect(node, state).lost == "it shows another part of its file"
-        with Tracker.open(node, state) as tracker:
-            tracker.begin_generation("test")
-            tracker.check()
-        tracking.stop(node, state)
+        is_good_anew(node, state, node)
 
 
 def begin_at(node: str, offset: int) -> None:

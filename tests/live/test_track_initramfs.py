@@ -18,7 +18,7 @@ from stasis.live.devicefile import DeviceFile
 from stasis.live.tracker import Mark, Tracker
 from tests.live.disks import mounted, tool
 from tests.live.test_track_reboot import ANOTHER_BOOT, name_of
-from tests.live.writers import MIB, bpf_works, loop_device, state_directory
+from tests.live.writers import MIB, bpf_works, loop_device
 from tests.system.helpers import LONG
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices"),
@@ -42,12 +42,6 @@ def node(tmp_path: Path) -> Iterator[str]:
     with loop_device(tmp_path / "image", 24 * MIB) as node:
         tool("mkfs.ext4", "-q", "-F", node)
         yield node
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    with state_directory(tmp_path / "state") as path:
-        yield path
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from stasis.live import lasting, pins, tracking
 from stasis.live.devicefile import DeviceFile
 from stasis.live.tracker import Mark, Tracker
 from tests.live.disks import MAKE, mounted, tool
-from tests.live.writers import MIB, bpf_works, loop_device, state_directory
+from tests.live.writers import MIB, bpf_works, loop_device
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices"),
               pytest.mark.tool("mkfs.ext4")]
@@ -37,12 +37,6 @@ def node(image: Path) -> Iterator[str]:
     with loop_device(image, 24 * MIB) as node:
         tool("mkfs.ext4", "-q", "-F", node)
         yield node
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    with state_directory(tmp_path / "state") as path:
-        yield path
 
 
 @pytest.fixture
