@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stasis.linux import procfs
+from stasis.linux.pidfd import Pidfd
 from stasis.process import keeper
 from stasis.process.dump import predump
 from stasis.process.dump.canary import Canary
@@ -117,6 +119,26 @@ def test_a_pre_dump_that_fails_leaves_nothing(tmp_path: Path, seed: int, monkeyp
         assert canaries(process.pid) == []
         assert os.listdir(tmp_path).count("images") == 0
         wait_for_steps(tmp_path, process.pid)
+
+
+def test_the_name_is_free_for_the_next_keeper_when_all_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the old one takes to end."""
+    root = os.getpid(), 1
+    reached = []
+
+    def send(*_: Any) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+            other.bind(keeper._address(root))
+        reached.append(other)
+
+    monkeypatch.setattr(keeper, "_send", send)
+    listener, client = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
+    with listener, client, Pidfd(os.getpid()) as pidfd:
+        listener.bind(keeper._address(root))
+        listener.listen()
+        client.connect(keeper._address(root))
+        keeper._serve(listener, pidfd.fd, Tracking())
+    assert reached
 
 
 def test_memory_with_that_name_is_dumped(tmp_path: Path, seed: int) -> None:

@@ -152,6 +152,7 @@ def _serve(listener: socket.socket, pidfd: int, tracking: Tracking) -> None:
         connection, _ = listener.accept()
         with connection:
             if _peer_user(connection) == os.geteuid():
+                listener.close()  # who has all of it may start another keeper before we are gone
                 _send(connection, tracking)
                 return
 
