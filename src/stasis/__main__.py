@@ -3,7 +3,7 @@
 
 import sys
 
-from stasis.cli.main import main
+from stasis.cli.start import stasis
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stasis())
