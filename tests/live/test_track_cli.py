@@ -12,6 +12,7 @@ import pytest
 
 from stasis.cli.main import main
 from stasis.errors import ExitCode
+from stasis.live.tracker import Tracker
 from tests.live.writers import MIB, bpf_works, loop_device, state_directory
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices")]
@@ -48,6 +49,31 @@ def test_from_start_to_stop(where: list[str], tmp_path: Path, capsys: Capture) -
         assert main(["map", "changed", node, "--since", "0", "--held", *where]) == ExitCode.USAGE
         run("track", "stop", node)
         assert main(["track", "show", node, *where]) == ExitCode.NOT_FOUND
+
+
+def test_several_devices_are_tracked_or_let_go_together(where: list[str], tmp_path: Path, capsys: Capture) -> None:
+    def tracked() -> list[str]:
+        assert main(["track", "list", "--json", *where]) == ExitCode.OK
+        return [device["path"] for device in json.loads(capsys.readouterr().out)]
+
+    with loop_device(tmp_path / "one", MIB) as one, loop_device(tmp_path / "two", MIB) as two:
+        link = tmp_path / "link"
+        link.symlink_to(one)
+        assert main(["track", "start", one, two, str(link), *where]) == ExitCode.USAGE
+        assert f"{link} is the same device as {one}" in capsys.readouterr().err
+        assert main(["track", "start", one, str(tmp_path / "none"), *where]) == ExitCode.NOT_FOUND
+        assert main(["track", "start", two, *where]) == ExitCode.OK
+        assert main(["track", "start", one, two, *where]) == ExitCode.BUSY
+        assert "is tracked already" in capsys.readouterr().err
+        assert tracked() == [two]  # as it was before
+        assert main(["track", "start", one, *where]) == ExitCode.OK
+        assert main(["track", "stop", one, str(tmp_path / "none"), *where]) == ExitCode.NOT_FOUND
+        with Tracker.open(two, Path(where[1])):  # as a backup has it
+            assert main(["track", "stop", one, two, *where]) == ExitCode.BUSY
+        capsys.readouterr()
+        assert set(tracked()) == {one, two}
+        assert main(["track", "stop", one, two, str(link), *where]) == ExitCode.OK
+        assert tracked() == []
 
 
 def test_capabilities_are_found_by_trying(where: list[str], capsys: Capture) -> None:

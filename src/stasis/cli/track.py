@@ -66,10 +66,8 @@ def start(arguments: argparse.Namespace) -> None:
     """stasis track start"""
     from stasis.live import tracking
 
-    state, started = _state(arguments), []
-    for device in arguments.devices:
-        with tracking.start(device, state, block_size=arguments.block_size) as tracker:
-            started.append(tracker.record.identity.name)
+    state = _state(arguments)
+    started = tracking.start_all(arguments.devices, state, block_size=arguments.block_size)
     devices = [tracking.inspect(name, state) for name in started]
     if arguments.json:
         output.print_json([device.as_dict() for device in devices])
@@ -143,8 +141,7 @@ def stop(arguments: argparse.Namespace) -> None:
     """stasis track stop"""
     from stasis.live import tracking
 
-    for device in arguments.devices:
-        tracking.stop(device, _state(arguments))
+    tracking.stop_all(arguments.devices, _state(arguments))
     if arguments.json:
         output.print_json({"stopped": arguments.devices})
 

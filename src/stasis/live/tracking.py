@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stasis.block import settings as block_settings
-from stasis.errors import BusyError, StasisError
+from stasis.errors import BusyError, StasisError, UsageError
 from stasis.live import devicefile, identity, pins, tracker
 from stasis.live.devicefile import DeviceFile, Record
 from stasis.live.identity import SECTOR, Identity
 from stasis.live.pins import Hooks
 from stasis.live.tracker import Tracker
 
-__all__ = ["TrackedDevice", "attach", "inspect", "start", "stop", "tracked"]
+__all__ = ["TrackedDevice", "attach", "inspect", "start", "start_all", "stop", "stop_all", "tracked"]
 
 REST_SECONDS = 10
 """How long to wait for a moment without a write in progress."""
@@ -69,6 +71,31 @@ def start(device: str, state: Path, *, block_size: int | None = None) -> Tracker
         os.close(lock)
         raise
     return Tracker(files, lock)
+
+
+def start_all(devices: Sequence[str], state: Path, *, block_size: int | None = None) -> list[str]:
+    """Track all of these devices from now on, or none of them: if one cannot be, those before it are let go again.
+
+    Their names. The errors of `start`, and UsageError for a device that is named twice.
+    """
+    _refuse_twice(devices)
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
+        names = []
+        for device in devices:
+            tracker = held.enter_context(start(device, state, block_size=block_size))
+            names.append(tracker.identity.name)
+            undo.callback(_forget, DeviceFile(state, names[-1]))  # still locked: nobody has a mark of it yet
+        undo.pop_all()
+    return names
+
+
+def _refuse_twice(devices: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for device in devices:
+        name = identity.identify(device).name
+        if name in seen:
+            raise UsageError(f"{device} is the same device as {seen[name]}", hint="name each device once")
+        seen[name] = device
 
 
 def _make_private(state: Path) -> None:
@@ -146,12 +173,18 @@ def _wait_for_rest(who: Identity) -> None:
 
 def stop(device: str, state: Path) -> None:
     """Track no longer, and forget what changed. NotFoundError, BusyError."""
-    files = DeviceFile(state, devicefile.find(state, device))
-    lock = files.lock()
-    try:
-        _forget(files)
-    finally:
-        os.close(lock)
+    stop_all([device], state)
+
+
+def stop_all(devices: Sequence[str], state: Path) -> None:
+    """The same for several. NotFoundError and BusyError for one of them leave all of them tracked."""
+    names = dict.fromkeys(devicefile.find(state, device) for device in devices)
+    with contextlib.ExitStack() as held:
+        files = [DeviceFile(state, name) for name in names]
+        for one in files:
+            held.callback(os.close, one.lock())
+        for one in files:
+            _forget(one)
 
 
 def _forget(files: DeviceFile) -> None:
