@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from stasis.errors import ExitCode
+from stasis.cli.main import build_parser
+from stasis.errors import ExitCode, UsageError
 from tests.runner import Stasis
 
 MIB = 1 << 20
@@ -336,6 +337,16 @@ def test_stopping_the_daemon_under_a_snapshot(stasis: Stasis, image: Path, stora
 )
 def test_arguments_that_make_no_sense(stasis: Stasis, arguments: tuple[str, ...]) -> None:
     _sentence(stasis.fail(ExitCode.USAGE, *arguments))
+
+
+@pytest.mark.parametrize("words", [
+    "repo prune --repo r --wait", "repo check --repo r --wait", "backup create disk --repo r --wait",
+    "backup copy latest --repo r --to s --wait", "process dump 1 --images i --timeout",
+])
+@pytest.mark.parametrize("time", ["-1", "nan", "inf", "soon"])
+def test_a_time_to_wait_is_a_number_of_seconds(words: str, time: str) -> None:
+    with pytest.raises(UsageError, match=f"'{time}' is not a time"):
+        build_parser().parse_args([*words.split(), time])
 
 
 def test_errors_are_json_where_json_was_asked_for(stasis: Stasis) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from stasis.cli import output
 from stasis.cli.memory_progress import memory_progress
-from stasis.cli.options import add_command, size
+from stasis.cli.options import add_command, seconds, size
 from stasis.errors import ExitCode, UsageError
 from stasis.units import format_size
 
@@ -141,7 +141,7 @@ def _link(text: str) -> tuple[str, str]:
 
 def _add_target(command: argparse.ArgumentParser) -> None:
     command.add_argument("pid", metavar="PID", type=_pid, help="the first process of the tree")
-    command.add_argument("--timeout", metavar="SECONDS", type=float, default=10.0,
+    command.add_argument("--timeout", metavar="SECONDS", type=seconds, default=10.0,
                          help="give up when the tree does not stop in time (10)")
 
 

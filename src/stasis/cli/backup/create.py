@@ -90,7 +90,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
                          help="what to do where a source cannot be read: fail (default), or store zeroes and end with "
                               "exit code 12")
     command.add_argument("--limit-rate", metavar="SIZE", type=size, help="bytes per second that are read at most")
-    command.add_argument("--wait", metavar="SECONDS", type=float, default=0.0,
+    command.add_argument("--wait", metavar="SECONDS", type=seconds, default=0.0,
                          help="wait so long for a prune of the repository to end (0)")
     command.add_argument("--dry-run", action="store_true", help="only tell what would be read")
 

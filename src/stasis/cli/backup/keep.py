@@ -13,7 +13,7 @@ from stasis.cli.backup import forget
 from stasis.cli.backup.options import add_latest, add_repository, ask, open_repository
 from stasis.cli.backup.reporting import report
 from stasis.cli.backup.selecting import add_selection, describe, selection_of, tag_list
-from stasis.cli.options import add_command
+from stasis.cli.options import add_command, seconds
 from stasis.errors import DamagedError, UsageError
 from stasis.units import format_size
 
@@ -63,7 +63,7 @@ stasis backup copy --host web1 --to /mnt/usb/backup""")
     command.add_argument("--to-key-file", metavar="FILE",
                          help="open that with the content of FILE instead of a passphrase (STASIS_TO_PASSPHRASE, "
                               "STASIS_TO_PASSPHRASE_FILE, STASIS_TO_PASSPHRASE_COMMAND, or a prompt)")
-    command.add_argument("--wait", metavar="SECONDS", type=float, default=0.0,
+    command.add_argument("--wait", metavar="SECONDS", type=seconds, default=0.0,
                          help="wait this long for a prune to end (0)")
     add_selection(command)
     add_repository(command)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stasis.cli import output
 from stasis.cli.backup.options import add_repository, open_repository
 from stasis.cli.backup.reporting import report
-from stasis.cli.options import Parser, add_command
+from stasis.cli.options import Parser, add_command, seconds
 from stasis.errors import DamagedError, UsageError
 from stasis.units import format_size
 
@@ -53,7 +53,7 @@ stasis repo check --repo /srv/backup --read-data-subset 5%""")
 
 def add_wait(command: Parser) -> None:
     """--wait"""
-    command.add_argument("--wait", metavar="SECONDS", type=float, default=0.0,
+    command.add_argument("--wait", metavar="SECONDS", type=seconds, default=0.0,
                          help="wait this long for others who use the repository (0)")
 
 
