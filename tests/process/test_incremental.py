@@ -132,9 +132,16 @@ def wait_for_steps(directory: Path, pid: int, count: int = 3) -> None:
     """Wait until the process has gone on, or fail with what it complained about."""
     wanted, deadline = steps(directory) + count, time.monotonic() + PATIENCE
     while steps(directory) < wanted:
-        assert os.path.exists(f"/proc/{pid}"), (directory / "errors").read_text()
-        assert time.monotonic() < deadline, "the process does not go on"
+        assert _is_alive(pid), f"the process ended: {(directory / 'errors').read_text()}"
+        assert time.monotonic() < deadline, f"the process does not go on: {procfs.status(pid)}"
         time.sleep(0.005)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return procfs.stat(pid).state not in "ZX"
+    except ProcessLookupError:
+        return False
 
 
 @contextmanager
