@@ -50,6 +50,8 @@ for name in ("mmap", "mremap"):
     getattr(libc, name).restype = ctypes.c_long
     getattr(libc, name).argtypes = [ctypes.c_long] * (6 if name == "mmap" else 5)
 libc.madvise.argtypes = libc.mprotect.argtypes = [ctypes.c_long] * 3
+libc.mincore.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_char_p]
+told = ctypes.create_string_buffer(1)
 FIXED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
 room = libc.mmap(0, (SLOTS + 1) * HUGE, 3, FIXED & ~0x10, -1, 0)
 first = -(-room // HUGE) * HUGE
@@ -72,6 +74,10 @@ def exchange(source, target, length):
         moved = libc.mremap(source, length, length, 3, target)  # only what is one mapping
         free = source if moved == target else target
         checked(libc.mmap(free, length, 3, FIXED, -1, 0), free)
+        if moved != target:  # of two mappings Linux 6.17 may have moved the first one
+            for at in range(source, source + length, PAGE):
+                if libc.mincore(at, PAGE, told):
+                    checked(libc.mmap(at, PAGE, 3, FIXED, -1, 0), at)
 def move():
     exchange(slot(), slot(), HUGE)
 def move_a_page():
