@@ -19,6 +19,7 @@ from stasis.cli import criu
 from stasis.errors import UnsupportedError
 from stasis.process import features
 from stasis.process.images.imageset import ImageSet
+from tests.process.programs import PATIENCE
 
 pytestmark = pytest.mark.root
 COUNTING = """
@@ -41,11 +42,12 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def _run(*words: str | Path, directory: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "import sys; from stasis.cli.criu import main; sys.exit(main())", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=directory, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=directory,
+                          stdin=subprocess.DEVNULL)  # fmt: skip
 
 
 def _wait_for_more(path: Path) -> None:
-    before, deadline = path.stat().st_size, time.monotonic() + 30
+    before, deadline = path.stat().st_size, time.monotonic() + PATIENCE
     while path.stat().st_size < before + 3:
         assert time.monotonic() < deadline, "the process does not go on"
         time.sleep(0.01)

@@ -17,7 +17,7 @@ import pytest
 from stasis.linux import nftables
 from stasis.linux.mounts import mounts
 from stasis.process import cgroups
-from tests.process.programs import Program, compiled, running, wait_for
+from tests.process.programs import PATIENCE, Program, compiled, running, wait_for
 from tests.process.test_tcp import ECHO, server
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
@@ -88,7 +88,7 @@ Path("content").touch()
 
 
 def _run(directory: Path, *words: object, status: int = 0, **options: object) -> str:
-    done = subprocess.run([*COMMAND, *map(str, words)], cwd=directory, capture_output=True, text=True, timeout=120,
+    done = subprocess.run([*COMMAND, *map(str, words)], cwd=directory, capture_output=True, text=True, timeout=PATIENCE,
                           stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]  # fmt: skip
     assert done.returncode == status, done.stderr
     return str(done.stderr)

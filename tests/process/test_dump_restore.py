@@ -16,10 +16,10 @@ import pytest
 
 from stasis.errors import ExitCode
 from stasis.linux import procfs
+from tests.process.programs import PATIENCE
 
 pytestmark = pytest.mark.root
 
-PATIENCE = 30.0
 
 VICTIM = """
 import hashlib, os, signal, sys, threading, time
@@ -65,7 +65,7 @@ while True:
 def stasis(*words: str | Path, status: int = 0) -> str:
     """Run `stasis process`; its output."""
     command = [sys.executable, "-m", "stasis", "process", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     return done.stdout if status == 0 else done.stderr
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_kept_is_named_and_nothing_happens(tmp_path: Path) -> Non
 
 def _check(pid: int) -> str:
     command = [sys.executable, "-m", "stasis", "process", "check", str(pid), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == ExitCode.UNSUPPORTED
     return done.stdout
 

@@ -29,7 +29,7 @@ from tests.process.test_killed import FAMILY, settled
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.timeout(7200 if LONG else 300)]
 
 SAMPLE = 3
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 BROUGHT = r"""
 // Counts in a file that lost its name and has another one, and has files without any, a System V segment, a pipe from

@@ -11,6 +11,7 @@ import sys
 import time
 
 from stasis.linux import procfs
+from tests.process.programs import PATIENCE
 from tests.process.victims import counting, progress
 
 DUMPER = """
@@ -41,7 +42,7 @@ def _kill_in_the_middle(pid: int, seconds: float, *expected: int) -> None:
         time.sleep(seconds)
         dumper.kill()
     # The guardian is nobody's child now: its end shows in /proc.
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while os.path.exists(f"/proc/{guardian}") and procfs.stat(guardian).state != "Z":
         assert time.monotonic() < deadline, "the guardian did not end"
         time.sleep(0.001)
@@ -76,7 +77,7 @@ def test_a_stopped_victim_stays_stopped() -> None:
         while procfs.stat(process.pid).state != "T":
             pass
         _kill_in_the_middle(process.pid, 0.005)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while procfs.stat(process.pid).state != "T":  # let go, it runs for a moment on its way into the stop
             assert time.monotonic() < deadline, "the process is not stopped any more"
         process.send_signal(signal.SIGCONT)

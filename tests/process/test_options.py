@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from stasis.errors import ExitCode
+from tests.process.programs import PATIENCE
 
 pytestmark = pytest.mark.root
 
@@ -28,7 +29,7 @@ time.sleep(1000)
 
 def _process(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stasis", "process", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
 
 
 def test_a_lock_is_kept_when_asked_for(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from stasis.errors import ExitCode
 from stasis.linux import procfs
-from tests.process.programs import compiled, running, stasis, wait_for
+from tests.process.programs import PATIENCE, compiled, running, stasis, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
 
@@ -96,7 +96,7 @@ def test_attached_it_ends_with_the_status_of_the_first(tmp_path: Path) -> None:
         images = program.dump()
         (tmp_path / "go").touch()
         command = [sys.executable, "-m", "stasis", "process", "restore", "--images", images, "--pid-namespace"]
-        assert subprocess.run([*command, "--attach"], timeout=120, check=False).returncode == 7
+        assert subprocess.run([*command, "--attach"], timeout=PATIENCE, check=False).returncode == 7
 
 
 def test_a_restore_inside_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from stasis.errors import ExitCode
 from stasis.linux import procfs
-from tests.process.programs import wait_for
+from tests.process.programs import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("unshare"), pytest.mark.tool("nsenter")]
 
@@ -58,7 +58,7 @@ class Inside:
         """Run `stasis process` inside, in a session that is led from outside, or behind the words of `before`."""
         enter = ["nsenter", "--target", str(self._first), "--pid", "--mount", *before]
         command = [*enter, sys.executable, "-m", "stasis", "process", *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
         assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
         return done.stdout if status == 0 else done.stderr
 

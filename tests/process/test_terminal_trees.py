@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.programs import Program, running, wait_for
+from tests.process.programs import PATIENCE, Program, running, wait_for
 from tests.process.terminals import low_numbers_taken
 
 pytestmark = pytest.mark.root
@@ -110,11 +110,11 @@ def test_tmux(tmp_path: Path) -> None:
     command = ["tmux", "-f", "/dev/null", "-S", str(socket)]
     environment = {**os.environ, "PS1": "$ ", "TERM": "screen"}
     with low_numbers_taken():
-        subprocess.run([*command, "new-session", "-d", "-x", "80", "-y", "24", "bash --norc"], check=True, timeout=60,
-                       cwd=tmp_path, env=environment)  # fmt: skip
+        subprocess.run([*command, "new-session", "-d", "-x", "80", "-y", "24", "bash --norc"], check=True,
+                       timeout=PATIENCE, cwd=tmp_path, env=environment)  # fmt: skip
 
     def run(*words: str) -> str:
-        return subprocess.run([*command, *words], check=True, timeout=60, capture_output=True, text=True).stdout
+        return subprocess.run([*command, *words], check=True, timeout=PATIENCE, capture_output=True, text=True).stdout
 
     pid = int(run("display-message", "-p", "#{pid}"))
     try:
@@ -127,7 +127,7 @@ def test_tmux(tmp_path: Path) -> None:
         wait_for(lambda: "after-2" in run("capture-pane", "-p"), "the shell does not answer after the restore")
         wait_for(lambda: "/dev/pts/" in run("capture-pane", "-p"), "it has no terminal")
     finally:
-        subprocess.run([*command, "kill-server"], check=False, timeout=60)
+        subprocess.run([*command, "kill-server"], check=False, timeout=PATIENCE)
         wait_for(lambda: not os.path.exists(f"/proc/{pid}"), "tmux does not end")
 
 
