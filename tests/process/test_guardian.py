@@ -11,6 +11,7 @@ import sys
 import time
 
 from stasis.linux import procfs
+from tests.process.containers import lives
 from tests.process.programs import PATIENCE
 from tests.process.victims import counting, progress
 
@@ -43,7 +44,7 @@ def _kill_in_the_middle(pid: int, seconds: float, *expected: int) -> None:
         dumper.kill()
     # The guardian is nobody's child now: its end shows in /proc.
     deadline = time.monotonic() + PATIENCE
-    while os.path.exists(f"/proc/{guardian}") and procfs.stat(guardian).state != "Z":
+    while lives(guardian):
         assert time.monotonic() < deadline, "the guardian did not end"
         time.sleep(0.001)
 
