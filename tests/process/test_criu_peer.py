@@ -20,7 +20,10 @@ import pytest
 
 from stasis.errors import StasisError
 from stasis.linux import ptrace
+from stasis.process.files.iptables import drop_rules
+from stasis.process.images.schema import InetSkEntry
 from stasis.process.remote import RemoteThread
+from tests.process.messages import minimal
 from tests.process.programs import Program, compiled, running, stasis, wait_for
 from tests.process.test_memory_kinds import KINDS, SHARED
 from tests.process.test_tcp import ECHO, server
@@ -176,6 +179,24 @@ def test_rules_of_iptables_go_with_the_restore(tmp_path: Path) -> None:
         case.client.shutdown(socket.SHUT_WR)
         case.go()
         assert case.client.recv(100) == b"after"[::-1]
+
+
+@pytest.mark.tool("iptables")
+def test_rules_for_an_address_that_is_one_of_ipv4(tmp_path: Path) -> None:
+    """As those of a Java virtual machine are: CRIU makes rules for the IPv4 address, and they stayed."""
+    ours, theirs = ("127.0.0.1", 1), ("127.0.0.1", 2)
+    mapped = [0, 0, 0xFFFF0000, 0x0100007F]
+    found = minimal(InetSkEntry)
+    found.family, found.src_port, found.dst_port, found.src_addr, found.dst_addr = socket.AF_INET6, 1, 2, mapped, mapped
+    rules = [_rule("INPUT", theirs, ours), _rule("OUTPUT", ours, theirs)]
+    for rule in rules:
+        subprocess.run(["iptables", "-w", "-A", *rule], check=True)
+    try:
+        drop_rules(found)
+        assert all(subprocess.run(["iptables", "-w", "-C", *rule], capture_output=True).returncode for rule in rules)
+    finally:
+        for rule in rules:
+            subprocess.run(["iptables", "-w", "-D", *rule], capture_output=True)
 
 
 def _rule(chain: str, source: tuple[str, int], target: tuple[str, int]) -> list[str]:

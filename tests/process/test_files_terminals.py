@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from stasis.errors import DamagedError
+from stasis.process.files.characters import pack, unpack
 from stasis.process.files.options import FileOptions
 from tests.process.cycles import cycle, findings_of
 
@@ -77,3 +79,20 @@ def test_the_callers_terminal_is_that_of_the_restore(tmp_path: Path) -> None:
 def _criu_name(slave: int) -> str:
     status = os.fstat(slave)
     return f"tty[{status.st_rdev:x}:{status.st_dev:x}]"
+
+
+CHARACTERS = bytes([3, 0x1C, 0x7F, 0x15, 4, 0, 1, 0, 0x11, 0x13, 0x1A, 0, 0x12, 0xF, 0x17, 0x16, 0, 0, 0])
+OF_CRIU = [0x157F1C03, 0x10004, 0x1A1311, 0x16170F12, 0, 0, 0, 0, 942683181, 962669873, 1953853216, 544503152,
+           1635018093, 1918987552, 2016419947, 875639107, 1667457312, 175403109, 1972764672]  # fmt: skip
+"""What CRIU 4.2.1 wrote of a terminal that nobody had set: behind the eighth it is what lay in its memory."""
+
+
+def test_special_characters_are_as_criu_has_them() -> None:
+    packed = pack(CHARACTERS)
+    assert (packed[:8], len(packed)) == (OF_CRIU[:8], 19)
+    for numbers in (packed, OF_CRIU, list(CHARACTERS)):  # the last is that of older sets of ours
+        assert unpack(numbers, "tty-info.img") == CHARACTERS
+    few = bytes([3, *bytes(18)])  # where both forms are possible
+    assert unpack(pack(few), "") == unpack(list(few), "") == few
+    with pytest.raises(DamagedError, match=r"tty-info.img.*too few"):
+        unpack([3], "tty-info.img")

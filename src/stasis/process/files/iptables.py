@@ -5,6 +5,7 @@ We make none. A restore of such a set takes them away, or the connection would b
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import subprocess
 from typing import TYPE_CHECKING
@@ -25,9 +26,18 @@ def drop_rules(found: InetSkEntry) -> None:
     from stasis.process.files.inet import ends_of
 
     address, port, peer, peer_port = ends_of(found)
-    program = "ip6tables" if found.family == socket.AF_INET6 else "iptables"
+    program, (address, peer) = _in_rules(found.family, address, peer)
     _delete(program, "INPUT", (peer, peer_port), (address, port))
     _delete(program, "OUTPUT", (address, port), (peer, peer_port))
+
+
+def _in_rules(family: int, *addresses: str) -> tuple[str, tuple[str, ...]]:
+    """The program for a connection, and how it has these addresses: an IPv6 socket's may be of IPv4 (::ffff:1.2.3.4),
+    as those of a Java virtual machine are."""
+    if family != socket.AF_INET6:
+        return "iptables", addresses
+    mapped = [ipaddress.IPv6Address(address).ipv4_mapped for address in addresses]
+    return ("iptables", tuple(map(str, mapped))) if all(mapped) else ("ip6tables", addresses)
 
 
 def _delete(program: str, chain: str, source: tuple[str, int], target: tuple[str, int]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from stasis.errors import BusyError, StateError
 from stasis.linux import procfs
 from stasis.linux.ioctl import IOR, IOW
+from stasis.process.files.characters import pack, unpack
 from stasis.process.files.descriptor import Descriptor, duplicate, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.files.regular import path_entry
@@ -296,9 +297,9 @@ def _describe(fd: int, number: int, index: int, descriptor: Descriptor) -> TtyIn
         exclusive=bool(get(fd, TIOCGEXCL)), packet_mode=bool(get(fd, TIOCGPKT)) if is_master else False,
         sid=0, pgrp=0, rdev=_encoded(descriptor.status.st_rdev), dev=descriptor.status.st_dev,
         termios=TermiosEntry(c_iflag=found.iflag, c_oflag=found.oflag, c_cflag=found.cflag, c_lflag=found.lflag,
-                             c_line=found.line, c_ispeed=found.ispeed, c_ospeed=found.ospeed, c_cc=list(found.cc)),
+                             c_line=found.line, c_ispeed=found.ispeed, c_ospeed=found.ospeed, c_cc=pack(found.cc)),
         termios_locked=TermiosEntry(c_iflag=locked[0], c_oflag=locked[1], c_cflag=locked[2], c_lflag=locked[3],
-                                    c_line=locked_line, c_ispeed=0, c_ospeed=0, c_cc=list(locked_cc)),
+                                    c_line=locked_line, c_ispeed=0, c_ospeed=0, c_cc=pack(locked_cc)),
         winsize=WinsizeEntry(ws_row=rows, ws_col=columns, ws_xpixel=width, ws_ypixel=height),
         pty=TtyPtyEntry(index=index),
     )  # fmt: skip
@@ -338,7 +339,7 @@ def _open_master(info: TtyInfoEntry, opened: Opened) -> int:
             fd = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
             index = get(fd, TIOCGPTN)
             if index == wanted:
-                _set_up(fd, info)
+                _set_up(fd, info, opened.images.file_path("tty-info"))
                 return fd
             refused.append(fd)
             if index > wanted:
@@ -350,16 +351,17 @@ def _open_master(info: TtyInfoEntry, opened: Opened) -> int:
                     hint="restore where its number is free")  # fmt: skip
 
 
-def _set_up(fd: int, info: TtyInfoEntry) -> None:
+def _set_up(fd: int, info: TtyInfoEntry, path: str) -> None:
     found, locked, size = info.termios, info.termios_locked, info.winsize
     if found is not None:
-        cc = bytes(value & 0xFF for value in found.c_cc)
+        cc = unpack(found.c_cc, path)
         Settings(found.c_iflag, found.c_oflag, found.c_cflag, found.c_lflag, found.c_line & 0xFF, cc,
                  found.c_ispeed, found.c_ospeed).set(fd)  # fmt: skip
-    if locked is not None and any((locked.c_iflag, locked.c_oflag, locked.c_cflag, locked.c_lflag, *locked.c_cc)):
-        cc = bytes(value & 0xFF for value in locked.c_cc)
-        fcntl.ioctl(fd, TIOCSLCKTRMIOS, LOCKED.pack(locked.c_iflag, locked.c_oflag, locked.c_cflag, locked.c_lflag,
-                                                    locked.c_line & 0xFF, cc))  # fmt: skip
+    if locked is not None:
+        kept = LOCKED.pack(locked.c_iflag, locked.c_oflag, locked.c_cflag, locked.c_lflag, locked.c_line & 0xFF,
+                           unpack(locked.c_cc, path))  # fmt: skip
+        if any(kept):  # to lock takes a right, CAP_SYS_ADMIN
+            fcntl.ioctl(fd, TIOCSLCKTRMIOS, kept)
     if size is not None:
         fields = (size.ws_row, size.ws_col, size.ws_xpixel, size.ws_ypixel)
         fcntl.ioctl(fd, TIOCSWINSZ, WINSIZE.pack(*(field & 0xFFFF for field in fields)))
