@@ -17,6 +17,7 @@ from stasis.linux.clone3 import fork_as
 from stasis.process.dump.ids import ObjectIds
 from stasis.process.files.opening import FileSet
 from stasis.process.files.options import FileOptions
+from stasis.process.files.paths import Paths
 from stasis.process.files.table import FileTable, check_descriptors
 from stasis.process.findings import Finding, Findings
 from stasis.process.images.imageset import ImageSet
@@ -143,7 +144,8 @@ def cycle(
 
 
 def _restore(images: Path, state: Any, verify: Sequence[Verify], options: FileOptions) -> None:
-    files = FileSet(ImageSet.open(images), lambda path: path, options)
+    opened = ImageSet.open(images)
+    files = FileSet(opened, Paths(opened, str, str), options)
     tables = files.images.numbers("fdinfo")
     for files_id in tables:
         files.check(files_id)

@@ -112,7 +112,7 @@ def _nothing_is_left(directory: Path, before: set[str], where: str) -> None:
         time.sleep(0.01)
 
 
-def _again_and_again(
+def kill_everybody(
     program: Program, seed: int, images: Path, work: Callable[[Path], object], dump_again: Callable[[], Path]
 ) -> None:
     """Kill the restore of a program that counts, and restore it in the end."""
@@ -158,14 +158,14 @@ def test_any_process_of_the_restore_of_a_container(tmp_path: Path, seed: int) ->
 
 def test_any_process_of_the_restore_of_a_family(tmp_path: Path, seed: int) -> None:
     with running(tmp_path, compiled(tmp_path, FAMILY)) as program:
-        _again_and_again(program, seed, program.dump(), restore, lambda: program.dump())
+        kill_everybody(program, seed, program.dump(), restore, lambda: program.dump())
         goes_on(program)
         program.finish()
 
 
 def test_any_process_of_the_restore_of_a_tree_in_different_namespaces(tmp_path: Path, seed: int) -> None:
     with running(tmp_path, compiled(tmp_path, APART)) as program:
-        _again_and_again(program, seed, program.dump(), restore, lambda: program.dump())
+        kill_everybody(program, seed, program.dump(), restore, lambda: program.dump())
         goes_on(program)
         program.finish()
 
@@ -187,7 +187,7 @@ def test_any_process_of_a_restore_that_leaves_traces_while_it_works(tmp_path: Pa
         def restored(images: Path) -> None:
             restore(images, RestoreOptions(files=FileOptions(inherited={pipe[0]: new[1]})))
 
-        _again_and_again(program, seed, dumped(), restored, dumped)
+        kill_everybody(program, seed, dumped(), restored, dumped)
         assert (group / "below/cgroup.procs").read_text().split()
         program.finish()
         assert os.read(new[0], 100) == b"brought"

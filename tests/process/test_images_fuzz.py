@@ -14,6 +14,7 @@ import pytest
 from stasis.errors import StasisError
 from stasis.process.dump.job import dump
 from stasis.process.files.opening import FileSet
+from stasis.process.files.paths import Paths
 from stasis.process.images.imageset import ImageSet
 from stasis.process.images.memory import MemoryReader
 from stasis.process.images.summary import summarize
@@ -69,7 +70,7 @@ def _read_all(path: Path) -> None:
     with ImageSet.open(path) as images:
         summarize(images)
         root = read_tree(images)
-        files = FileSet(images, lambda name: name)
+        files = FileSet(images, Paths(images, str, str))
         for plan in root.walk():
             if plan.ids is not None:
                 files.check(plan.ids.files_id)

@@ -50,6 +50,7 @@ from stasis.process.meter import Meter, Progress
 from stasis.process.namespaces.own import write_namespaces
 from stasis.process.remote import Remote
 from stasis.process.restore.crew import Roll
+from stasis.process.roots import anchored
 from stasis.process.seals import write_seals
 from stasis.process.seccomp import FilterTable
 from stasis.process.spaces import has_own
@@ -112,7 +113,7 @@ def check(pid: int, *, timeout: float = 10.0, files: FileOptions | None = None) 
 
 
 def _check(pid: int, timeout: float, files: FileOptions | None) -> list[Finding]:
-    with Tree(pid, timeout=timeout) as tree:
+    with anchored(), Tree(pid, timeout=timeout) as tree:
         return list(_stand_still(tree, _Seen(), files)[0])
 
 
@@ -151,6 +152,7 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
         continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout, chosen.track) as (
             tracking, warnings,
         ),
+        anchored(),
         Tree(pid, timeout=chosen.timeout, group=group) as tree,
         connections, links,
     ):
@@ -210,7 +212,7 @@ def _statistics(result: DumpResult) -> StatsEntry:
 
 def _refuse_early(pid: int, options: DumpOptions) -> None:
     """Before memory is copied for a dump that will be refused."""
-    with Tree(pid, timeout=options.timeout) as tree:
+    with anchored(), Tree(pid, timeout=options.timeout) as tree:
         _stand_still(tree, _Seen(), options.files)[0].refuse()
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from stasis.errors import StateError
 from stasis.linux import fanotify
-from stasis.linux.mountinfo import mount_table
 from stasis.process.files.descriptor import owner, set_flags
 from stasis.process.files.inotify import handle_entry
 from stasis.process.files.kind import FileKind
@@ -24,7 +23,7 @@ from stasis.process.images.schema.events import (
     MarkType,
 )
 from stasis.process.images.schema.files import FdTypes, FileEntry
-from stasis.process.roots import anchor
+from stasis.process.roots import mounts, places
 
 if TYPE_CHECKING:
     from stasis.process.files.descriptor import Descriptor
@@ -106,7 +105,7 @@ def _marks(descriptor: Descriptor, number: int) -> Iterator[FanotifyMarkEntry]:
                                 s_dev=device, ie=FanotifyInodeMarkEntry(i_ino=inode, f_handle=handle))  # fmt: skip
     for words in MOUNT.findall(descriptor.info):
         mount, flags, mask, ignored = (int(word, 16) for word in words)
-        path = next((one.target for one in mount_table(anchor()) if one.number == mount), None)
+        path = next((one.target for place in places() for one in mounts(place) if one.number == mount), None)
         yield FanotifyMarkEntry(id=number, type=MarkType.MOUNT, mflags=flags, mask=mask, ignored_mask=ignored, s_dev=0,
                                 me=FanotifyMountMarkEntry(mnt_id=mount, path=path))  # fmt: skip
 
@@ -115,7 +114,8 @@ def _mark(fd: int, mark: FanotifyMarkEntry, opened: Opened) -> None:
     path = mark.ie.f_handle.path if mark.ie is not None else mark.me.path if mark.me is not None else None
     if path is None:
         raise damaged(opened.images.file_path("files"), 0, f"fanotify {mark.id} has a mark without a path")
-    path = opened.map_path(path)
+    mount = mark.ie.f_handle.mnt_id if mark.ie is not None else mark.me.mnt_id if mark.me is not None else None
+    path = opened.path(path, mount or -1)
     is_mount = mark.me is not None
     try:
         if mark.mask:

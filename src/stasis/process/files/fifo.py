@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from stasis.process.files.descriptor import Descriptor, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.files.pipes import F_GETPIPE_SZ, contents, fill
-from stasis.process.files.regular import current_name, is_lost, path_entry, why_lost
+from stasis.process.files.regular import current_name, is_lost, mount_of, path_entry, why_lost
 from stasis.process.images.schema.files import FdTypes, FifoEntry, FileEntry, PipeDataEntry
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Fifos(FileKind):
             saving.ghosts.keep(regular, source, descriptor.status)
         elif is_lost(descriptor.pid, descriptor.link, descriptor.status):
             saving.ghosts.link(regular, source, name, descriptor.status, saving.new_id)
-        entry = path_entry(regular, name, descriptor.status, descriptor.flags)
+        entry = path_entry(regular, name, descriptor.status, descriptor.flags, mount_of(descriptor, name))
         entry.fown = owner(fd)
         saving.out.write("files", FileEntry(type=FdTypes.REG, id=regular, reg=entry))
         if pipe_id not in self._dumped:

@@ -17,7 +17,7 @@ from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.events import FhEntry, InotifyFileEntry, InotifyWdEntry
 from stasis.process.images.schema.files import FdTypes, FileEntry
-from stasis.process.roots import reach
+from stasis.process.roots import likely, places, reach
 
 __all__ = ["Inotifies", "handle_entry"]
 
@@ -75,26 +75,30 @@ def handle_entry(pid: int, device: int, kind: int, handle: bytes) -> FhEntry:
     """The message for a file handle, with the path that leads to its file."""
     padded = handle.ljust(HANDLE_WORDS * WORD, b"\0")
     parts = [int.from_bytes(padded[at : at + WORD], "little") for at in range(0, len(padded), WORD)]
-    return FhEntry(bytes=len(handle), type=kind, handle=parts, path=_path(pid, device, kind, handle))
+    path, mount = _path(pid, device, kind, handle)
+    return FhEntry(bytes=len(handle), type=kind, handle=parts, path=path, mnt_id=mount)
 
 
-def _path(pid: int, device: int, kind: int, handle: bytes) -> str | None:
-    """The path of a file handle, tried on each mount of its file system; None where it has none."""
+def _path(pid: int, device: int, kind: int, handle: bytes) -> tuple[str | None, int | None]:
+    """The path of a file handle, tried on each mount of its file system, None where it has none; and the mount, where
+    the process lives in another mount namespace than the first one."""
+    place = likely(pid)[0]
     wanted = f"{device >> 20}:{device & 0xFFFFF}".encode()
     for line in procfs.read(pid, "mountinfo").splitlines():
         fields = line.split()
         if fields[2] != wanted:
             continue
         with contextlib.suppress(OSError):
-            mount = os.open(reach(fields[4].decode("unicode_escape")), os.O_RDONLY | os.O_CLOEXEC)
+            mount = os.open(reach(fields[4].decode("unicode_escape"), place), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 fd = inotify.open_by_handle(mount, kind, handle, os.O_PATH | os.O_CLOEXEC)
             finally:
                 os.close(mount)
             path = os.readlink(f"/proc/self/fd/{fd}")
             os.close(fd)
-            return None if path.endswith(DELETED) or not path.startswith("/") else path
-    return None
+            is_lost = path.endswith(DELETED) or not path.startswith("/")
+            return (None if is_lost else path), (int(fields[0]) if place != places()[0] else None)
+    return None, None
 
 
 def _watch(fd: int, watch: InotifyWdEntry, opened: Opened) -> None:
@@ -102,7 +106,7 @@ def _watch(fd: int, watch: InotifyWdEntry, opened: Opened) -> None:
     path = watch.f_handle.path
     if path is None or not 0 < watch.wd <= HIGHEST_WATCH:
         raise damaged(opened.images.file_path("files"), 0, f"inotify {watch.id} has a watch without path or number")
-    path = opened.map_path(path)
+    path = opened.path(path, watch.f_handle.mnt_id or -1)
     try:
         while (made := inotify.add_watch(fd, path, watch.mask & USER_MASK)) < watch.wd:
             inotify.remove_watch(fd, made)

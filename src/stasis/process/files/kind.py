@@ -79,7 +79,13 @@ class Opened(Protocol):
         """A descriptor for one in which the first process does not live; None where there is none."""
 
     def map_path(self, path: str) -> str:
-        """Where a path of the image is to be looked for."""
+        """Where a path of the image is to be looked for, in the mount namespace that we are in."""
+
+    def path(self, name: str, mount: int) -> str:
+        """The same for one of the mount namespace that has this mount, -1 for that of the first process."""
+
+    def standing(self, mount: int) -> AbstractContextManager[None]:
+        """Be in that namespace for a moment."""
 
     def entry(self, number: int) -> FileEntry:
         """The file of an id. DamagedError where there is none."""

@@ -84,4 +84,4 @@ def forget_links(files: FileSet) -> None:
     for remap in files.images.messages("remap-fpath"):
         if remap.remap_type == RemapType.LINKED:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(files.map_path(files.file_name(remap.remap_id)))
+                os.unlink(files.path_of(remap.remap_id))

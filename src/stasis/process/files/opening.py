@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from stasis.process.images.schema.files import FdinfoEntry, FdTypes, FileEntry, 
 
 if TYPE_CHECKING:
     from stasis.process.files.kind import FileKind
+    from stasis.process.files.paths import Paths
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.schema.common import FownEntry
     from stasis.process.images.schema.events import PidfdEntry
@@ -38,15 +39,15 @@ class FileSet:
     """The files of an image set."""
 
     def __init__(
-        self, images: ImageSet, map_path: Callable[[str], str], options: FileOptions | None = None
+        self, images: ImageSet, paths: Paths, options: FileOptions | None = None
     ) -> None:
         self.images = images
-        self.map_path = map_path
+        self.paths = paths
+        self._apart: Apart | None = None
         self.state: dict[type[FileKind], dict[int, Any]] = {}
         self.tables: dict[int, list[FdinfoEntry]] = {}
-        self.apart: Apart | None = None
         self._options = options or FileOptions()
-        self._ghosts = Ghosts(images, self.move, lambda number: map_path(self.file_name(number)))
+        self._ghosts = Ghosts(images, self.move, self.path_of)
         self._made: dict[int, int] = {}
         self._late: set[int] = set()
         self.made_late: Container[int] = frozenset()
@@ -118,13 +119,34 @@ class FileSet:
                 self._made[number] = self.move(os.dup(inherited) if inherited >= 0 else kind.restore(entry, self))
         return self._made[number]
 
+    def live_in(self, apart: Apart) -> None:
+        """Say where processes live, and files are."""
+        self._apart = self.paths.apart = apart
+
     def inside(self, name: str, number: int | None) -> AbstractContextManager[None]:
         """Be in a namespace of the tree for a moment, by its kind and number."""
-        return self.apart.inside(name, number) if self.apart else nullcontext()
+        return self._apart.inside(name, number) if self._apart else nullcontext()
 
     def namespace(self, name: str, number: int) -> int | None:
         """A descriptor for one of a kind in which processes live apart; None where there is none."""
-        return self.apart.descriptor(name, number) if self.apart else None
+        return self._apart.descriptor(name, number) if self._apart else None
+
+    def standing(self, mount: int) -> AbstractContextManager[None]:
+        """Be in the mount namespace that has this mount."""
+        return self.inside("mnt", self.paths.place(mount))
+
+    def map_path(self, path: str) -> str:
+        """A path in the mount namespace that we are in."""
+        return self.paths.mapped(path)
+
+    def path(self, name: str, mount: int) -> str:
+        """Where a path of the mount namespace that has this mount is for us; -1 for that of the first process."""
+        return self.paths.path(name, mount)
+
+    def path_of(self, number: int) -> str:
+        """Where a file that is known by its path is for us."""
+        found = self.regular(number)
+        return self.paths.path(found.name, found.mnt_id)
 
     def numbers(self, kind: FdTypes) -> list[int]:
         """The ids of all files of a kind that were made."""
@@ -141,7 +163,7 @@ class FileSet:
         if self.entry(number).type == FdTypes.MEMFD and number in self._made:
             return os.open(f"/proc/self/fd/{self._made[number]}", (flags or 0) | os.O_CLOEXEC)
         entry = self.regular(number)
-        path = self.map_path(entry.name)
+        path = self.paths.path(entry.name, entry.mnt_id)
         return open_by_entry(entry, self._ghosts.path(entry, path) or path, flags)
 
     def move(self, fd: int) -> int:

@@ -19,12 +19,12 @@ from stasis.process.files.ghosts import DELETED, allocated
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.images.schema.common import FownEntry
 from stasis.process.images.schema.files import FdTypes, FileEntry, RegFileEntry
-from stasis.process.roots import reach
+from stasis.process.roots import mount_behind, places, reach, where
 
 if TYPE_CHECKING:
     from stasis.process.files.options import FileOptions
 
-__all__ = ["NO_OWNER", "STATELESS_DEVICES", "RegularFiles", "open_by_entry", "path_entry"]
+__all__ = ["NO_OWNER", "STATELESS_DEVICES", "RegularFiles", "mount_at", "mount_of", "open_by_entry", "path_entry"]
 
 NO_OWNER = FownEntry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
 STATELESS_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}
@@ -62,7 +62,7 @@ class RegularFiles(FileKind):
             saving.ghosts.keep(number, source, descriptor.status)
         elif is_lost(descriptor.pid, descriptor.link, descriptor.status):
             saving.ghosts.link(number, source, name, descriptor.status, saving.new_id)
-        entry = path_entry(number, name, descriptor.status, descriptor.flags)
+        entry = path_entry(number, name, descriptor.status, descriptor.flags, mount_of(descriptor, name))
         entry.pos, entry.fown, entry.ext = descriptor.position, owner(fd), name == outside or None
         return FileEntry(type=FdTypes.REG, id=number, reg=entry)
 
@@ -81,9 +81,13 @@ class RegularFiles(FileKind):
 
 
 def _is_at(link: str, status: os.stat_result) -> bool:
-    """Whether a path still leads to the file."""
+    """Whether a path still leads to the file, in a mount namespace of the tree."""
+    return any(_is_in(place, link, status) for place in places())
+
+
+def _is_in(place: int, link: str, status: os.stat_result) -> bool:
     try:
-        return os.path.samestat(os.stat(reach(link)), status)
+        return os.path.samestat(os.stat(reach(link, place)), status)
     except OSError:
         return False
 
@@ -121,21 +125,35 @@ def current_name(pid: int, link: str, status: os.stat_result) -> str:
     name = link.removesuffix(DELETED) if link.endswith(DELETED) and not _is_at(link, status) else link
     if status.st_nlink == 0 or name == link:
         return name
-    directory = os.path.dirname(name)
+    return next(filter(None, (_other_name(place, os.path.dirname(name), status) for place in places())), name)
+
+
+def _other_name(place: int, directory: str, status: os.stat_result) -> str:
     try:
-        with os.scandir(reach(directory)) as entries:
+        with os.scandir(reach(directory, place)) as entries:
             for entry in entries:
-                if entry.inode() == status.st_ino and _is_at(os.path.join(directory, entry.name), status):
-                    return os.path.join(directory, entry.name)
+                path = os.path.join(directory, entry.name)
+                if entry.inode() == status.st_ino and _is_in(place, path, status):
+                    return path
     except OSError:
-        return name  # the directory is gone, too
-    return name
+        pass  # the directory is gone, too
+    return ""
 
 
-def path_entry(number: int, name: str, status: os.stat_result, flags: int) -> RegFileEntry:
+def mount_of(descriptor: Descriptor, name: str) -> int:
+    """What a message says of the mount namespace in which a file has a path."""
+    return where(descriptor.pid, name, descriptor.status, int(descriptor.field("mnt_id") or 0))
+
+
+def mount_at(pid: int, link: str, name: str, status: os.stat_result) -> int:
+    """The same for what /proc/PID/LINK leads to."""
+    return where(pid, name, status, mount_behind(pid, link))
+
+
+def path_entry(number: int, name: str, status: os.stat_result, flags: int, mount: int = -1) -> RegFileEntry:
     """The message for a file with nothing but a path."""
     is_regular = stat.S_ISREG(status.st_mode)
-    return RegFileEntry(id=number, flags=flags, pos=0, fown=NO_OWNER, name=name, mnt_id=-1,
+    return RegFileEntry(id=number, flags=flags, pos=0, fown=NO_OWNER, name=name, mnt_id=mount,
                         size=status.st_size if is_regular else None, mode=status.st_mode)  # fmt: skip
 
 

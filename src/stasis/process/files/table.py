@@ -18,7 +18,7 @@ from stasis.process.files.ghosts import GhostWriter
 from stasis.process.files.kinds import all_kinds
 from stasis.process.files.locks import LockWriter, check_locks
 from stasis.process.files.options import FileOptions
-from stasis.process.files.regular import current_name, file_of, is_lost, path_entry
+from stasis.process.files.regular import current_name, file_of, is_lost, mount_at, path_entry
 from stasis.process.images.schema.files import FdinfoEntry, FdTypes, FileEntry
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class FileTable:
         self._kinds = all_kinds(options or FileOptions())
         self._known = known
         self._last_id = 0
-        self._by_path: dict[tuple[int, int, int, str], int] = {}
+        self._by_path: dict[tuple[int, int, int, str, int], int] = {}
         self._descriptions: dict[tuple[int, int, str], list[tuple[Descriptor, int, FdTypes]]] = {}
         self._tables: set[int] = set()
 
@@ -140,7 +140,8 @@ class FileTable:
     def path_file(self, pid: int, link: str, flags: int) -> int:
         """Id of the file behind /proc/PID/LINK, which is known by its path: the program, directories, mapped files."""
         name, status = file_of(pid, link)
-        key = status.st_dev, status.st_ino, flags, name
+        mount = mount_at(pid, link, name, status)
+        key = status.st_dev, status.st_ino, flags, name, mount
         if key not in self._by_path:
             number = self._by_path[key] = self.new_id()
             if name.startswith("/memfd:"):
@@ -153,7 +154,7 @@ class FileTable:
                 self.ghosts.keep(number, f"/proc/{pid}/{link}", status)
             elif is_lost(pid, name, status):
                 self.ghosts.link(number, f"/proc/{pid}/{link}", current_name(pid, name, status), status, self.new_id)
-            entry = path_entry(number, current_name(pid, name, status), status, flags)
+            entry = path_entry(number, current_name(pid, name, status), status, flags, mount)
             self.out.image("files").append(FileEntry(type=FdTypes.REG, id=number, reg=entry))
         return self._by_path[key]
 

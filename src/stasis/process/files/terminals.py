@@ -18,7 +18,7 @@ from stasis.linux.ioctl import IOR, IOW
 from stasis.process.files.characters import pack, unpack
 from stasis.process.files.descriptor import Descriptor, duplicate, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
-from stasis.process.files.regular import path_entry
+from stasis.process.files.regular import mount_of, path_entry
 from stasis.process.files.unread import ROOM, Pair, Settings, Unread, get, held_outside, looked_at
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry
@@ -73,6 +73,9 @@ class Terminals(FileKind):
         slaves = {_index(one) for one in found if not _is_master(one)}
         self._check_pairs([one for one in found if _index(one) in masters], masters - slaves, looking)
         for one in found:
+            if mount_of(one, one.link) != -1:
+                reason = "it is a terminal of another mount namespace than that of the first process"
+                looking.findings.add(one.pid, one.where, reason)
             if _index(one) in masters or _outside_name(one.status) in self.options.outside:
                 continue
             if len(slaves - masters) > 1:

@@ -19,7 +19,7 @@ from stasis.process.files import queues
 from stasis.process.files.descriptor import Descriptor, descriptor_of, duplicate, owner, set_flags
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.files.sockopts import options_of, set_options
-from stasis.process.files.unixnames import bind, directory_of, file_perms, reason_against, standing
+from stasis.process.files.unixnames import bind, directory_of, file_perms, mount_of_name, reason_against, standing
 from stasis.process.images.damage import damaged
 from stasis.process.images.schema.files import FdTypes, FileEntry
 from stasis.process.images.schema.sockets import ScmEntry, SkPacketEntry, SkShutdown, UnixSkEntry
@@ -106,7 +106,8 @@ class UnixSockets(FileKind):
             entry = UnixSkEntry(
                 id=number, ino=found.inode, type=found.type, state=found.state, flags=descriptor.flags, uflags=0,
                 backlog=found.backlog if found.state == TCP_LISTEN else 0, peer=found.peer, fown=owner(fd),
-                opts=options_of(sock), name=found.name, file_perms=file_perms(found, directory), name_dir=directory,
+                opts=options_of(sock), name=found.name, name_dir=directory,
+                file_perms=file_perms(found, descriptor, directory), mnt_id=mount_of_name(found, descriptor, directory),
                 shutdown=SkShutdown(found.shutdown) if found.shutdown else None,
             )  # fmt: skip
         return FileEntry(type=FdTypes.UNIXSK, id=number, usk=entry)
@@ -157,7 +158,7 @@ class UnixSockets(FileKind):
     def _single(self, found: UnixSkEntry, opened: Opened) -> int:
         with socket.socket(socket.AF_UNIX, found.type) as sock:
             if found.name:
-                bind(sock, found, opened.map_path)
+                bind(sock, found, opened)
             if found.state == TCP_LISTEN:
                 sock.listen(found.backlog)
             return os.dup(sock.fileno())
@@ -180,7 +181,7 @@ class UnixSockets(FileKind):
         self, found: UnixSkEntry, server: UnixSkEntry, client: UnixSkEntry | None, opened: Opened, listener: int
     ) -> int:
         with socket.socket(socket.AF_UNIX, found.type) as theirs, _copy(opened.open(listener)) as listening:
-            with standing(server, opened.map_path):
+            with standing(server, opened):
                 theirs.connect(listening.getsockname())
             accepted, _ = listening.accept()
             ends = {server.ino: accepted.detach(), (client.ino if client else -server.ino): os.dup(theirs.fileno())}
@@ -208,7 +209,7 @@ class UnixSockets(FileKind):
         peer = self._by_inode(opened).get(found.peer)
         if peer is not None and peer.peer != found.ino:
             ends = _copy(opened.open(found.id)), _copy(opened.open(peer.id))
-            with ends[0] as sock, ends[1] as other, standing(peer, opened.map_path):
+            with ends[0] as sock, ends[1] as other, standing(peer, opened):
                 sock.connect(other.getsockname())
 
     def _fill(self, opened: Opened) -> None:
@@ -237,7 +238,7 @@ class UnixSockets(FileKind):
             return _copy(opened.open(peer.id))
         with _copy(opened.open(target.id)) as receiver, opened.inside("net", target.ns_id):
             sender = socket.socket(socket.AF_UNIX, target.type)
-            with standing(target, opened.map_path):
+            with standing(target, opened):
                 sender.connect(receiver.getsockname())
         return sender
 

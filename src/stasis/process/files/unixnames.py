@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,13 @@ from stasis.linux.sockdiag import UnixSocket, unix_sockets
 from stasis.process.files.descriptor import duplicate
 from stasis.process.images.schema.sockets import FilePermsEntry, UnixSkEntry
 from stasis.process.namespaces.identities import Identities
-from stasis.process.roots import reach
+from stasis.process.roots import likely, mount_of, reach, where
 
 if TYPE_CHECKING:
     from stasis.process.files.descriptor import Descriptor
+    from stasis.process.files.kind import Opened
 
-__all__ = ["bind", "directory_of", "file_perms", "reason_against", "standing"]
+__all__ = ["bind", "directory_of", "file_perms", "mount_of_name", "reason_against", "standing"]
 
 SIOCUNIXFILE = 0x89E0  # include/uapi/linux/un.h
 
@@ -33,7 +35,7 @@ def reason_against(found: UnixSocket, descriptor: Descriptor) -> str:
     if not found.name.startswith(b"/"):
         where = directory_of(found, descriptor)
         return "" if where else "it is bound to a relative path, and the directory is not known or the file was deleted"
-    return "" if _status(found) is not None else "the file that it is bound to was deleted"
+    return "" if _status(found, descriptor) is not None else "the file that it is bound to was deleted"
 
 
 def directory_of(found: UnixSocket, descriptor: Descriptor) -> str | None:
@@ -42,53 +44,65 @@ def directory_of(found: UnixSocket, descriptor: Descriptor) -> str | None:
     if found.name[:1] in (b"", b"\0", b"/"):
         return None
     name = os.path.normpath(os.fsdecode(found.name.rstrip(b"\0")))
-    file = _file_of(descriptor)
+    file, _ = _file_of(descriptor)
     places = [file.removesuffix(f"/{name}") or "/"] if file.endswith(f"/{name}") else []
     places.append(os.readlink(f"/proc/{descriptor.pid}/cwd"))
-    return next((place for place in places if _status(found, place) is not None), None)
+    return next((place for place in places if _status(found, descriptor, place) is not None), None)
 
 
-def _file_of(descriptor: Descriptor) -> str:
-    """The path of the file that a socket is bound to; "" where we may not know (CAP_NET_ADMIN)."""
+def _file_of(descriptor: Descriptor) -> tuple[str, int]:
+    """The path of the file that a socket is bound to, and the mount; "" where we may not know (CAP_NET_ADMIN)."""
     sock = duplicate(descriptor)
     try:
         file = fcntl.ioctl(sock, SIOCUNIXFILE)
     except OSError:
-        return ""
+        return "", 0
     finally:
         os.close(sock)
     try:
-        return os.readlink(f"/proc/self/fd/{file}")
+        return os.readlink(f"/proc/self/fd/{file}"), mount_of(file)
     finally:
         os.close(file)
 
 
-def _status(found: UnixSocket, directory: str = "/") -> os.stat_result | None:
+def _status(found: UnixSocket, descriptor: Descriptor, directory: str = "/") -> os.stat_result | None:
     """The socket's file, if it has its name still."""
-    try:
-        status = os.stat(reach(os.path.join(directory, os.fsdecode(found.name.rstrip(b"\0")))))
-    except OSError:
-        return None
-    return status if found.file is not None and status.st_ino & 0xFFFFFFFF == found.file[1] else None
+    path = os.path.join(directory, os.fsdecode(found.name.rstrip(b"\0")))
+    order = likely(descriptor.pid)
+    for place in order if len(order) == 1 else likely(descriptor.pid, _file_of(descriptor)[1]):
+        with contextlib.suppress(OSError):
+            status = os.stat(reach(path, place))
+            if found.file is not None and status.st_ino & 0xFFFFFFFF == found.file[1]:
+                return status
+    return None
 
 
-def file_perms(found: UnixSocket, directory: str | None) -> FilePermsEntry | None:
+def mount_of_name(found: UnixSocket, descriptor: Descriptor, directory: str | None) -> int:
+    """What a message says of the mount namespace in which its file is."""
+    status = _status(found, descriptor, directory or "/") if found.name.startswith(b"/") or directory else None
+    if status is None or len(likely(descriptor.pid)) == 1:
+        return -1
+    path = os.path.join(directory or "/", os.fsdecode(found.name.rstrip(b"\0")))
+    return where(descriptor.pid, path, status, _file_of(descriptor)[1])
+
+
+def file_perms(found: UnixSocket, descriptor: Descriptor, directory: str | None) -> FilePermsEntry | None:
     """Whom its file belongs to; None where it has none."""
-    status = _status(found, directory or "/") if found.name.startswith(b"/") or directory else None
+    status = _status(found, descriptor, directory or "/") if found.name.startswith(b"/") or directory else None
     if status is None:
         return None
     inside = Identities.inside()
     return FilePermsEntry(mode=status.st_mode, uid=inside.uid(status.st_uid), gid=inside.gid(status.st_gid))
 
 
-def bind(sock: socket.socket, entry: UnixSkEntry, map_path: Callable[[str], str]) -> None:
+def bind(sock: socket.socket, entry: UnixSkEntry, opened: Opened) -> None:
     """Give a socket its name, in place of the file that the dumped one left. BusyError where another one has it."""
     if entry.name.startswith(b"\0"):
         sock.bind(entry.name)
         return
     path = os.fsdecode(entry.name.rstrip(b"\0"))
-    with standing(entry, map_path):
-        path = path if entry.name_dir else map_path(path)
+    with standing(entry, opened):
+        path = path if entry.name_dir else opened.map_path(path)
         _make_way(path)
         sock.bind(path)
         if entry.file_perms is not None:
@@ -97,18 +111,19 @@ def bind(sock: socket.socket, entry: UnixSkEntry, map_path: Callable[[str], str]
 
 
 @contextmanager
-def standing(entry: UnixSkEntry, map_path: Callable[[str], str]) -> Iterator[None]:
-    """Be in the directory that a socket's relative name counts from."""
-    if not entry.name_dir:
-        yield
-        return
-    before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.chdir(map_path(entry.name_dir))
-        yield
-    finally:
-        os.fchdir(before)
-        os.close(before)
+def standing(entry: UnixSkEntry, opened: Opened) -> Iterator[None]:
+    """Be in the mount namespace of a socket's name, and in the directory that a relative one counts from."""
+    with opened.standing(entry.mnt_id):
+        if not entry.name_dir:
+            yield
+            return
+        before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.chdir(opened.map_path(entry.name_dir))
+            yield
+        finally:
+            os.fchdir(before)
+            os.close(before)
 
 
 def _make_way(path: str) -> None:

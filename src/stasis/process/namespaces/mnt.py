@@ -10,16 +10,17 @@ more.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from stasis.linux.mountinfo import DELETED, MountInfo, mount_table
-from stasis.process.dump.ids import Home
+from stasis.linux.mountinfo import DELETED, MountInfo
+from stasis.process.dump.ids import Home, namespace_ids
 from stasis.process.images.schema.namespaces import FsType, MntEntry
 from stasis.process.namespaces import tmpfs
 from stasis.process.namespaces.identities import Identities
-from stasis.process.roots import anchor
+from stasis.process.roots import mounts, places
 
 if TYPE_CHECKING:
     from stasis.process.findings import Findings
@@ -56,43 +57,67 @@ class Way(Enum):
 
 
 class Plan(NamedTuple):
-    """A mount and how it comes back: `outside` is the path there. `reason` says why it cannot."""
+    """A mount and how it comes back: `outside` is the path there. It `shares` with that one, as its slave, or in its
+    group (`is_peer`). `reason` says why it cannot."""
 
     mount: MountInfo
     way: Way = Way.ANEW
     outside: str = ""
     shares: bool = False
     reason: str = ""
+    is_peer: bool = False
 
 
-def plans() -> tuple[list[Plan], list[MountInfo]]:
-    """For all mounts of the tree's namespace; and those that are left out, because nobody can reach them."""
+class _Table(NamedTuple):
+    """A mount namespace: its mounts, without those that nobody can reach."""
+
+    mounts: list[MountInfo]
+    hidden: list[MountInfo]
+
+
+def plans(number: int) -> tuple[list[Plan], list[MountInfo]]:
+    """For all mounts of a namespace of the tree; and those that are left out, because nobody can reach them."""
     home = Home.mounts()
-    table, hidden = _without_hidden(mount_table(anchor()), {mount.device for mount in home if _is_seen(mount, home)})
-    first: set[tuple[int, int]] = set()
-    found = []
-    for mount in _parents_first(table):
-        plan = _plan(mount, home, mount.device in first)
-        if plan.way is Way.ANEW:
-            first.add(mount.device)
-        found.append(plan)
-    return [plan._replace(reason=plan.reason or _why_cut_off(plan, table)) for plan in found], hidden
+    tables = _tables(home)
+    table = tables.get(number) or tables[0]
+    bases = _bases([each.mounts for each in tables.values()])
+    found = [_plan(mount, home, bases.get(mount.device)) for mount in _parents_first(table.mounts)]
+    groups = Counter(mount.shared for each in tables.values() for mount in each.mounts)
+    found = [plan._replace(reason=plan.reason or _why_cut_off(plan, table.mounts, groups)) for plan in found]
+    return found, table.hidden
 
 
-def _without_hidden(
-    table: list[MountInfo], outside: set[tuple[int, int]]
-) -> tuple[list[MountInfo], list[MountInfo]]:
-    """The table without mounts that have nothing but another one over the whole of them, and show what is nowhere else
-    to be had; and these."""
+def _tables(home: Sequence[MountInfo]) -> dict[int, _Table]:
+    """Of all mount namespaces of the tree but that of the dumper, that of the first process first; by number, 0 where
+    there is only one."""
+    found = {number: mounts(number) for number in places() if number != Home.ids().get("mnt_ns_id")}
+    seen = {mount.device for table in (home, *found.values()) for mount in table if _is_seen(mount, table)}
+    return {number: _without_hidden(table, seen) for number, table in found.items()}
+
+
+def _bases(tables: Iterable[list[MountInfo]]) -> dict[tuple[int, int], int]:
+    """By device: the mount that a file system which only the tree has is mounted anew for. One that can be reached,
+    where there is one."""
+    found: dict[tuple[int, int], list[tuple[bool, int]]] = {}
+    for table in tables:
+        for mount in _parents_first(table):
+            if mount.root == "/":
+                found.setdefault(mount.device, []).append((_is_seen(mount, table), mount.number))
+    return {device: max(mounts, key=lambda mount: mount[0])[1] for device, mounts in found.items()}
+
+
+def _without_hidden(table: list[MountInfo], seen: set[tuple[int, int]]) -> _Table:
+    """Left out are mounts that have nothing but another one over the whole of them, and show what is nowhere else to
+    be had. `seen`: devices of mounts that can be reached, outside or in any namespace of the tree."""
     hidden = []
     for mount in table:
         over = [other for other in table if other.parent == mount.number]
-        alone = sum(other.device == mount.device for other in table) == 1 and mount.device not in outside
+        alone = sum(other.device == mount.device for other in table) == 1 and mount.device not in seen
         if alone and len(over) == 1 and over[0].target == mount.target != "/":
             hidden.append(mount)
             table = [other._replace(parent=mount.parent) if other is over[0] else other
                      for other in table if other is not mount]  # fmt: skip
-    return table, hidden
+    return _Table(table, hidden)
 
 
 def _parents_first(table: Sequence[MountInfo]) -> Iterable[MountInfo]:
@@ -108,23 +133,31 @@ def _parents_first(table: Sequence[MountInfo]) -> Iterable[MountInfo]:
         waiting += sorted(below.get(mount.number, ()), key=lambda child: child.target == mount.target)
 
 
-def _plan(mount: MountInfo, home: Sequence[MountInfo], known: bool) -> Plan:
+def _plan(mount: MountInfo, home: Sequence[MountInfo], base: int | None) -> Plan:
+    """`base`: the mount that its file system is mounted anew for, if it is."""
     if mount.root.endswith(DELETED):
         return Plan(mount, reason="the directory or file that it shows was deleted")
-    for other in home:
-        if other.device == mount.device and other.fstype == mount.fstype and _is_seen(other, home):
-            inside = _below(mount.root, other.root)
-            if inside is not None:
-                shares = bool(mount.shared and mount.shared == other.shared)
-                shares |= bool(mount.master and mount.master in (other.shared, other.master))
-                return Plan(mount, Way.OUTSIDE, os.path.normpath(f"{other.target}/{inside}"), shares)
-    if known:
-        return Plan(mount, Way.AGAIN)
+    outside = [plan for other in home if (plan := _outside(mount, other, home)) is not None]
+    if outside:
+        return max(outside, key=lambda plan: plan.shares)  # the first one of those
     if mount.fstype not in NEW:
         return Plan(mount, reason=f"a {mount.fstype} that is not mounted outside as well cannot be mounted again")
-    if mount.root != "/":
+    if base is None:
         return Plan(mount, reason=f"it shows {mount.root} of a {mount.fstype} of which nothing else is mounted")
-    return Plan(mount)
+    return Plan(mount, Way.ANEW if base == mount.number else Way.AGAIN)
+
+
+def _outside(mount: MountInfo, other: MountInfo, home: Sequence[MountInfo]) -> Plan | None:
+    """As a copy of another one that is outside, if it is one."""
+    if (other.device, other.fstype) != (mount.device, mount.fstype) or not _is_seen(other, home):
+        return None
+    inside = _below(mount.root, other.root)
+    if inside is None:
+        return None
+    shares = bool(mount.shared and mount.shared == other.shared)
+    shares |= bool(mount.master and mount.master in (other.shared, other.master))
+    return Plan(mount, Way.OUTSIDE, os.path.normpath(f"{other.target}/{inside}"), shares,
+                is_peer=bool(mount.shared and mount.shared == other.shared))  # fmt: skip
 
 
 def _below(path: str, root: str) -> str | None:
@@ -140,11 +173,10 @@ def _is_seen(mount: MountInfo, table: Sequence[MountInfo]) -> bool:
     return not any(other.parent == mount.number and other.target == mount.target for other in table)
 
 
-def _why_cut_off(plan: Plan, table: Sequence[MountInfo]) -> str:
-    """Why its propagation cannot be kept; "" where it can."""
+def _why_cut_off(plan: Plan, table: Sequence[MountInfo], groups: Mapping[int, int]) -> str:
+    """Why its propagation cannot be kept; "" where it can. `groups`: how many mounts of the tree each has."""
     mount = plan.mount
-    peers = {other.shared for other in table if other.number != mount.number} - {0}
-    if mount.master and mount.master not in peers and not plan.shares:
+    if mount.master and not plan.shares and not groups[mount.master]:
         return "it gets mounts from a group that is not in the tree's mount namespace"
     if plan.way is Way.ANEW and mount.fstype == "tmpfs" and not _is_seen(mount, table):
         return "another mount lies over the whole of it, and its contents cannot be reached"
@@ -153,7 +185,7 @@ def _why_cut_off(plan: Plan, table: Sequence[MountInfo]) -> str:
 
 def check(root: int, findings: Findings) -> None:
     """Note what cannot be kept."""
-    found, _ = plans()
+    found, _ = plans(_number(root))
     for plan in found:
         if plan.reason:
             findings.add(root, f"mount {plan.mount.target} ({plan.mount.fstype})", plan.reason)
@@ -161,9 +193,13 @@ def check(root: int, findings: Findings) -> None:
         findings.add(root, "mnt namespace", "nothing is mounted on its /proc, which a restore needs")
 
 
+def _number(pid: int) -> int:
+    return namespace_ids(pid)["mnt_ns_id"]
+
+
 def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
     """The table, and what is in file systems that would be lost."""
-    found, hidden = plans()
+    found, hidden = plans(number)
     for plan in found:
         out.write("mountpoints", _entry(plan), number=number)
     contents = [plan.mount for plan in found if plan.way is Way.ANEW and plan.mount.fstype == "tmpfs"]
@@ -176,14 +212,14 @@ def _entry(plan: Plan) -> MntEntry:
     mount = plan.mount
     flags = sum(FLAGS[flag] for flag in mount.flags if flag in FLAGS)
     kind = SHARED if mount.shared else 0
-    kind |= SLAVE if mount.master else 0
+    kind |= SLAVE if mount.master and not plan.is_peer else 0  # a peer gets what comes to its group
     kind |= UNBINDABLE if mount.unbindable else 0
     entry = MntEntry(
         fstype=KNOWN.get(mount.fstype, FsType.AUTO), mnt_id=mount.number,
         root_dev=mount.device[0] << 20 | mount.device[1], parent_mnt_id=mount.parent, flags=flags | (kind or PRIVATE),
         root=mount.root, mountpoint=mount.target, source=mount.source,
         options=",".join(_inside(word) for word in mount.options if word not in (*SUPERBLOCK_FLAGS, "rw")),
-        shared_id=mount.shared or None, master_id=mount.master or None, fsname=mount.fstype,
+        shared_id=mount.shared or None, master_id=None if plan.is_peer else mount.master or None, fsname=mount.fstype,
         sb_flags=sum(SUPERBLOCK_FLAGS[word] for word in mount.options if word in SUPERBLOCK_FLAGS),
     )  # fmt: skip
     if plan.way is Way.OUTSIDE:
@@ -203,8 +239,10 @@ def _inside(option: str) -> str:
 
 def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
     """A namespace with this table, and us at its root."""
-    from stasis.process.namespaces.mounting import make_table
+    from stasis.process.namespaces.mounting import Tables
 
-    make_table(number, chain[0], settings.map_path, settings.copies)
+    for fds in Tables([number], chain[0], settings).make().values():
+        for fd in fds:
+            os.close(fd)
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib
 import os
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stasis.linux import sysvshm
 from stasis.linux.kcmp import Kcmp, compare
-from stasis.process import spaces
+from stasis.process import roots, spaces
 from stasis.process.dump.ids import NAMESPACES, namespace_ids, own_kinds_of
 
 if TYPE_CHECKING:
@@ -34,25 +36,32 @@ MODULES = {
     "mnt": "mnt",
 }  # fmt: skip
 """In the order in which they are made."""
-COMMON = ("pid", "user", "mnt")
+COMMON = ("pid", "user")
 """In these all processes of a tree have to live."""
 FOR_CHILDREN = {"pid": "pid_for_children", "time": "time_for_children"}
+
+
+NOTHING: Mapping[int, Copies] = MappingProxyType({})
 
 
 class Settings(NamedTuple):
     """What the caller of a restore decides. `links`: what the other ends of network devices of the tree are called in
     the namespace that we come from, as NAME or NAME@BRIDGE. `map_path`: where a path outside is now.
-    `copies`: of mounts outside, where the first process may not make them."""
+    `copies`: of mounts outside, by mount namespace, where the first process may not make them. `living_in`: be in the
+    other namespaces of those who live in a mount namespace for a moment."""
 
     links: Mapping[str, str]
     map_path: Callable[[str], str]
-    copies: Copies | None = None
+    copies: Mapping[int, Copies] = NOTHING
+    living_in: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
 
 
 def check_namespaces(root: Task, living: Sequence[Task], findings: Findings) -> None:
     """Note what cannot be kept of the namespaces of a tree."""
     first = namespace_ids(root.pid)
-    spaces.look_at([root.pid, *(task.pid for task in living)])
+    pids = [root.pid, *(task.pid for task in living if task is not root)]
+    spaces.look_at(pids)
+    roots.look_at(pids)
     for task in living:
         theirs = namespace_ids(task.pid)
         for name in COMMON:
@@ -110,11 +119,13 @@ def image_number(name: str, number: int, *, is_first: bool) -> int:
     return 0 if name == "time" and is_first else number
 
 
-def make_namespaces(ids: TaskKobjIdsEntry, chain: list[ImageSet], settings: Settings) -> None:
+def make_namespaces(
+    ids: TaskKobjIdsEntry, chain: list[ImageSet], settings: Settings, but: Sequence[str] = ()
+) -> None:
     """In the first process of a restore: go into namespaces of our own, with what the images say is in them."""
     own = own_kinds_of(chain[0], ids)
     for name in MODULES:
-        if name in own:
+        if name in own and name not in but:
             make_namespace(name, getattr(ids, NAMESPACES[name]), chain, settings, is_first=True)
 
 

@@ -29,7 +29,6 @@ from stasis.process.restore.namespace import NS_LAST_PID, clear_of, outer_pids
 from stasis.process.restore.shared import make_shared
 
 if TYPE_CHECKING:
-    from stasis.process.images.schema.tasks import TaskKobjIdsEntry
     from stasis.process.restore.crew import Crew
     from stasis.process.restore.spawn import Nursery
 
@@ -54,7 +53,7 @@ def restore_first(nursery: Nursery, work: Work) -> tuple[dict[str, Any], dict[in
     assert crew.root.ids is not None
     is_foreign = "user" in crew.own
     if is_foreign:
-        _prepare(crew, crew.root.ids)
+        _prepare(crew)
     started, told = os.pipe(), os.pipe()
     try:
         first = fork_into_new(CLONE_NEWPID | (FLAGS["user"] if is_foreign else 0))
@@ -76,12 +75,12 @@ def restore_first(nursery: Nursery, work: Work) -> tuple[dict[str, Any], dict[in
     return report, {FIRST: first, **outer_pids(first)}
 
 
-def _prepare(crew: Crew, ids: TaskKobjIdsEntry) -> None:
+def _prepare(crew: Crew) -> None:
     """Have done what a first process in a user namespace of its own has no right to."""
     import_all()
     crew.shared_fd = make_shared(list(crew.root.walk()), crew.chain)
-    if "mnt" in crew.own:
-        crew.copies = Copies.of(ids.mnt_ns_id or 0, crew.files.images, crew.files.map_path)
+    for number in crew.apart.mounts if crew.apart.has_mounts or "mnt" in crew.own else ():
+        crew.copies[number] = Copies.of(number, crew.files.images, crew.files.paths.outside)
     for images in crew.chain:
         images.keep()
 

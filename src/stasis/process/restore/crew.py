@@ -177,11 +177,12 @@ class Crew:
         self.reports = reports
         self.gates = gates
         self.links = links
-        self.copies: Copies | None = None
+        self.copies: dict[int, Copies] = {}
         self.own = [] if root.ids is None else own_kinds_of(files.images, root.ids)
         others = [plan.ids for plan in root.walk() if plan.ids is not None]
         assert root.ids is not None
-        self.apart = files.apart = Apart(root.ids, others, files.images.inventory.root_ids or root.ids)
+        self.apart = Apart(root.ids, others, files.images.inventory.root_ids or root.ids)
+        files.live_in(self.apart)
         self.pids = frozenset(plan.pid for plan in root.walk())
         self.is_guest = False
         self.is_sibling = False

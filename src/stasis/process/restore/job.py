@@ -23,6 +23,7 @@ from stasis.process.files.descriptor import set_owner
 from stasis.process.files.locks import packed_lock, posix_locks
 from stasis.process.files.opening import FileSet
 from stasis.process.files.options import FileOptions
+from stasis.process.files.paths import Paths
 from stasis.process.guardian import Guardian
 from stasis.process.images.imageset import ImageSet
 from stasis.process.images.pagemap import Pagemap
@@ -113,7 +114,8 @@ def _restore_here(images: str | os.PathLike[str], chosen: RestoreOptions, traces
         root = read_tree(opened)
         assert root.ids is not None
         own = own_kinds_of(opened, root.ids)
-        files = FileSet(opened, _mapper(_paths(opened, root.ids, own, chosen)), chosen.files)
+        outside = _mapper(_paths(opened, root.ids, own, chosen))
+        files = FileSet(opened, Paths(opened, outside, _mapper(chosen.map_paths)), chosen.files)
         files.made_late = {plan.pid for plan in root.walk() if plan.birth.beside}
         for plan in root.walk():
             if plan.ids is not None:

@@ -60,10 +60,12 @@ def enter_namespaces(crew: Crew) -> None:
         return
     from stasis.process.namespaces.own import Settings, make_namespaces
 
-    settings = Settings(crew.links, crew.files.map_path, crew.copies)
+    settings = Settings(crew.links, crew.files.paths.outside, crew.copies, crew.apart.living_in)
     crew.apart.make(crew.chain, settings)
-    make_namespaces(ids, crew.chain, settings)
+    make_namespaces(ids, crew.chain, settings, but=["mnt"] if crew.apart.has_mounts else [])
     crew.apart.note_own()
+    if crew.apart.has_mounts:
+        crew.apart.make_mounts(crew.chain, settings)
 
 
 def open_everything(crew: Crew) -> None:
@@ -96,9 +98,9 @@ def take_terminal(sid: int, crew: Crew, *, first: bool) -> None:
 
     path, pgid = controlled(crew.files.images).get(sid, ("", 0))
     if path and first:
-        take_control(path)
+        take_control(crew.files.path(path, -1))
     elif path and pgid and os.getsid(0) == os.getpid():
-        put_in_front(path, pgid)
+        put_in_front(crew.files.path(path, -1), pgid)
 
 
 def prepare(plan: TaskPlan, crew: Crew) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def prepare(plan: TaskPlan, crew: Crew) -> dict[str, Any]:
     assert plan.fs is not None
     if not plan.shares_directory:
         os.umask(plan.fs.umask or 0)
-        os.chdir(crew.files.map_path(crew.files.file_name(plan.fs.cwd_id)))
+        os.chdir(crew.files.path_of(plan.fs.cwd_id))
     told: dict[str, Any] = {"pid": os.getpid(), **(_fill_table(plan, crew) if plan.table else {})}
     if (root := _root(plan, crew)) and not plan.shares_directory:
         os.chroot(root)
@@ -167,21 +169,21 @@ def _directory(plan: TaskPlan, crew: Crew) -> list[int]:
     """Descriptors for a working directory, and for a root where it has one of its own."""
     assert plan.fs is not None
     root = _root(plan, crew)
-    paths = [crew.files.map_path(crew.files.file_name(plan.fs.cwd_id)), *([root] if root else [])]
+    paths = [crew.files.path_of(plan.fs.cwd_id), *([root] if root else [])]
     return [crew.files.move(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) for path in paths]
 
 
 def _root(plan: TaskPlan, crew: Crew) -> str:
     """The root directory that it is to change to; "" for none."""
     assert plan.fs is not None
-    name = crew.files.file_name(plan.fs.root_id)
-    root = crew.files.map_path(name)
-    return "" if root == "/" or (name == "/" and "mnt" in crew.own) else root
+    found = crew.files.regular(plan.fs.root_id)
+    root = crew.files.path_of(plan.fs.root_id)
+    return "" if root == "/" or (found.name == "/" and crew.files.paths.is_made_here(found.mnt_id)) else root
 
 
 def _pages_files(plan: TaskPlan, crew: Crew) -> list[tuple[int, int, int]]:
     """(device, inode, descriptor) of the files that have its pages, where it is to live in other namespaces."""
-    if not crew.own and not _root(plan, crew):
+    if not crew.own and not crew.apart.has_mounts and not _root(plan, crew):
         return []
     found = []
     for images in crew.chain:

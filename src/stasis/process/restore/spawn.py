@@ -26,7 +26,7 @@ from stasis.linux.clone3 import CLONE_PARENT, fork_as
 from stasis.linux.namespaces import unshare
 from stasis.process.restore.crew import Crew, Gate, Reports, collect, live_with, outlive_nobody
 from stasis.process.restore.outfit import Ready, enter_namespaces, open_everything, prepare, share_memory, take_terminal
-from stasis.process.sharing import PASSED
+from stasis.process.sharing import CLONE_FS, PASSED
 
 if TYPE_CHECKING:
     from stasis.process.files.opening import FileSet
@@ -287,11 +287,13 @@ def _live(plan: TaskPlan, crew: Crew, parent: int, maker_pid: int) -> None:
         open_everything(crew)
         _move_up(crew)
     elif crew.apart and plan.ids is not None:
-        crew.apart.enter(plan.ids)
+        crew.apart.enter(plan.ids, but="mnt" if plan.birth.flags & CLONE_FS else "")
     share_memory(plan, crew)
     maker = _Maker(crew, passed=plan.birth.passed)
     _make_children(plan, maker)
     maker.leave_for({kind: number for kind, number in plan.ids_by_kind().items() if kind in PASSED})
+    if crew.apart and plan.ids is not None:
+        crew.apart.enter(plan.ids)  # who shared its directories with others could not before
     crew.stage("made", maker.made)
     _join_group(plan.entry.pgid, crew)
     crew.stage("joined", maker.made)
