@@ -373,7 +373,7 @@ class _Dump:
             ))  # fmt: skip
         self._files.finish()
         self.warnings += self._files.warnings
-        self.warnings += write_namespaces(tree.root_pid, self._out)
+        self.warnings += write_namespaces(self._out)
         if self._segments:
             from stasis.process.sysvshm import write_segments
 

@@ -33,7 +33,7 @@ from stasis.process.images.damage import damaged
 from stasis.process.images.schema.namespaces import FsType
 from stasis.process.namespaces import tmpfs
 from stasis.process.namespaces.imports import import_all
-from stasis.process.namespaces.mnt import FLAGS, NEW, SHARED, SLAVE, UNBINDABLE
+from stasis.process.namespaces.mnt import FLAGS, NEW, ROOT, SHARED, SLAVE, UNBINDABLE, outside_of
 
 if TYPE_CHECKING:
     from stasis.process.images.imageset import ImageSet
@@ -55,9 +55,14 @@ def _told(entry: MntEntry, work: Callable[[MntEntry], None]) -> None:
     try:
         work(entry)
     except OSError as error:
-        hint = "name another place for what was outside with --map-path" if entry.ext_mount else ""
-        raise StasisError(f"the mount {entry.mountpoint} ({entry.fsname or entry.fstype}) cannot be made again: "
-                          f"{error}", hint=hint, errno=error.errno or 0) from error  # fmt: skip
+        outside = outside_of(entry)
+        hint = f"name another place for {outside} with --map-path" if outside else ""
+        raise StasisError(f"the mount {entry.mountpoint} ({_kind(entry)}) cannot be made again: {error}", hint=hint,
+                          errno=error.errno or 0) from error  # fmt: skip
+
+
+def _kind(entry: MntEntry) -> str:
+    return entry.fsname or NAMES.get(FsType(entry.fstype)) or FsType(entry.fstype).name.lower()
 
 
 class Copies:
@@ -77,9 +82,11 @@ class Copies:
 
     def _add(self, entry: MntEntry, map_path: Callable[[str], str]) -> None:
         """One to mount, and one as a model where it is to share with it."""
-        if not entry.ext_mount:
+        outside = outside_of(entry)
+        if not outside:
             return
-        path = map_path(entry.ext_key or entry.root)
+        path = map_path(outside)
+        path = "/" if path == ROOT else path
         self.made[entry.mnt_id] = clone_tree(path)
         set_attributes(self.made[entry.mnt_id], propagation=Attributes.PRIVATE)
         if not entry.internal_sharing and (entry.shared_id or entry.master_id):
@@ -88,8 +95,7 @@ class Copies:
 
 def root_path(number: int, images: ImageSet) -> str:
     """Where the root of a mount namespace comes from outside; "" where it does not."""
-    entry = ordered(images, number)[0]
-    return (entry.ext_key or entry.root) if entry.ext_mount else ""
+    return outside_of(ordered(images, number)[0])
 
 
 def ordered(images: ImageSet, number: int) -> list[MntEntry]:
@@ -167,8 +173,7 @@ class Tables:
         if entry.mnt_id in self._made:
             return
         if entry.root_dev not in self._bases:
-            what = f"{entry.mountpoint} ({entry.fsname or entry.fstype})"
-            raise UnsupportedError(f"the mount {what} cannot be made again")
+            raise UnsupportedError(f"the mount {entry.mountpoint} ({_kind(entry)}) cannot be made again")
         self._made[entry.mnt_id] = clone_tree(entry.root.strip("/"), at=self._bases[entry.root_dev])
 
     def _put_together(self, number: int) -> tuple[int, int]:

@@ -104,19 +104,14 @@ def _differs(pid: int, name: str, link: str) -> bool:
         return False  # a kernel without it, or no child yet that the namespace is made for
 
 
-def write_namespaces(root: int, out: ImageSetWriter) -> list[str]:
-    """Write what is in the namespaces that the tree of the process `root` has of its own. Returns what is lost and of
+def write_namespaces(out: ImageSetWriter) -> list[str]:
+    """Write what is in the namespaces that the tree has of its own. Returns what is lost and of
     little weight, a sentence for each."""
     warnings: list[str] = []
     for (name, number), pid in spaces.spaces().items():
         with spaces.inside(name, pid):
-            warnings += _module(name).write(pid, image_number(name, number, is_first=pid == root), out)
+            warnings += _module(name).write(pid, number, out)
     return warnings
-
-
-def image_number(name: str, number: int, *, is_first: bool) -> int:
-    """That of the images of a namespace: its own, but for the clocks of the first process."""
-    return 0 if name == "time" and is_first else number
 
 
 def make_namespaces(
@@ -126,14 +121,12 @@ def make_namespaces(
     own = own_kinds_of(chain[0], ids)
     for name in MODULES:
         if name in own and name not in but:
-            make_namespace(name, getattr(ids, NAMESPACES[name]), chain, settings, is_first=True)
+            make_namespace(name, getattr(ids, NAMESPACES[name]), chain, settings)
 
 
-def make_namespace(
-    name: str, number: int, chain: list[ImageSet], settings: Settings, *, is_first: bool = False
-) -> None:
-    """Go into one. `is_first`: that of the first process."""
-    _module(name).make(image_number(name, number, is_first=is_first), chain, settings)
+def make_namespace(name: str, number: int, chain: list[ImageSet], settings: Settings) -> None:
+    """Go into one."""
+    _module(name).make(number, chain, settings)
 
 
 def _module(name: str) -> Any:

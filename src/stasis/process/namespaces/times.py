@@ -36,7 +36,7 @@ def _offsets(pid: int) -> dict[str, int]:
 
 
 def write(root: int, number: int, out: ImageSetWriter) -> list[str]:
-    """What the clocks say. Those of the first process of a tree have the number 0."""
+    """What the clocks say."""
     ours, theirs = _offsets(procfs.SELF), _offsets(root)
     values = {name: time.clock_gettime_ns(clock) - ours[name] + theirs[name] for name, clock in CLOCKS.items()}
     out.write("timens", TimensEntry(**{name: _timespec(value) for name, value in values.items()}), number=number)
@@ -49,7 +49,8 @@ def _timespec(value: int) -> Timespec:
 
 def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
     """A namespace in which the clocks go on."""
-    found: TimensEntry = chain[0].one("timens", number)
+    is_older = not chain[0].has("timens", number)  # a set of ours had the number 0 for the tree's first process
+    found: TimensEntry = chain[0].one("timens", 0 if is_older else number)
     ours = _offsets(procfs.SELF)
     unshare(FLAGS["time"])
     for name, clock in CLOCKS.items():
