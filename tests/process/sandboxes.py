@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.process.containers import PLACES
 from tests.process.programs import compiled
 
-__all__ = ["compiled_sandboxes"]
+__all__ = ["compiled_sandboxes", "rooted_script"]
 
 HELPERS = r"""
 #include <sys/inotify.h>
@@ -55,6 +55,54 @@ static void away(void) {  // with what other programs may unmount meanwhile, and
                 if (!strncmp(path, *one, strlen(*one))) umount2(path, MNT_DETACH);
 }
 """
+
+
+ROOTED = r"""
+int main(void) {
+    setsid();
+    pid_t child = fork();
+    if (!child) {
+        CHECK(!unshare(CLONE_NEWNS) && !mount(0, "/", 0, MS_REC | MS_PRIVATE, 0) && !mount("x", "own", "tmpfs", 0, 0));
+        int file = made("own/file", "kept");
+        touch("up");
+        await("go");
+        CHECK(is("own/file", "kept") && pwrite(file, "KEPT", 4, 0) == 4 && is("own/file", "KEPT"));
+        _exit(3);
+    }
+    await("up");
+    set_up();
+    int status;
+    CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 3);
+    CHECK(access("own/file", F_OK) && access("/usr/bin/env", F_OK) == 0 && access("/root", F_OK));
+    return content();
+}
+"""
+SCRIPT = """set -e
+mkdir own root
+mount --bind root root
+cd root
+mkdir proc dev usr old outer
+cp ../program .
+mount --bind .. outer
+mount -t proc proc proc
+mount --bind /usr usr
+ln -s usr/lib lib
+ln -s usr/lib64 lib64
+mount -t tmpfs dev dev
+mknod -m 666 dev/null c 1 3
+pivot_root . old
+cd /outer
+umount -l /old
+exec /program </dev/null >>errors 2>&1
+"""
+
+
+def rooted_script(directory: Path) -> Path:
+    """For a shell in a mount namespace of its own: a program with another root, and a child with further mounts."""
+    compiled_sandboxes(directory, ROOTED)
+    script = directory / "setup"
+    script.write_text(SCRIPT)
+    return script
 
 
 def compiled_sandboxes(directory: Path, code: str) -> Path:

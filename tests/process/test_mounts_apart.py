@@ -11,7 +11,7 @@ import pytest
 from stasis.linux.mountinfo import mount_table
 from tests.process.containers import PLACES, WITHOUT_OTHERS, container
 from tests.process.programs import running
-from tests.process.sandboxes import compiled_sandboxes
+from tests.process.sandboxes import compiled_sandboxes, rooted_script
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
 
@@ -297,6 +297,13 @@ def test_what_is_mounted_gets_where_it_did(tmp_path: Path) -> None:
         assert _outside(tmp_path) == before
     finally:
         subprocess.run(["umount", "-R", shared], check=True)
+
+
+@pytest.mark.tool("unshare")
+def test_a_sandbox_below_another_root(tmp_path: Path) -> None:
+    with container(tmp_path, "-pm", "sh", rooted_script(tmp_path)) as program:
+        program.again_and_again()
+        program.finish()
 
 
 @pytest.mark.tool("unshare")

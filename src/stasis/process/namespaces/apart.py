@@ -82,8 +82,10 @@ class Apart:
     def make_mounts(self, chain: list[ImageSet], settings: Settings) -> None:
         """In the first process, when it is in its other namespaces: mount namespaces, where there are several. It goes
         into its own."""
+        from stasis.process.namespaces.imports import import_all
         from stasis.process.namespaces.mounthelper import make_elsewhere
 
+        import_all()
         self._fds["mnt", self._home["mnt"]] = _current("mnt")
         self._roots[self._home["mnt"]] = _root()
         for number, (namespace, root) in make_elsewhere(self.mounts, chain[0], settings).items():
