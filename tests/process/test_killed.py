@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +48,20 @@ int main(void) {
 }
 """
 
+RENAMED = r"""
+// Has a file that lost its name and has another one elsewhere.
+int main(void) {
+    CHECK(!mkdir("here", 0700) && !mkdir("there", 0700));
+    int file = open("here/lost", O_RDWR | O_CREAT, 0600);
+    CHECK(write(file, "kept", 4) == 4 && !link("here/lost", "there/other") && !unlink("here/lost"));
+    touch("ready");
+    await("go");
+    struct stat mine, its;
+    CHECK(!fstat(file, &mine) && !stat("there/other", &its) && mine.st_ino == its.st_ino && mine.st_nlink == 1);
+    return content();
+}
+"""
+
 
 def _nobody_traces(pids: list[int]) -> bool:
     return all(procfs.status(pid, tid)["TracerPid"] == "0" for pid in pids for tid in procfs.threads(pid))
@@ -83,6 +99,25 @@ def test_a_restorer_that_is_killed_leaves_all_processes_or_none(tmp_path: Path, 
         program.restore(images)
         goes_on(program)
         program.finish()
+
+
+def test_the_links_of_a_set_that_is_whole_stay(tmp_path: Path) -> None:
+    """The dumper dies when the set is in its place."""
+    with running(tmp_path, compiled(tmp_path, RENAMED)) as program:
+        code = """
+import os, signal, sys
+from stasis.process.dump import job
+from stasis.process.files.options import FileOptions
+job.LinkRemaps.keep = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+job.dump(int(sys.argv[1]), sys.argv[2], job.DumpOptions(leave_running=True, files=FileOptions(link_remap=True)))
+"""
+        subprocess.run([sys.executable, "-c", code, str(program.pid), str(tmp_path / "images")], check=False)
+        assert list(tmp_path.glob("here/.stasis-link-*"))
+        program.end()
+        program.process.wait()
+        program.restore(tmp_path / "images")
+        program.finish()
+        assert not list(tmp_path.glob("here/.stasis-link-*"))
 
 
 def settled(program: Program, before: list[int]) -> bool:

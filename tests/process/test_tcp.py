@@ -285,6 +285,30 @@ job.dump(int(sys.argv[1]), sys.argv[2], job.DumpOptions(files=FileOptions(tcp="e
         case.program.finish()
 
 
+@pytest.mark.parametrize("moment", ["Roll.enter", "Connections.keep"])
+def test_the_dumper_dies_while_it_ends_the_tree(tmp_path: Path, moment: str) -> None:
+    """The set is there: the tree ends, and the connection waits for it."""
+    with server(tmp_path, ECHO, before=b"alive") as case:
+        code = f"""
+import os, signal, sys
+from stasis.process.dump import job
+from stasis.process.files.options import FileOptions
+do = job.{moment}
+job.{moment} = lambda *words: (do(*words), os.kill(os.getpid(), signal.SIGKILL))
+job.dump(int(sys.argv[1]), sys.argv[2], job.DumpOptions(files=FileOptions(tcp="established")))
+"""
+        images = tmp_path / "images"
+        case.program.pids = case.program.descendants()
+        subprocess.run([sys.executable, "-c", code, str(case.program.pid), str(images)], check=False)
+        case.program.process.wait()
+        assert _table(images) in nftables.tables()
+        case.program.restore(images)
+        case.client.shutdown(socket.SHUT_WR)
+        case.go()
+        assert case.client.recv(100) == b"evila"
+        case.program.finish()
+
+
 def test_accepted_connections_share_the_listeners_port(tmp_path: Path) -> None:
     script = """
 others = [socket.create_connection(listener.getsockname()) for _ in range(3)]

@@ -44,7 +44,7 @@ from stasis.process.images.schema.files import FdinfoEntry, FileEntry
 from stasis.process.images.schema.inventory import DumpStatsEntry, InventoryEntry, StatsEntry
 from stasis.process.images.schema.memory import MmEntry
 from stasis.process.images.schema.tasks import CoreEntry, FsEntry, March, PstreeEntry, TaskKobjIdsEntry
-from stasis.process.images.setwriter import ImageSetWriter, staging_for
+from stasis.process.images.setwriter import ImageSetWriter, is_whole, staging_for
 from stasis.process.journal import Journal
 from stasis.process.meter import Meter, Progress
 from stasis.process.namespaces.own import write_namespaces
@@ -146,8 +146,10 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
     staging = staging_for(images)
     with (
         no_collection(),
-        Guardian(journal, partial(shutil.rmtree, staging, ignore_errors=True), links.remove,
-                 group.put_back if group is not None else bool, roll.end, first=connections.release),
+        Guardian(journal, partial(shutil.rmtree, staging, ignore_errors=True),
+                 lambda: None if is_whole(images) else links.remove(),
+                 group.put_back if group is not None else bool, roll.end,
+                 first=lambda: None if roll.is_called else connections.release()),
         ImageSetWriter(images, staging=staging, holds=True, meter=Meter(chosen.progress)) as out,
         continued(pid, out, chosen.parent, chosen.pre_copy, chosen.timeout, chosen.track) as (
             tracking, warnings,
@@ -181,16 +183,15 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
         elif chosen.leave_stopped:
             connections.release()
         out.commit()
-        connections.keep()
-        links.keep()
-        if chosen.track:
-            tracking.keep_only({(task.pid, task.stat.start_time) for task in tree.tasks})
-            tracking.since = connections.run_id
-            keeper.give((pid, procfs.stat(pid).start_time), tracking)
-        if not chosen.leave_running and not chosen.leave_stopped:
-            roll.enter(task.pid for task in tree.tasks if not task.is_zombie)
-        _let_go(tree, chosen)
-        roll.clear()
+        ends = not chosen.leave_running and not chosen.leave_stopped
+        with roll.called([task.pid for task in tree.tasks if ends and not task.is_zombie]):
+            connections.keep()
+            links.keep()
+            if chosen.track:
+                tracking.keep_only({(task.pid, task.stat.start_time) for task in tree.tasks})
+                tracking.since = connections.run_id
+                keeper.give((pid, procfs.stat(pid).start_time), tracking)
+            _let_go(tree, chosen)
         return result
 
 

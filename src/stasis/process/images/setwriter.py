@@ -23,7 +23,7 @@ from stasis.process.meter import Meter
 if TYPE_CHECKING:
     from stasis.process.images.message import Message
 
-__all__ = ["ImageSetWriter", "staging_for"]
+__all__ = ["ImageSetWriter", "is_whole", "staging_for"]
 
 _INVENTORY = "inventory.img"
 MOST_HELD = 2048
@@ -170,6 +170,11 @@ class ImageSetWriter:
 
     def __exit__(self, *_: Any) -> None:
         self.discard()
+
+
+def is_whole(path: str | os.PathLike[str]) -> bool:
+    """Whether a set was put there: its inventory comes last."""
+    return os.path.lexists(os.path.join(path, _INVENTORY))
 
 
 def staging_for(path: str | os.PathLike[str]) -> str:

@@ -221,9 +221,26 @@ class Roll:
         for number, pid in reversed(list(enumerate(list(pids)[:MOST_PIDS]))):
             self._pids[number] = pid  # the first one last: from here on the guardian believes them
 
+    @property
+    def is_called(self) -> bool:
+        """Whether the guardian would end them."""
+        return bool(self._pids[0])
+
     def clear(self) -> None:
         """They are on their own."""
         self._pids[0] = 0
+
+    @contextmanager
+    def called(self, pids: Iterable[int]) -> Iterator[None]:
+        """For those who are to end with this: they do so whatever goes wrong."""
+        self.enter(pids)
+        try:
+            yield
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            self.clear()
 
     def end(self) -> None:
         """Kill them all, the last one first."""
