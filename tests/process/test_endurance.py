@@ -15,7 +15,7 @@ from tests.process.programs import compiled, running, stasis, wait_for
 
 LONG = bool(os.environ.get("STASIS_LONG"))
 
-pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.timeout(7200 if LONG else 300)]
+pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), *([pytest.mark.timeout(7200)] if LONG else [])]
 
 CYCLES = 200 if LONG else 3
 STORM = 200 if LONG else 15

@@ -26,7 +26,7 @@ from tests.process.test_containers_killed import _alone, _counts, _goes_on, _ins
 from tests.process.test_every_step import LONG
 from tests.process.test_killed import FAMILY, settled
 
-pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.timeout(7200 if LONG else 300)]
+pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), *([pytest.mark.timeout(7200)] if LONG else [])]
 
 SAMPLE = 3
 PATIENCE = 60.0

@@ -16,7 +16,7 @@ from tests.process.sandboxes import compiled_sandboxes
 from tests.process.test_every_step import LONG, killed_again_and_again
 from tests.process.test_every_step_inside import kill_everybody
 
-pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.timeout(7200 if LONG else 300)]
+pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), *([pytest.mark.timeout(7200)] if LONG else [])]
 
 COUNTING = r"""
 // Three processes that count, two of them with mounts of their own; one has the other's, too.

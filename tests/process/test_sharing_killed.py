@@ -17,7 +17,7 @@ from tests.process.programs import compiled, counts, goes_on, running, wait_for
 from tests.process.test_every_step import LONG, SAMPLE, end, killed_again_and_again
 from tests.process.test_killed import settled
 
-pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.timeout(7200 if LONG else 300)]
+pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), *([pytest.mark.timeout(7200)] if LONG else [])]
 
 FAMILY = r"""
 // Three processes with two threads each, which count: one with the memory and all else of the first one, one with its
