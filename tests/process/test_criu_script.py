@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from stasis.cli import criu, criu_switches
+from stasis.cli import criu
 from stasis.errors import UnsupportedError
 from stasis.process import features
 from stasis.process.images.imageset import ImageSet
@@ -145,7 +145,7 @@ def test_failures_go_to_the_log_and_end_with_1(tmp_path: Path) -> None:
     assert "holds no image set" in (tmp_path / "restore.log").read_text()
 
 
-@pytest.mark.parametrize("switch", sorted(criu_switches.NOT_IMPLEMENTED))
+@pytest.mark.parametrize("switch", sorted(criu.NOT_IMPLEMENTED))
 def test_a_switch_that_is_not_implemented_is_named(switch: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert criu.main(["dump", "-t", "1", switch]) == 1
     assert f"{switch.partition('=')[0]} is not implemented" in capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_a_kernel_with_everything_looks_good(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(("text", "way"), [("mnt[/data]:key", "--map-path"), ("net[4026531840]:key", "namespace")])
 def test_what_is_left_outside_in_another_way_is_named_with_it(text: str, way: str) -> None:
-    assert criu_switches.outside("mnt[]") == "mnt[]"
+    assert criu._outside("mnt[]") == "mnt[]"
     with pytest.raises(UnsupportedError, match=re.escape(text)) as raised:
-        criu_switches.outside(text)
+        criu._outside(text)
     assert way in raised.value.hint
