@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from stasis.errors import ExitCode
 from stasis.linux.mountinfo import mount_table
 from tests.process.containers import PLACES, WITHOUT_OTHERS, container
-from tests.process.programs import running
+from tests.process.programs import running, stasis
 from tests.process.sandboxes import compiled_sandboxes, rooted_script
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
@@ -297,6 +298,34 @@ def test_what_is_mounted_gets_where_it_did(tmp_path: Path) -> None:
         assert _outside(tmp_path) == before
     finally:
         subprocess.run(["umount", "-R", shared], check=True)
+
+
+def test_a_file_of_a_sandbox_that_lost_its_name_is_named(tmp_path: Path) -> None:
+    code = """
+int main(void) {
+    CHECK(!mkdir("own", 0700) && !mkdir("own/here", 0700) && !mkdir("own/there", 0700));
+    pid_t child = fork();
+    if (!child) {
+        CHECK(!unshare(CLONE_NEWNS));
+        away();
+        CHECK(!mount("own", "own", "tmpfs", 0, 0) && !mkdir("own/here", 0700) && !mkdir("own/there", 0700));
+        CHECK(made("own/here/file", "x") > 0 && !link("own/here/file", "own/there/file") && !unlink("own/here/file"));
+        touch("up");
+        await("go");
+        _exit(0);
+    }
+    await("up");
+    set_up();
+    int status;
+    CHECK(waitpid(child, &status, 0) == child && !status);
+    return content();
+}
+"""
+    with running(tmp_path, compiled_sandboxes(tmp_path, code)) as program:
+        said = stasis("dump", program.pid, "--images", tmp_path / "images", "--link-remap", status=ExitCode.UNSUPPORTED)
+        assert "own/here/file (deleted)): the file lost the name it was opened by, and its mount namespace" in said
+        assert not list((tmp_path / "own").glob("*/.stasis*"))
+        program.finish()
 
 
 @pytest.mark.tool("unshare")

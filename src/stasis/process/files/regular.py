@@ -19,7 +19,7 @@ from stasis.process.files.ghosts import DELETED, allocated
 from stasis.process.files.kind import FileKind, Looking, Opened, Saving
 from stasis.process.images.schema.common import FownEntry
 from stasis.process.images.schema.files import FdTypes, FileEntry, RegFileEntry
-from stasis.process.roots import mount_behind, places, reach, where
+from stasis.process.roots import likely, mount_behind, places, reach, where
 
 if TYPE_CHECKING:
     from stasis.process.files.options import FileOptions
@@ -112,12 +112,27 @@ def why_lost(pid: int, link: str, status: os.stat_result, options: FileOptions) 
         return "", ""
     if _is_at(current_name(pid, link, status), status):
         return "", ""
-    if link.endswith(DELETED) and options.link_remap:
+    if not link.endswith(DELETED):
+        return "another file has its name now", ""
+    if not _is_ours(pid, os.path.dirname(link)):
+        return "the file lost the name it was opened by, and its mount namespace is not that of the dumper", ""
+    if options.link_remap:
         return "", ""
-    if link.endswith(DELETED):
-        reason = "the file lost the name it was opened by, and its other names are not in the same directory"
-        return reason, "--link-remap"
-    return "another file has its name now", ""
+    reason = "the file lost the name it was opened by, and its other names are not in the same directory"
+    return reason, "--link-remap"
+
+
+def _is_ours(pid: int, directory: str) -> bool:
+    """Whether a directory of a process, or the next one above it that is there, is the same for us: where links are
+    made."""
+    try:
+        theirs = os.stat(reach(directory, likely(pid)[0]))
+    except (FileNotFoundError, NotADirectoryError):
+        return directory == os.path.dirname(directory) or _is_ours(pid, os.path.dirname(directory))
+    try:
+        return os.path.samestat(os.stat(directory), theirs)
+    except OSError:
+        return False
 
 
 def current_name(pid: int, link: str, status: os.stat_result) -> str:

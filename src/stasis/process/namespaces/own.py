@@ -111,7 +111,7 @@ def write_namespaces(out: ImageSetWriter) -> list[str]:
     for (name, number), pid in spaces.spaces().items():
         with spaces.inside(name, pid):
             warnings += _module(name).write(pid, number, out)
-    return warnings
+    return list(dict.fromkeys(warnings))
 
 
 def make_namespaces(
