@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stasis.linux import procfs
+from stasis.linux import procfs, sysvshm
 from tests.process.programs import Program, compiled, counts, goes_on, running, wait_for
 from tests.process.victims import killed_while
 
@@ -58,6 +58,21 @@ int main(void) {
     await("go");
     struct stat mine, its;
     CHECK(!fstat(file, &mine) && !stat("there/other", &its) && mine.st_ino == its.st_ino && mine.st_nlink == 1);
+    return content();
+}
+"""
+
+ATTACHED = r"""
+// Has a System V segment that goes with it.
+#include <sys/shm.h>
+int main(void) {
+    int segment = shmget(IPC_PRIVATE, 54321, IPC_CREAT | 0600);
+    char *memory = shmat(segment, 0, 0);
+    CHECK(!shmctl(segment, IPC_RMID, 0));
+    strcpy(memory, "kept");
+    touch("ready");
+    await("go");
+    CHECK(!strcmp(memory, "kept"));
     return content();
 }
 """
@@ -118,6 +133,30 @@ job.dump(int(sys.argv[1]), sys.argv[2], job.DumpOptions(leave_running=True, file
         program.restore(tmp_path / "images")
         program.finish()
         assert not list(tmp_path.glob("here/.stasis-link-*"))
+
+
+def test_a_segment_goes_with_the_restorer_that_made_it(tmp_path: Path) -> None:
+    """It dies while the segment is filled, and when all run."""
+    with running(tmp_path, compiled(tmp_path, ATTACHED)) as program:
+        images = program.dump()
+        for moment, is_left in (("sysvshm._fill", False), ("job._let_go", True)):
+            code = f"""
+import os, signal, sys
+from stasis.process import sysvshm
+from stasis.process.restore import job
+do = {moment}
+{moment} = lambda *words, **more: (do(*words, **more), os.kill(os.getpid(), signal.SIGKILL))
+job.restore(sys.argv[1])
+"""
+            subprocess.run([sys.executable, "-c", code, str(images)], check=False)
+            wait_for(lambda: all(one.mode & sysvshm.SHM_DEST for one in _segments()), "a segment is left")
+            assert bool(_segments()) == os.path.exists(f"/proc/{program.pid}") == is_left
+        program.finish()
+        wait_for(lambda: not _segments(), "a segment is left")
+
+
+def _segments() -> list[sysvshm.Segment]:
+    return [one for one in sysvshm.segments().values() if one.size == 54321]
 
 
 def settled(program: Program, before: list[int]) -> bool:

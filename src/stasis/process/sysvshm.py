@@ -20,11 +20,13 @@ from stasis.linux import sysvshm as kernel
 from stasis.linux.sysvshm import SHM_DEST, Segment
 from stasis.linux.taskmem import TaskMemory
 from stasis.process.dump.mm import PROT, VmaStatus, kind_of
+from stasis.process.guardian import Guardian
 from stasis.process.images.damage import damaged
 from stasis.process.images.memory import MemoryReader
 from stasis.process.images.schema.ipc import IpcDescEntry, IpcShmEntry
+from stasis.process.journal import Journal
 from stasis.process.spaces import inside
-from stasis.process.traces import segment_made
+from stasis.process.traces import Traces, remove_made, segment_made
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -94,15 +96,23 @@ def write_segments(
 @contextmanager
 def segments_of(images: ImageSet, number: int, chain: list[ImageSet]) -> Iterator[None]:
     """Have the segments of namespace `number` there for the processes that will map them; those that were made go again
-    when the restore fails (`traces.py`)."""
-    made: list[Segment] = []
-    for segment in _segments(images, number):
-        segment_made(segment.id)
-        _bring(segment, made, chain)
-    yield
-    for segment in made:
-        if segment.mode & SHM_DEST:
-            kernel.remove(segment.id)
+    when the restore fails (`traces.py`). A guardian of their own: they are there before any process is."""
+    wanted, creator = list(_segments(images, number)), os.getpid()
+
+    def end_marked() -> None:
+        for segment in wanted:
+            if segment.mode & SHM_DEST:
+                remove_made(segment.id, creator)
+
+    with Guardian(Journal(), Traces.undo_all, end_marked):
+        made: list[Segment] = []
+        for segment in wanted:
+            segment_made(segment.id)
+            _bring(segment, made, chain)
+        yield
+        for segment in made:
+            if segment.mode & SHM_DEST:
+                kernel.remove(segment.id)
 
 
 def make_segments(images: ImageSet, number: int, chain: list[ImageSet]) -> None:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 from stasis.errors import StasisError
 
-__all__ = ["Traces", "group_made", "segment_made", "with_name"]
+__all__ = ["Traces", "group_made", "remove_made", "segment_made", "with_name"]
 
 MOST_BYTES = 1 << 20
 LENGTH = struct.Struct("<Q")
@@ -66,6 +66,12 @@ class Traces:
         """It is gone again, and what was noted after it, too."""
         if cls._current is not None:
             LENGTH.pack_into(cls._current._memory, 0, place)
+
+    @classmethod
+    def undo_all(cls) -> None:
+        """In a guardian: those of the restore that was under way when it was forked."""
+        if cls._current is not None:
+            cls._current.undo()
 
     def clear(self) -> None:
         """All is there to stay."""
@@ -121,7 +127,7 @@ def _take_back(kind: str, words: list[Any]) -> None:
     if kind == "name":
         _name(*words)
     elif kind == "segment":
-        _segment(*words)
+        remove_made(*words)
     else:
         _group(*words)
 
@@ -136,7 +142,8 @@ def _name(path: str, *identity: int) -> None:
         os.unlink(path)
 
 
-def _segment(number: int, creator: int) -> None:
+def remove_made(number: int, creator: int) -> None:
+    """A segment, if this process made it; where it is mapped it goes with the last mapping."""
     from stasis.linux import sysvshm
 
     found = sysvshm.segments().get(number)
