@@ -23,9 +23,14 @@ from tests.live.writers import (
     zram_device,
 )
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices")]
-
 LONG = bool(os.environ.get("STASIS_LONG"))
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices"),
+    pytest.mark.timeout(7200 if LONG else 300),
+]
+
 ROUNDS = 300 if LONG else 2
 OPERATIONS = 40
 SIZE = 48 * MIB
