@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -292,7 +293,7 @@ def test_what_is_mounted_gets_where_it_did(tmp_path: Path) -> None:
     try:
         before = _outside(tmp_path)
         with running(tmp_path, compiled_sandboxes(tmp_path, GROUPS)) as program:
-            program.again_and_again()
+            program.restore(program.dump())
             assert _outside(tmp_path) == before
             program.finish()
         assert _outside(tmp_path) == before
@@ -300,7 +301,8 @@ def test_what_is_mounted_gets_where_it_did(tmp_path: Path) -> None:
         subprocess.run(["umount", "-R", shared], check=True)
 
 
-def test_a_file_of_a_sandbox_that_lost_its_name_is_named(tmp_path: Path) -> None:
+@pytest.mark.tool("setpriv")
+def test_what_is_lost_of_a_sandbox_is_named(tmp_path: Path) -> None:
     code = """
 int main(void) {
     CHECK(!mkdir("own", 0700) && !mkdir("own/here", 0700) && !mkdir("own/there", 0700));
@@ -325,6 +327,10 @@ int main(void) {
         said = stasis("dump", program.pid, "--images", tmp_path / "images", "--link-remap", status=ExitCode.UNSUPPORTED)
         assert "own/here/file (deleted)): the file lost the name it was opened by, and its mount namespace" in said
         assert not list((tmp_path / "own").glob("*/.stasis*"))
+        command = [sys.executable, "-m", "stasis", "process", "check", str(program.pid)]
+        weak = subprocess.run(["setpriv", "--bounding-set=-sys_admin", *command], capture_output=True, text=True)
+        assert weak.returncode == ExitCode.UNSUPPORTED, weak
+        assert "mnt namespace: it is another one than that of the first process, and entering it needs" in weak.stdout
         program.finish()
 
 

@@ -30,18 +30,23 @@ _lives: dict[int, int] = {}
 _tables: dict[int, dict[int, MountInfo]] = {}
 
 
-def look_at(pids: Iterable[int]) -> None:
-    """Note where these processes live, of which the first one is the first of the tree; within `anchored`."""
+def look_at(pids: Iterable[int]) -> list[int]:
+    """Note where these processes live, of which the first one is the first of the tree; within `anchored`. Returns
+    those whose namespaces cannot be entered."""
     _tables.clear()
     _lives.clear()
     _lives.update({pid: _number(pid) for pid in pids})
     if len(set(_lives.values())) == 1:
         _lives.clear()
-        return
-    ours = _number(procfs.SELF)
+        return []
+    ours, refused = _number(procfs.SELF), []
     for pid, number in _lives.items():
         if number != ours and number not in _anchors:
-            _anchors[number] = _anchor(pid)
+            try:
+                _anchors[number] = _anchor(pid)
+            except PermissionError:
+                refused.append(pid)
+    return refused
 
 
 def _number(pid: int) -> int:

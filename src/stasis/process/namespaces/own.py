@@ -61,7 +61,9 @@ def check_namespaces(root: Task, living: Sequence[Task], findings: Findings) -> 
     first = namespace_ids(root.pid)
     pids = [root.pid, *(task.pid for task in living if task is not root)]
     spaces.look_at(pids)
-    roots.look_at(pids)
+    for pid in roots.look_at(pids):
+        findings.add(pid, "mnt namespace", "it is another one than that of the first process, and entering it needs "
+                                           "CAP_SYS_ADMIN")  # fmt: skip
     for task in living:
         theirs = namespace_ids(task.pid)
         for name in COMMON:
