@@ -202,6 +202,38 @@ int main(void) {
 }
 """
 
+PAST = r"""
+// A working directory that a process shares with its grandchild, past a child with mounts and a directory of its own.
+static pid_t sharing(void) { return syscall(SYS_clone, CLONE_FS | SIGCHLD, 0, 0, 0, 0); }
+int main(void) {
+    CHECK(!mkdir("own", 0700) && !mkdir("below", 0700));
+    char name[300];
+    int status, directory = open(".", O_RDONLY);
+    pid_t child = sharing();
+    if (!child) {
+        pid_t grandchild = sharing();
+        if (!grandchild) {
+            await("go");
+            CHECK(!fchdir(directory) && access("own/file", F_OK) && !chdir("below"));
+            _exit(2);
+        }
+        CHECK(!unshare(CLONE_NEWNS));
+        away();
+        CHECK(!mount("own", "own", "tmpfs", 0, 0) && !chdir("own"));
+        close(made("file", "kept"));
+        touch("../up");
+        CHECK(waitpid(grandchild, &status, 0) == grandchild && WIFEXITED(status) && WEXITSTATUS(status) == 2);
+        CHECK(is("file", "kept") && strstr(getcwd(name, 300), "/own") && !access("../below", F_OK));
+        _exit(3);
+    }
+    await("up");
+    set_up();
+    CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 3);
+    CHECK(strstr(getcwd(name, 300), "/below") && !fchdir(directory) && access("own/file", F_OK));
+    return content();
+}
+"""
+
 USERS = r"""
 // Users, pids and mounts of its own, and a child with further mounts, in which there is a part of the parent's.
 #include <grp.h>
@@ -331,6 +363,12 @@ int main(void) {
         weak = subprocess.run(["setpriv", "--bounding-set=-sys_admin", *command], capture_output=True, text=True)
         assert weak.returncode == ExitCode.UNSUPPORTED, weak
         assert "mnt namespace: it is another one than that of the first process, and entering it needs" in weak.stdout
+        program.finish()
+
+
+def test_a_directory_that_is_shared_past_a_sandbox(tmp_path: Path) -> None:
+    with running(tmp_path, compiled_sandboxes(tmp_path, PAST)) as program:
+        program.restore(program.dump())
         program.finish()
 
 
