@@ -19,7 +19,7 @@ from tests.process.programs import compiled, running, stasis
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.tool("unshare")]
 
-NAME = "stasis-test"
+NAME = f"stasis-test-{os.getpid()}"  # tests that run beside these in other processes share the namespace
 QUEUES = r"""
 #include <mqueue.h>
 static void expect(mqd_t queue, const char *text, unsigned priority) {
@@ -56,7 +56,7 @@ int main(int argc, char **argv) {
     CHECK(!mq_setattr(same, &nonblocking, 0) && mq_receive(queue, (char[100]){}, 100, 0) < 0 && errno == EAGAIN);
     return content();
 }
-"""
+""".replace("/stasis-test", f"/{NAME}")
 
 
 @pytest.fixture(autouse=True)
