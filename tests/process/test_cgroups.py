@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,20 @@ def test_each_process_is_in_its_group(tmp_path: Path, group: Path) -> None:
         images = program.dump()
         stasis("restore", "--images", images, "--manage-cgroups", "ignore")
         assert _path_of(child) == outside
+        program.finish()
+
+
+def test_a_set_of_criu_has_the_groups_with_its_threads(tmp_path: Path, group: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, CODE)) as program:
+        (child,) = program.descendants()[1:]
+        (group / "cgroup.procs").write_text(str(child))
+        images = program.dump()
+        core = json.loads(stasis("decode", images / f"core-{child}.img"))
+        core["entries"][0]["thread_core"]["cg_set"] = core["entries"][0]["tc"].pop("cg_set")
+        (tmp_path / "edited").write_text(json.dumps(core))
+        stasis("encode", tmp_path / "edited", "--output", images / f"core-{child}.img")
+        program.restore(images)
+        assert _path_of(child).endswith(f"/{group.name}")
         program.finish()
 
 

@@ -222,6 +222,38 @@ def test_what_the_kernel_maps_is_told_as_criu_tells_it(tmp_path: Path) -> None:
         assert len(entry["mm_saved_auxv"]) <= 44
 
 
+SEGMENT = r"""
+#include <sys/shm.h>
+int main(void) {
+    int number = shmget(IPC_PRIVATE, 8192, 0600);
+    char *memory = shmat(number, 0, 0);
+    CHECK(number >= 0 && memory != MAP_FAILED);
+    strcpy(memory + 5000, "kept");
+    set_up();
+    CHECK(!strcmp(memory + 5000, "kept") && !shmctl(number, IPC_RMID, 0));
+    return content();
+}
+"""
+
+
+def test_a_segment_is_shared_memory_to_criu(tmp_path: Path) -> None:
+    """It attaches none whose status does not say so."""
+    with container(tmp_path, "--ipc", compiled(tmp_path, SEGMENT)) as program:
+        images = program.dump()
+        (entry,) = _documents(images, f"mm-{program.pid}.img")["entries"]
+        assert {vma["status"] for vma in entry["vmas"] if vma["status"] & 0x400} == {0x501}
+        program.restore(images)
+        program.finish()
+
+
+@needs_criu
+def test_criu_restores_our_segments(tmp_path: Path) -> None:
+    with container(tmp_path, "--ipc", "setsid", compiled(tmp_path, SEGMENT)) as program:
+        images = program.dump()
+        _criu(images, "restore", "-d")
+        program.finish()
+
+
 def test_a_zombie_with_any_thread_and_a_vvar_in_pieces(tmp_path: Path) -> None:
     """What CRIU 4.2 writes for a zombie was never set; sets of ours from before have two pieces, without its status."""
     with running(tmp_path, compiled(tmp_path, THREADS)) as program:

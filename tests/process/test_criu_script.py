@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from stasis.cli import criu
+from stasis.cli import criu, criu_switches
 from stasis.errors import UnsupportedError
 from stasis.process import features
 from stasis.process.images.imageset import ImageSet
@@ -131,7 +131,31 @@ def test_an_action_script_that_fails_undoes_everything(command: str, tmp_path: P
             process.wait()
             done = _run("restore", "-D", "images", "-d", "--action-script", script, directory=tmp_path)
             assert not os.path.exists(f"/proc/{process.pid}")
-    assert (done.returncode, "ended with status 3 at post-" in done.stderr) == (1, True)
+    status = 3 if command == "dump" else 1  # criu hands on what the script behind a dump said
+    assert (done.returncode, "ended with status 3 at post-" in done.stderr) == (status, True)
+
+
+def test_the_script_behind_a_dump_finds_the_set(tmp_path: Path) -> None:
+    """To send it on, say. In a container, too, and with the network of the command, not with the container's."""
+    count, images, found = tmp_path / "count", tmp_path / "images", tmp_path / "found"
+    count.touch()
+    images.mkdir()
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\nls "$CRTOOLS_IMAGE_DIR" >> {found}\nreadlink /proc/self/ns/net >> {found}\n')
+    script.chmod(0o755)
+    command = ["unshare", "--net", sys.executable, "-c", COUNTING]
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **QUIET) as process, ended(process):
+        _wait_for_more(count)
+        words = ("dump", "-t", process.pid, "-D", images, "-R", "--action-script", script)
+        _done(*words, directory=tmp_path)
+        told = found.read_text().splitlines()
+        assert told[0] == os.readlink("/proc/self/ns/net") == told[-1]  # before, when nothing was there, and behind
+        assert {"inventory.img", "pages-1.img", "stats-dump", f"core-{process.pid}.img"} <= set(told)
+        script.write_text("#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = pre-dump ] || exit 5\n")
+        (images / "inventory.img").unlink()
+        assert _run(*map(str, words), "-D", "again", directory=tmp_path).returncode == 5
+        assert not (tmp_path / "again").exists()
+        _wait_for_more(count)
 
 
 def _done(*words: str | Path | int, directory: Path) -> None:
@@ -145,7 +169,7 @@ def test_failures_go_to_the_log_and_end_with_1(tmp_path: Path) -> None:
     assert "holds no image set" in (tmp_path / "restore.log").read_text()
 
 
-@pytest.mark.parametrize("switch", sorted(criu.NOT_IMPLEMENTED))
+@pytest.mark.parametrize("switch", sorted(criu_switches.NOT_IMPLEMENTED))
 def test_a_switch_that_is_not_implemented_is_named(switch: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert criu.main(["dump", "-t", "1", switch]) == 1
     assert f"{switch.partition('=')[0]} is not implemented" in capsys.readouterr().err
@@ -155,6 +179,22 @@ def test_a_switch_that_is_not_implemented_is_named(switch: str, capsys: pytest.C
 def test_features_are_probed(feature: str, capsys: pytest.CaptureFixture[str]) -> None:
     status = criu.main(["check", "--feature", feature])
     assert capsys.readouterr().out == f"{feature} is {'supported' if status == 0 else 'not supported'}\n"
+
+
+@pytest.mark.parametrize("command", criu_switches.OTHER_COMMANDS)
+def test_a_command_that_is_not_there_is_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert criu.main([command, "3"]) == 1
+    assert f"{command} is not implemented" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("dump", "-t", "1"), ("pre-dump", "-t", "1"), ("restore",)])
+def test_a_script_gives_its_switches_to_all_commands(command: tuple[str, ...]) -> None:
+    """As with criu: those of a dump mean nothing to a restore, and the other way round."""
+    parser = criu.build_parser()
+    for switch, words in (criu_switches.OF_DUMPS | criu_switches.OF_RESTORES).items():
+        known = {"--ghost-limit": "1M", "--network-lock": "skip", "--external": "mnt[]", "--inherit-fd": "fd[1]:x"}
+        parser.parse_args([*command, switch, *([known.get(switch, "x")] if words == 1 else [])])
+    assert criu.main(["restore", "--track-mem"]) == 1  # this one would mean something
 
 
 def test_an_unknown_feature_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +210,7 @@ def test_a_kernel_with_everything_looks_good(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(("text", "way"), [("mnt[/data]:key", "--map-path"), ("net[4026531840]:key", "namespace")])
 def test_what_is_left_outside_in_another_way_is_named_with_it(text: str, way: str) -> None:
-    assert criu._outside("mnt[]") == "mnt[]"
+    assert criu_switches.outside("mnt[]") == "mnt[]"
     with pytest.raises(UnsupportedError, match=re.escape(text)) as raised:
-        criu._outside(text)
+        criu_switches.outside(text)
     assert way in raised.value.hint

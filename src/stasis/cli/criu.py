@@ -9,19 +9,30 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import stasis
+from stasis.cli.criu_scripts import Scripts
+from stasis.cli.criu_switches import (
+    ANYWAY,
+    NOT_HERE,
+    NOT_IMPLEMENTED,
+    OF_DUMPS,
+    OF_RESTORES,
+    OTHER_COMMANDS,
+    brought,
+    cgroup_root,
+    inherited,
+    outside,
+)
 from stasis.cli.options import size
 from stasis.errors import StasisError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from stasis.process.files.options import FileOptions
     from stasis.process.restore.job import RestoreResult
@@ -30,38 +41,18 @@ __all__ = ["build_parser", "main"]
 
 FAILURE = 1
 COMMANDS = ("dump", "pre-dump", "restore", "check")
-NOT_IMPLEMENTED = (
-    "--join-ns", "-J", "--lazy-pages", "--page-server", "--exec-cmd", "--root", "-r", "--auto-dedup", "--stream",
-    "--evasive-devices",
-    "--config", "--pre-dump-mode", "--empty-ns", "--lsm-profile", "--irmap-scan-path",
-)  # fmt: skip
-"""Switches of criu that mean something which is not done here."""
-ANYWAY = {
-    "--no-default-config": "no configuration file is read in any case",
-    "--force-irmap": "the paths of watched files are always looked up",
-    "--display-stats": "figures are in stats-dump and stats-restore in any case",
-}
-"""Switches whose meaning is what happens here."""
-OUTSIDE = r"(?:unix|file|tty)\[[^\]]+\]|mnt\[\]"
-"""What is left outside at a dump: sockets, files, terminals, and mounts that are there as well, which always are."""
-OTHERWISE = {
-    "mnt": "mounts that are outside as well are found by themselves; stasis process restore --map-path names others",
-    "dev": "mounts that are outside as well are found by themselves; stasis process restore --map-path names others",
-    "net": "a tree that shares the network namespace of the command has that of the restore",
-    "veth": "the names of other ends are for the restore",
-}
-"""Of kinds that criu has, what does it here."""
-DEVICE = r"veth\[([^\]]+)\]:(.+)"
-"""The other end of a network device at a restore."""
-INHERITED = re.compile(r"fd\[(\d+)\]:(.+)")
 
 
 class _Parser(argparse.ArgumentParser):
     """Errors as one sentence."""
 
     def error(self, message: str) -> NoReturn:
+        for command in OTHER_COMMANDS:
+            if f"invalid choice: {command!r}" in message:
+                raise UnsupportedError(f"{command} is not implemented", hint="there are dump, pre-dump, restore and "
+                                       "check; who talks to criu by messages needs criu itself")  # fmt: skip
         for word in message.removeprefix("unrecognized arguments: ").split():
-            if word.partition("=")[0] in NOT_IMPLEMENTED:
+            if word.partition("=")[0] in (*NOT_IMPLEMENTED, *NOT_HERE):
                 raise UnsupportedError(f"{word.partition('=')[0]} is not implemented", hint="stasis-criu --help")
         raise UsageError(message, hint="stasis-criu --help shows what there is")
 
@@ -76,10 +67,24 @@ def build_parser() -> argparse.ArgumentParser:
     _add_dump(_add(commands, "dump", dump, "write a process tree to images"))
     command = _add(commands, "pre-dump", pre_dump, "copy the memory of a process tree while it runs on")
     _add_tree(command)
+    _add_meaningless(command, OF_DUMPS | OF_RESTORES)
     _add_restore(_add(commands, "restore", restore, "bring the processes of images back"))
     command = _add(commands, "check", check, "tell whether this kernel has what is needed")
     command.add_argument("--feature", metavar="NAME", help="ask for one feature")
+    for switch in ("--all", "--extra", "--experimental"):
+        command.add_argument(switch, action="store_true", dest="all", help="ask for all features that are known")
     return parser
+
+
+def _add_meaningless(command: argparse.ArgumentParser, switches: Mapping[str, int | str]) -> None:
+    """Those that the command does not have itself."""
+    there = {word for action in command._actions for word in action.option_strings}
+    for switch, words in switches.items():
+        if switch not in there:
+            how: dict[str, Any] = {"action": "store_true"} if not words else {"metavar": "X"}
+            if words == "?":
+                how["nargs"] = "?"
+            command.add_argument(switch, dest=f"meaningless {switch}", help="means nothing here, as with criu", **how)
 
 
 def _add(
@@ -97,6 +102,8 @@ def _add(
 
 
 def _add_tree(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--pre-dump-mode", choices=("splice", "read"),
+                         help="how criu copies memory; here it is copied in one way")
     command.add_argument("-t", "--tree", metavar="PID", type=int, required=True, help="the first process")
     command.add_argument("--timeout", metavar="SECONDS", type=float, default=10.0, help="for stopping the tree (10)")
     command.add_argument("--prev-images-dir", metavar="DIR",
@@ -121,9 +128,10 @@ def _add_dump(command: argparse.ArgumentParser) -> None:
                          help="make links for open files that lost their names; the restore takes them away")
     command.add_argument("--freeze-cgroup", metavar="DIR", default="",
                          help="have this control group stand still while its processes are stopped")
-    command.add_argument("--external", metavar="RES", action="append", default=[], type=_outside,
+    command.add_argument("--external", metavar="RES", action="append", default=[], type=outside,
                          help="leave unix[INODE], file[MOUNT:INODE] or tty[RDEV:DEV] to the restore's --inherit-fd; "
                               "mnt[]: mounts that are outside as well, which are left in any case")
+    _add_meaningless(command, OF_RESTORES)
 
 
 def _add_restore(command: argparse.ArgumentParser) -> None:
@@ -132,14 +140,17 @@ def _add_restore(command: argparse.ArgumentParser) -> None:
     command.add_argument("-S", "--restore-sibling", action="store_true",
                          help="make the first process a child of this command's parent; with -d")
     command.add_argument("--cgroup-root", metavar="[CONTROLLER:]/GROUP", action="append", default=[],
-                         type=_cgroup_root, help="put processes below this group instead of the one they were below")
-    command.add_argument("--external", metavar="veth[IN]:OUT", action="append", default=[], type=_device,
-                         help="what the other end of a network device is to be called; veth[IN]:OUT@BRIDGE")
+                         type=cgroup_root, help="put processes below this group instead of the one they were below")
+    command.add_argument("--external", metavar="RES", action="append", default=[], type=brought,
+                         help="veth[IN]:OUT: what the other end of a network device is to be called, or OUT@BRIDGE; "
+                              "mnt[KEY]:PATH: what stands for a mount that was outside; mnt[]: those that are there "
+                              "still, which is so in any case")
     command.add_argument("--pidfile", metavar="FILE", help="write the first process's pid to this file")
     command.add_argument("-r", "--root", metavar="DIR", help="the directory that is to be the root of the processes")
     command.add_argument("-s", "--leave-stopped", action="store_true", help="leave the processes stopped")
-    command.add_argument("--inherit-fd", metavar="fd[N]:RES", action="append", default=[], type=_inherited,
+    command.add_argument("--inherit-fd", metavar="fd[N]:RES", action="append", default=[], type=inherited,
                          help="use descriptor N of this command for what the images call RES, as pipe:[4711]")
+    _add_meaningless(command, OF_DUMPS)
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
@@ -154,37 +165,6 @@ def _add_common(command: argparse.ArgumentParser) -> None:
                          choices=("none", "ignore", "soft"), help="none, ignore or soft (ignore; soft without MODE)")
     command.add_argument("--action-script", metavar="FILE", action="append", default=[],
                          help="run this program at each step, named by CRTOOLS_SCRIPT_ACTION; may be repeated")
-
-
-def _outside(text: str) -> str:
-    match = re.fullmatch(OUTSIDE, text)
-    if match is None:
-        way = next((way for kind, way in OTHERWISE.items() if text.startswith(f"{kind}[")), "")
-        kinds = "there are unix[INODE], file[MOUNT:INODE], tty[RDEV:DEV] and mnt[]"
-        raise UnsupportedError(f"--external {text} is not implemented", hint=way or kinds)
-    return text
-
-
-def _device(text: str) -> tuple[str, str]:
-    match = re.fullmatch(DEVICE, text)
-    if match is None:
-        raise UnsupportedError(f"--external {text} is not implemented", hint="there is veth[IN]:OUT; files come by "
-                               "--inherit-fd")  # fmt: skip
-    return match[1], match[2]
-
-
-def _cgroup_root(text: str) -> tuple[str, str]:
-    controller, _, path = text.rpartition(":")
-    if not path.startswith("/"):
-        raise UsageError(f"{text!r} is no control group", hint="write [CONTROLLER:]/GROUP, as in cpu:/restored")
-    return controller, path
-
-
-def _inherited(text: str) -> tuple[str, int]:
-    match = INHERITED.fullmatch(text)
-    if match is None:
-        raise UsageError(f"{text!r} is no inherited descriptor", hint="write fd[N]:RES, as in fd[3]:pipe:[4711]")
-    return match[2], int(match[1])
 
 
 def _file_options(arguments: argparse.Namespace) -> FileOptions:
@@ -214,12 +194,21 @@ def dump(arguments: argparse.Namespace) -> int:
         skip_in_flight=arguments.skip_in_flight, link_remap=arguments.link_remap,
         outside=frozenset(arguments.external) - {"mnt[]"},
     )  # fmt: skip
+    scripts = Scripts(arguments.action_script, arguments.images_dir)
     options = DumpOptions(
         leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped, timeout=arguments.timeout,
         parent=_previous(arguments), files=files, track=arguments.track_mem and arguments.leave_running,
-        freeze_group=arguments.freeze_cgroup, hook=lambda action: _run_scripts(arguments, action, arguments.tree),
+        freeze_group=arguments.freeze_cgroup, hook=lambda action: _note_of(scripts, arguments, action, arguments.tree),
     )  # fmt: skip
-    _note(arguments, dump_tree(arguments.tree, arguments.images_dir, options).warnings)
+    try:
+        with scripts:
+            done = dump_tree(arguments.tree, arguments.images_dir, options)
+    except StasisError as error:
+        if not scripts.status:
+            raise
+        _complain(arguments, error)
+        return scripts.status
+    _note(arguments, done.warnings)
     _note(arguments, ["Dumping finished successfully"], level=3)
     return 0
 
@@ -249,14 +238,18 @@ def restore(arguments: argparse.Namespace) -> int:
         raise UsageError("--restore-sibling needs --restore-detached", hint="its parent is to wait for it, not this")
     if arguments.cgroup_root and arguments.manage_cgroups != "soft":
         raise UsageError("--cgroup-root needs --manage-cgroups", hint="without it processes stay where the restorer is")
+    scripts = Scripts(arguments.action_script, arguments.images_dir)
     options = RestoreOptions(
-        sibling=arguments.restore_sibling, cgroup_roots=dict(arguments.cgroup_root), links=dict(arguments.external),
+        sibling=arguments.restore_sibling, cgroup_roots=dict(arguments.cgroup_root),
+        links={name: given for kind, name, given in arguments.external if kind == "veth"},
+        map_paths={name: given for kind, name, given in arguments.external if kind == "mnt" and name},
         files=_file_options(arguments)._replace(inherited=dict(arguments.inherit_fd)),
         manage_cgroups=arguments.manage_cgroups == "soft",
-        hook=lambda action, pid: _run_scripts(arguments, action, pid), leave_stopped=arguments.leave_stopped,
+        hook=lambda action, pid: _note_of(scripts, arguments, action, pid), leave_stopped=arguments.leave_stopped,
         root=os.path.realpath(arguments.root) if arguments.root else "",
     )
-    result = restore_tree(arguments.images_dir, options)
+    with scripts:
+        result = restore_tree(arguments.images_dir, options)
     if arguments.pidfile:
         with open(_work_path(arguments, arguments.pidfile), "w") as file:
             file.write(str(result.pid))
@@ -267,6 +260,11 @@ def restore(arguments: argparse.Namespace) -> int:
         return 0
     status = os.waitstatus_to_exitcode(os.waitpid(result.pid, 0)[1])
     return status if status >= 0 else 128 - status
+
+
+def _note_of(scripts: Scripts, arguments: argparse.Namespace, action: str, pid: int) -> None:
+    if note := scripts.run(action, pid):
+        _note(arguments, [note])
 
 
 def _write_statistics(arguments: argparse.Namespace, result: RestoreResult) -> None:
@@ -284,25 +282,13 @@ def _write_statistics(arguments: argparse.Namespace, result: RestoreResult) -> N
         image.append(StatsEntry(restore=figures))
 
 
-def _run_scripts(arguments: argparse.Namespace, action: str, pid: int) -> None:
-    """Run the action scripts as criu does, told by their environment. What fails after "post-resume" is only noted."""
-    told = {"CRTOOLS_SCRIPT_ACTION": action, "CRTOOLS_IMAGE_DIR": os.path.abspath(arguments.images_dir)}
-    if pid:
-        told["CRTOOLS_INIT_PID"] = str(pid)
-    for script in arguments.action_script:
-        status = subprocess.run([script], env={**os.environ, **told}, stdin=subprocess.DEVNULL).returncode
-        if status and action == "post-resume":
-            _note(arguments, [f"{script} ended with status {status} at {action}"])
-        elif status:
-            raise StasisError(f"{script} ended with status {status} at {action}", hint="see what it printed")
-
-
 def check(arguments: argparse.Namespace) -> int:
     """stasis-criu check"""
     from stasis.process import features
 
     if arguments.feature is None:
-        missing = [name for name in features.REQUIRED if not features.has(name)]
+        wanted = features.PROBES if arguments.all else features.REQUIRED
+        missing = [name for name in wanted if not features.has(name)]
         print(f"Missing: {', '.join(missing)}" if missing else "Looks good.")
         return FAILURE if missing else 0
     found = features.has(arguments.feature)
@@ -322,7 +308,7 @@ def main(given: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(_joined(sys.argv[1:] if given is None else given))
         return int(arguments.run(arguments))
     except StasisError as error:
-        _tell(arguments, f"Error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+        _complain(arguments, error)
     except OSError as error:
         _tell(arguments, f"Error: {error}\n")
         if arguments is not None and arguments.verbosity >= 4:
@@ -341,6 +327,10 @@ def _note(arguments: argparse.Namespace, lines: Sequence[str], level: int = 2) -
     """Warnings (2), and what is said where everything is told (3)."""
     if lines and arguments.verbosity >= level:
         _tell(arguments, "".join(f"{line}\n" for line in lines))
+
+
+def _complain(arguments: argparse.Namespace | None, error: StasisError) -> None:
+    _tell(arguments, f"Error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
 
 
 def _tell(arguments: argparse.Namespace | None, text: str) -> None:

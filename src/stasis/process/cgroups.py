@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from stasis.process.findings import Findings
     from stasis.process.images.imageset import ImageSet
     from stasis.process.images.schema.inventory import CgControllerEntry, CgMemberEntry
+    from stasis.process.images.schema.tasks import CoreEntry
     from stasis.process.images.setwriter import ImageSetWriter
     from stasis.process.tree import Task
 
-__all__ = ["GroupTable", "check_groups", "enter", "groups_of", "hierarchies", "join"]
+__all__ = ["GroupTable", "check_groups", "enter", "groups_of", "hierarchies", "join", "set_of"]
 
 OUR_SET = 1
 CGROUP = NAMESPACES["cgroup"]
@@ -123,6 +124,14 @@ def _roots(pid: int) -> dict[str, str]:
 def _length(root: str, path: str) -> int | None:
     """How much of a path lies outside of what is seen as root."""
     return len(root) if root and (path == root or path.startswith(root.rstrip("/") + "/")) else None
+
+
+def set_of(core: CoreEntry) -> int | None:
+    """The number of the set of a process; criu has it with its first thread since it keeps groups of threads (3.18)."""
+    for part in (core.tc, core.thread_core):
+        if part is not None and part.cg_set is not None:
+            return part.cg_set
+    return None
 
 
 def join(

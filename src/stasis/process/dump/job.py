@@ -67,10 +67,10 @@ class DumpOptions:
     `parent`: the set of a pre-dump, to write only what changed since. `pre_copy`: at most so many rounds of copying
     memory before the tree is stopped. `files`: what is done about open files that need a decision. `track`: what a tree
     that is left running writes from then on is watched, so that another dump can continue this set. `freeze_group`: the
-    directory of a control group that all are in, which stands still while they are seized. `hook` is called
-    with "pre-dump" before the tree is stopped and with "post-dump" when all is written, before it is let go; what it
-    raises undoes the dump. A tree that is left running goes on before, where there is none. `progress` is called with
-    the bytes of memory that are copied, and with about how many there are."""
+    directory of a control group that all are in, which stands still while they are seized. `hook` is called with
+    "pre-dump" before the tree is stopped and with "post-dump" when the set is in its place, before the tree is let go;
+    what it raises undoes the dump. A tree that is left running goes on before, where there is none. `progress` is
+    called with the bytes of memory that are copied, and with about how many there are."""
 
     leave_running: bool = False
     leave_stopped: bool = False
@@ -176,13 +176,18 @@ def _dump(pid: int, images: str | os.PathLike[str], chosen: DumpOptions) -> Dump
         )  # fmt: skip
         out.write("stats-dump", _statistics(result))
         if chosen.hook is not None:
-            out.write_held()
-            chosen.hook("post-dump")
+            out.commit()  # who is called looks at the set, or sends it on
+            try:
+                chosen.hook("post-dump")
+            except BaseException:
+                out.withdraw()
+                raise
         if chosen.leave_running:
             _let_run_on(tree, connections)
         elif chosen.leave_stopped:
             connections.release()
-        out.commit()
+        if chosen.hook is None:
+            out.commit()
         ends = not chosen.leave_running and not chosen.leave_stopped
         with roll.called([task.pid for task in tree.tasks if ends and not task.is_zombie]):
             connections.keep()
@@ -345,7 +350,7 @@ class _Dump:
         for vma in found:
             if vma.entry.status & mm.VmaStatus.SYSVIPC and not has_own("ipc", task.pid):
                 self._segments[vma.entry.shmid] = task.pid, vma.mapping
-            if vma.entry.status & mm.VmaStatus.ANON_SHARED and vma.entry.shmid not in self._shared:
+            if mm.is_shared_memory(vma.entry) and vma.entry.shmid not in self._shared:
                 self._shared.add(vma.entry.shmid)
                 self.pages += dump_shared_pages(task.pid, vma, self._out, self._tracking.shared)
         self.pages_seconds += time.monotonic() - started

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stasis.process.remote import Remote
     from stasis.process.tree import Task
 
-__all__ = ["PathFiles", "Vma", "VmaStatus", "check_mappings", "mm_entry", "vmas"]
+__all__ = ["PathFiles", "Vma", "VmaStatus", "check_mappings", "is_shared_memory", "mm_entry", "vmas"]
 
 # include/uapi/linux/mman.h, include/uapi/asm-generic/mman.h
 PROT = {"r": 1, "w": 2, "x": 4}
@@ -189,6 +189,11 @@ def _joined(mappings: Sequence[Mapping]) -> list[Mapping]:
     return found
 
 
+def is_shared_memory(vma: VmaEntry) -> bool:
+    """Whether it is anonymous memory that processes share, and no System V segment."""
+    return vma.status & (VmaStatus.ANON_SHARED | VmaStatus.SYSVIPC) == VmaStatus.ANON_SHARED
+
+
 def _file_id(pid: int, mapping: Mapping, files: PathFiles, known: dict[tuple[object, ...], int]) -> int:
     """The id of a mapped file. Most have several mappings, and are looked at once."""
     flags = _open_flags(mapping)
@@ -208,6 +213,7 @@ def _entry(pid: int, mapping: Mapping, files: PathFiles, known: dict[tuple[objec
         shmid = _file_id(pid, mapping, files, known)
     elif kind in (VmaStatus.ANON_SHARED, VmaStatus.SYSVIPC):
         flags |= MAP_ANONYMOUS
+        status |= VmaStatus.ANON_SHARED  # criu attaches no segment without it
         shmid = mapping.inode + SHARED_IDS if kind == VmaStatus.ANON_SHARED else mapping.inode
     else:
         status |= {"[heap]": VmaStatus.HEAP, "[stack]": VmaStatus.STACK}.get(mapping.path, 0)

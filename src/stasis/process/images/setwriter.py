@@ -54,6 +54,7 @@ class ImageSetWriter:
         self._holds = holds
         self._asked = 0
         self._pages = 0
+        self._names: list[str] = []
         self._done = False
 
     def _check_target(self, replace: bool) -> None:
@@ -109,7 +110,7 @@ class ImageSetWriter:
 
         ValueError when no inventory was written.
         """
-        names = self._finish(durable)
+        names = self._names = self._finish(durable)
         if _INVENTORY not in names:
             raise ValueError("an image set needs an inventory")
         if self._into:
@@ -156,6 +157,13 @@ class ImageSetWriter:
         """Images of an older set in the target, its inventory first, so that no mixture ever counts as a set."""
         found = [name for name in os.listdir(self.path) if name == PARENT or parse_name(name) is not None]
         return sorted(found, key=lambda name: (name != _INVENTORY, name))
+
+    def withdraw(self) -> None:
+        """Take a set away that was put in its place, its inventory first."""
+        for name in reversed(self._names):
+            os.unlink(os.path.join(self.path, name))
+        if not self._into:
+            os.rmdir(self.path)
 
     def discard(self) -> None:
         """Remove what was written."""

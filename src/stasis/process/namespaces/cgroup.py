@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stasis.errors import StasisError
 from stasis.linux import procfs
 from stasis.linux.namespaces import FLAGS, unshare
-from stasis.process.cgroups import enter, hierarchies
+from stasis.process.cgroups import enter, hierarchies, set_of
 
 if TYPE_CHECKING:
     from stasis.process.findings import Findings
@@ -43,7 +43,7 @@ def make(number: int, chain: list[ImageSet], settings: Settings) -> None:
 def _members(images: ImageSet, number: int) -> list[CgMemberEntry]:
     """Where the first process was that lived in it."""
     first = next(pid for pid in images.numbers("ids") if images.one("ids", pid).cgroup_ns_id == number)
-    wanted = images.one("core", first).tc.cg_set
+    wanted = set_of(images.one("core", first))
     sets = {found.id: found.ctls for entry in images.messages("cgroup") for found in entry.sets}
     return list(sets.get(wanted, ()))
 

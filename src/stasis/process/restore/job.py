@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from stasis.errors import StasisError, UnsupportedError
 from stasis.linux import procfs, ptrace
 from stasis.linux.pidfd import Pidfd
-from stasis.process.cgroups import join
+from stasis.process.cgroups import join, set_of
 from stasis.process.dump.ids import own_kinds_of
 from stasis.process.files.connections import let_all_live
 from stasis.process.files.descriptor import set_owner
@@ -291,7 +291,7 @@ def _remove_marked(images: ImageSet, living: list[TaskPlan]) -> None:
 
 
 def _members(living: list[TaskPlan]) -> list[tuple[int, int | None]]:
-    return [(plan.pid, plan.core.tc.cg_set) for plan in living if plan.core.tc is not None]
+    return [(plan.pid, set_of(plan.core)) for plan in living if plan.core.tc is not None]
 
 
 def _join_beside(images: ImageSet, own: list[TaskPlan], options: RestoreOptions) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stasis.process.dump.mm import VmaStatus
+from stasis.process.dump.mm import VmaStatus, is_shared_memory
 from stasis.process.images.pagemap import Pagemap
 from stasis.process.restore.shared import make_shared
 from stasis.process.sharing import CLONE_FILES, CLONE_FS
@@ -197,7 +197,7 @@ def _pages_files(plan: TaskPlan, crew: Crew) -> list[tuple[int, int, int]]:
 
 def _shared_of(plan: TaskPlan, crew: Crew) -> dict[int, int]:
     assert plan.mm is not None
-    used = {vma.shmid for vma in plan.mm.vmas if vma.status & VmaStatus.ANON_SHARED}
+    used = {vma.shmid for vma in plan.mm.vmas if is_shared_memory(vma)}
     return {number: fd for number, fd in crew.shared_fd.items() if number in used}
 
 

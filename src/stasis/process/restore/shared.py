@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from stasis.errors import StasisError
-from stasis.process.dump.mm import VmaStatus
+from stasis.process.dump.mm import is_shared_memory
 from stasis.process.images import ImageSet, MemoryReader
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _pieces(plans: Sequence[TaskPlan]) -> dict[int, _Piece]:
     found: dict[int, _Piece] = {}
     for plan in plans:
         for vma in plan.mm.vmas if plan.mm is not None else ():
-            if vma.status & VmaStatus.ANON_SHARED:
+            if is_shared_memory(vma):
                 size = max(found.get(vma.shmid, _Piece(0, 0)).size, vma.pgoff + vma.end - vma.start)
                 found[vma.shmid] = _Piece(size, vma.flags & HUGE_FLAGS)
     return found
