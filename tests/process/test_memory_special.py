@@ -4,6 +4,7 @@ guard pages, memory that may be dropped, rings of asynchronous I/O."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +66,7 @@ int main(int argc, char **argv) {
 }
 """
 
-KEY = 0x57A515
+KEY = 0x57000000 + os.getpid()  # tests that run beside these in other processes share the namespace
 SYSV = r"""
 #include <sys/shm.h>
 // One segment with a key that stays, one that goes with its last user; one for reading only.
@@ -97,7 +98,7 @@ int main(void) {
     CHECK(!shmdt(first) && !shmdt(second) && !shmdt(third) && !shmctl(named, IPC_RMID, 0));
     return content();
 }
-""".replace("KEY", "0x57a515")
+""".replace("KEY", str(KEY))
 
 HUGE = r"""
 #define SIZE (2l << 20)
