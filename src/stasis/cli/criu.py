@@ -195,10 +195,14 @@ def dump(arguments: argparse.Namespace) -> int:
         outside=frozenset(arguments.external) - {"mnt[]"},
     )  # fmt: skip
     scripts = Scripts(arguments.action_script, arguments.images_dir)
+
+    def run(action: str) -> None:
+        _note_of(scripts, arguments, action, arguments.tree)
+
     options = DumpOptions(
         leave_running=arguments.leave_running, leave_stopped=arguments.leave_stopped, timeout=arguments.timeout,
         parent=_previous(arguments), files=files, track=arguments.track_mem and arguments.leave_running,
-        freeze_group=arguments.freeze_cgroup, hook=lambda action: _note_of(scripts, arguments, action, arguments.tree),
+        freeze_group=arguments.freeze_cgroup, hook=run if arguments.action_script else None,
     )  # fmt: skip
     try:
         with scripts:
