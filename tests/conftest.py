@@ -36,8 +36,11 @@ hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("thorough", deadline=None, print_blob=True, max_examples=5000)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """A clean environment, and a seed that is printed, so that any run can be repeated."""
+    """A clean environment, and a seed that is printed, so that any run can be repeated. Long runs have their time."""
+    if os.environ.get("STASIS_LONG"):
+        os.environ.setdefault("PYTEST_TIMEOUT", "7200")  # pytest-timeout looks at it after us
     for name in [name for name in os.environ if name.startswith(("STASIS_RUN", "STASIS_STATE", "LISTEN_"))]:
         del os.environ[name]
     os.environ[leaks.SESSION_VARIABLE] = f"{os.getpid()}-{secrets.token_hex(4)}"
