@@ -224,6 +224,7 @@ while True:
     for _ in range(20):
         connection.execute("INSERT INTO numbers VALUES (?, ?)", (number, "x" * 200))
         number += 1
+        time.sleep(0.0005)  # most of its time it is within a transaction, and the file does not grow without end
     connection.execute("COMMIT")
 """
 
