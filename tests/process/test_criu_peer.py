@@ -5,12 +5,17 @@ its images have that ours have not, without one."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import functools
 import json
 import os
+import re
+import select
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,14 +24,17 @@ from typing import Any
 import pytest
 
 from stasis.errors import StasisError
-from stasis.linux import ptrace
+from stasis.linux import ptrace, timerfd
 from stasis.linux.mountinfo import MountInfo
+from stasis.process.files import sockopts
 from stasis.process.files.iptables import drop_rules
+from stasis.process.files.options import FileOptions
 from stasis.process.images.schema import InetSkEntry
 from stasis.process.images.schema.namespaces import FsType, MntEntry
 from stasis.process.namespaces import mnt
 from stasis.process.remote import RemoteThread
 from tests.process.containers import container
+from tests.process.cycles import cycle
 from tests.process.messages import minimal
 from tests.process.programs import Program, compiled, running, stasis, wait_for
 from tests.process.test_memory_kinds import KINDS, SHARED
@@ -252,6 +260,51 @@ def test_criu_restores_our_segments(tmp_path: Path) -> None:
         images = program.dump()
         _criu(images, "restore", "-d")
         program.finish()
+
+
+def test_what_open_files_have_is_told_as_criu_tells_it(tmp_path: Path) -> None:
+    """Its numbers for kinds of locks, filters from the highest bits on, pidfds without a way of access, and what the
+    kernel tells of a timer that expired. Older sets of ours have the kernel's."""
+
+    def set_up() -> list[int]:
+        code = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 3))
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("=H6xQ", 1, ctypes.addressof(code)))
+        held = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        fcntl.fcntl(held, 37, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 100, 0, 0))  # F_OFD_SETLK
+        leased = os.open(tmp_path / "leased", os.O_RDONLY | os.O_CREAT)
+        fcntl.fcntl(leased, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        timer = timerfd.timerfd(1)
+        timerfd.timerfd_settime(timer, 0, (3000, 0), (0, 1))
+        select.select([timer], [], [])
+        return [sock.detach(), os.pidfd_open(os.getpid()), leased, timer]
+
+    def between() -> None:
+        assert {lock["flag"] for lock in _documents(images, "filelocks.img")["entries"]} == {4, 8}
+        document = _documents(images, "files.img")
+        entries = {entry["type"]: entry for entry in document["entries"]}
+        assert entries["INETSK"]["isk"]["opts"]["so_filter"] == [0x6000000000003]
+        assert entries["PIDFD"]["pidfd"]["flags"] == 0
+        entries["TIMERFD"]["tfd"]["vsec"] = 0
+        _edit(images, "files.img", document)
+        if older:
+            entries["INETSK"]["isk"]["opts"]["so_filter"] = [0x300000006]
+            _edit(images, "files.img", document)
+            locks = _documents(images, "filelocks.img")
+            for lock in locks["entries"]:
+                lock["flag"] = {4: 1024, 8: 32}[lock["flag"]]
+            _edit(images, "filelocks.img", locks)
+
+    def verify(fds: list[int]) -> None:
+        sock, _, leased, timer = fds
+        assert sockopts._filter_of(socket.socket(fileno=sock)) == [0x6000000000003]
+        assert fcntl.fcntl(leased, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+        assert os.read(timer, 8)[0] == 1
+        assert re.search(r"it_value: \(29\d\d,", Path(f"/proc/self/fdinfo/{timer}").read_text())
+
+    for older in (False, True):
+        images = tmp_path / f"images-{older}"
+        cycle(images, set_up, verify, between=between, options=FileOptions(file_locks=True))
 
 
 def test_a_zombie_with_any_thread_and_a_vvar_in_pieces(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["LockWriter", "check_locks", "packed_lock", "posix_locks", "take_locks"]
 
 # include/linux/filelock.h, as CRIU has them
-FL_POSIX, FL_FLOCK, FL_LEASE, FL_OFD = 1, 2, 32, 1024
+FL_POSIX, FL_FLOCK, FL_OFD, FL_LEASE = 1, 2, 4, 8
+OLDER = {32: FL_LEASE, 1024: FL_OFD}
+"""What older sets of ours have: numbers of the kernel in place of criu's."""
 KINDS = {"POSIX": FL_POSIX, "FLOCK": FL_FLOCK, "LEASE": FL_LEASE, "OFDLCK": FL_OFD}
 BREAKING = ("BREAKING", "BREAKER")
 TYPES = {"READ": fcntl.F_RDLCK, "WRITE": fcntl.F_WRLCK}
@@ -79,16 +81,17 @@ def take_locks(entries: Iterable[FileLockEntry], path: str) -> None:
 
 
 def _take(entry: FileLockEntry, path: str) -> None:
-    if entry.type not in TYPES.values() or entry.flag not in KINDS.values():
+    kind = OLDER.get(entry.flag, entry.flag)
+    if entry.type not in TYPES.values() or kind not in KINDS.values():
         raise damaged(path, 0, f"there is no lock of the kind {entry.flag} and type {entry.type}")
     try:
-        if entry.flag == FL_FLOCK:
+        if kind == FL_FLOCK:
             how = fcntl.LOCK_SH if entry.type == fcntl.F_RDLCK else fcntl.LOCK_EX
             fcntl.flock(entry.fd, how | fcntl.LOCK_NB)
-        elif entry.flag == FL_LEASE:
+        elif kind == FL_LEASE:
             _take_lease(entry)
         else:
-            fcntl.fcntl(entry.fd, F_OFD_SETLK if entry.flag == FL_OFD else fcntl.F_SETLK, packed_lock(entry))
+            fcntl.fcntl(entry.fd, F_OFD_SETLK if kind == FL_OFD else fcntl.F_SETLK, packed_lock(entry))
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise damaged(path, 0, f"descriptor {entry.fd} cannot be locked: {error.strerror}") from error

@@ -36,7 +36,8 @@ class Pidfds(FileKind):
                 looking.findings.add(descriptor.pid, descriptor.where, f"it is of process {pid}, outside the tree")
 
     def dump(self, descriptor: Descriptor, fd: int, number: int, saving: Saving) -> FileEntry:
-        entry = PidfdEntry(id=number, ino=descriptor.status.st_ino & 0xFFFFFFFF, flags=descriptor.flags,
+        entry = PidfdEntry(id=number, ino=descriptor.status.st_ino & 0xFFFFFFFF,
+                           flags=descriptor.flags & ~os.O_ACCMODE,  # criu hands them to pidfd_open(2)
                            nspid=_pid(descriptor), fown=owner(fd))  # fmt: skip
         return FileEntry(type=FdTypes.PIDFD, id=number, pidfd=entry)
 

@@ -39,6 +39,8 @@ LINGER = struct.Struct("ii")
 
 _getsockopt = libc.libc.getsockopt
 _getsockopt.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+RETURNS = {0x06 << 16, 0x16 << 16}
+"""BPF_RET with a constant or the accumulator, above the constant of an instruction in criu's form."""
 
 
 def options_of(sock: socket.socket) -> SkOptsEntry:
@@ -87,7 +89,18 @@ def _filter_of(sock: socket.socket) -> list[int]:
         return []
     found = (ctypes.c_uint64 * length.value)()
     _call_filter(sock, found, length)
-    return list(found[: length.value])
+    return [_turned(value) for value in found[: length.value]]
+
+
+def _turned(instruction: int) -> int:
+    """A struct sock_filter (code, jt, jf, k from the lowest bits on) as criu has it: from the highest on."""
+    return (instruction & 0xFFFF) << 48 | (instruction >> 16 & 0xFF) << 40 | (instruction >> 24 & 0xFF) << 32 \
+        | instruction >> 32  # fmt: skip
+
+
+def _turned_back(instruction: int) -> int:
+    return instruction >> 48 | (instruction >> 40 & 0xFF) << 16 | (instruction >> 32 & 0xFF) << 24 \
+        | (instruction & 0xFFFFFFFF) << 32  # fmt: skip
 
 
 def _call_filter(sock: socket.socket, into: ctypes.Array[ctypes.c_uint64] | None, length: ctypes.c_uint32) -> None:
@@ -99,6 +112,8 @@ def _call_filter(sock: socket.socket, into: ctypes.Array[ctypes.c_uint64] | None
 
 
 def _set_filter(sock: socket.socket, instructions: list[int]) -> None:
+    if instructions[-1] >> 32 in RETURNS:  # which a program ends with; older sets of ours have it as the kernel has
+        instructions = [_turned_back(value) for value in instructions]
     program = (ctypes.c_uint64 * len(instructions))(*instructions)
     raw = FILTER_PROGRAM.pack(len(instructions), ctypes.addressof(program))
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, raw)

@@ -54,6 +54,8 @@ def _pair(text: str) -> tuple[int, int]:
 
 def _start(fd: int, entry: TimerfdEntry) -> None:
     value = entry.vsec * SECOND + entry.vnsec
+    if entry.ticks and not value:
+        value = entry.isec * SECOND + entry.insec  # criu has what the kernel tells of one that expired
     if value and entry.settime_flags & timerfd.TFD_TIMER_ABSTIME:
         value += time.clock_gettime_ns(entry.clockid)
     timerfd.timerfd_settime(fd, entry.settime_flags, (entry.isec, entry.insec), divmod(value, SECOND))
