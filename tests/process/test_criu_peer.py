@@ -130,6 +130,17 @@ def test_criu_restores_ours(tmp_path: Path, code: str) -> None:
 
 
 @needs_criu
+def test_criu_restores_our_chains(tmp_path: Path) -> None:
+    with running(tmp_path, compiled(tmp_path, SHARED)) as program:
+        for name, *parent in (("first",), ("second", "--parent", tmp_path / "first")):
+            stasis("pre-dump", program.pid, "--images", tmp_path / name, *parent)
+        images = program.dump("--parent", str(tmp_path / "second"))
+        _free(program)
+        _criu(images, "restore", "-d")
+        program.finish()
+
+
+@needs_criu
 @pytest.mark.parametrize("code", PROGRAMS.values(), ids=PROGRAMS)
 def test_we_restore_criu_s(tmp_path: Path, code: str) -> None:
     with running(tmp_path, compiled(tmp_path, code)) as program:
