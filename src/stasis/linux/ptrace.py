@@ -20,6 +20,7 @@ __all__ = [
     "cont",
     "cont_to_system_call",
     "detach",
+    "dispatches_system_calls",
     "fpu_state",
     "interrupt",
     "pending_signals",
@@ -54,6 +55,7 @@ PTRACE_SETSIGMASK = 0x420B
 PTRACE_SECCOMP_GET_FILTER = 0x420C
 PTRACE_SECCOMP_GET_METADATA = 0x420D
 PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
+PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 
 PTRACE_PEEKSIGINFO_SHARED = 1
 
@@ -265,6 +267,22 @@ def rseq_configuration(tid: int) -> RseqConfiguration | None:
             return None
         raise
     return found
+
+
+def dispatches_system_calls(tid: int) -> bool:
+    """Whether a stopped thread gets its own system calls as signals (PR_SET_SYSCALL_USER_DISPATCH).
+
+    False where the kernel cannot tell (before 6.4).
+    """
+    found = (ctypes.c_uint64 * 4)()  # struct ptrace_sud_config: mode, selector, offset, len
+    try:
+        _call(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, ctypes.sizeof(found), ctypes.addressof(found),
+              "PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG")
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EINVAL):
+            return False
+        raise
+    return bool(found[0])
 
 
 def seccomp_filters(tid: int) -> list[tuple[bytes, int]]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from stasis.errors import StasisError
+from stasis.errors import StasisError, UnsupportedError
 from stasis.linux import ptrace
 from stasis.linux.syscalls import NUMBERS
 from stasis.linux.taskmem import TaskMemory
@@ -53,7 +53,7 @@ RSEQ_CS = struct.Struct("<IIQQQ")
 """version, flags, start_ip, post_commit_offset, abort_ip."""
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
-MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 2, 0x20, 0x100000
+MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 2, 0x10, 0x20, 0x100000
 
 
 class Range(Protocol):
@@ -64,6 +64,9 @@ class Range(Protocol):
 
     @property
     def end(self) -> int: ...
+
+
+DISPATCHED = "gets its system calls as signals (PR_SET_SYSCALL_USER_DISPATCH), which no image can say"
 
 
 class RemoteThread:
@@ -103,9 +106,12 @@ class RemoteThread:
         return int(result)
 
     def begin(self, place: int) -> None:
-        """Note in the journal that the thread is about to be touched, and block its signals."""
+        """Note in the journal that the thread is about to be touched, and block its signals. UnsupportedError if it
+        gets its system calls as signals: with ours it would lose the handler for them."""
         if self._touched:
             return
+        if ptrace.dispatches_system_calls(self.tid):
+            raise UnsupportedError(f"thread {self.tid} {DISPATCHED}", hint="nothing was done to it")
         if self._journal is not None:
             self.slot = self._journal.enter(self.tid, self.registers, self.signal_mask, place, self._pages)
         self._touched = True
@@ -197,14 +203,25 @@ class Remote:
             self.code = self.leader.call(
                 self._own_syscall, "mmap", place, PAGE + SCRATCH_BYTES, PROT_READ | PROT_WRITE, flags, -1, 0
             )
-            self.memory.write(self.code, CODE)
-            self.leader.call(self._own_syscall, "mprotect", self.code, PAGE, PROT_READ | PROT_EXEC)
+            self._make_executable()
             self.call("getpid")  # it stands on our page from here on
             self._give_back()
         except BaseException:
             self.close()
             raise
         return self
+
+    def _make_executable(self) -> None:
+        """Put `CODE` on our page. A process may be denied to make executable what it could write (PR_SET_MDWE): then
+        the page is mapped anew, and the tracer writes to it."""
+        protection = PROT_READ | PROT_EXEC
+        self.memory.write(self.code, CODE)
+        try:
+            self.leader.call(self._own_syscall, "mprotect", self.code, PAGE, protection)
+        except PermissionError:
+            flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
+            self.leader.call(self._own_syscall, "mmap", self.code, PAGE, protection, flags, -1, 0)
+            self.memory.write(self.code, CODE)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

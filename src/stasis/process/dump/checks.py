@@ -12,6 +12,7 @@ from stasis.process.findings import Findings
 from stasis.process.fpu import lost_components
 from stasis.process.kinship import Kin, unmakeable
 from stasis.process.namespaces.own import check_namespaces
+from stasis.process.remote import DISPATCHED
 from stasis.process.seccomp import why_lost
 from stasis.process.sharing import NAMES, Member, Sharing
 from stasis.process.tree import Task, Tree
@@ -61,6 +62,8 @@ def _check_threads(task: Task, findings: Findings) -> None:
             findings.add(task.pid, "seccomp", reason)
         if ptrace.registers(thread.tid).cs != USER_CS:
             findings.add(task.pid, where, "it runs 32 bit code, which is not supported")
+        if ptrace.dispatches_system_calls(thread.tid):
+            findings.add(task.pid, where, f"it {DISPATCHED}")
         for lost in lost_components(ptrace.fpu_state(thread.tid)):
             findings.add(task.pid, where, f"images have no place for {lost}")
         for name in ("files", "fs"):

@@ -32,6 +32,7 @@ MAP_TYPE, MAP_HUGE_SHIFT = 0xF, 26
 MAP_BY_FLAG = {"gd": MAP_GROWSDOWN, "lo": 0x2000, "nr": 0x4000, "ht": 0x40000}
 MADV_BY_FLAG = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
 
+SHADOW_STACK = "ss"
 PR_GET_DUMPABLE, PR_GET_THP_DISABLE = 3, 42
 VSYSCALL = 0xFFFFFFFFFF600000
 DELETED = " (deleted)"
@@ -89,6 +90,8 @@ def check_mappings(
                 break
         else:
             _check_file(pid, mapping, where, findings, options or FileOptions())
+        if SHADOW_STACK in mapping.flags:
+            findings.add(pid, where, "it is a shadow stack, which nobody can fill from outside")
         if "io" in mapping.flags and not mapping.path.startswith("[v"):
             findings.add(pid, where, "it is the memory of a device")
         if "gu" in mapping.flags and guards_of(pid, mapping) is None:
