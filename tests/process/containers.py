@@ -14,7 +14,8 @@ from pathlib import Path
 from stasis.linux import procfs
 from tests.process.programs import compiled, stasis, wait_for
 
-__all__ = ["PLACES", "WITHOUT_OTHERS", "Container", "contained_cycle", "container"]
+__all__ = ["PLACES", "WITHOUT_OTHERS", "Container", "contained_cycle", "container", "cycle_of_other_users",
+           "setup_script"]
 
 
 PLACES = ("/tmp/", "/dev/shm/", "/run/", "/sys/fs/bpf")
@@ -73,6 +74,24 @@ def lives(pid: int) -> bool:
         return procfs.stat(pid).state not in "ZX"
     except ProcessLookupError:
         return False
+
+
+def setup_script(directory: Path, before: str = "") -> Path:
+    """A shell script that makes the mount namespace its own alone, does `before`, and becomes the program."""
+    script = directory / "setup"
+    script.write_text(f"{WITHOUT_OTHERS}{before}exec ./program\n")
+    return script
+
+
+def cycle_of_other_users(directory: Path) -> None:
+    """The program of a directory, which others may write to, in a mount namespace: dumped and restored repeatedly."""
+    for one in (directory.parent, directory):
+        one.chmod(0o777)
+    (directory / "data").mkdir()
+    with container(directory, "--mount", "sh", setup_script(directory), depth=3) as program:
+        (directory / "errors").chmod(0o666)
+        program.again_and_again()
+        program.finish()
 
 
 @contextmanager

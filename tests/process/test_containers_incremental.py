@@ -11,7 +11,7 @@ import pytest
 
 from stasis.process.images.imageset import ImageSet
 from stasis.process.images.pagemap import PAGE_SIZE, PE_PARENT, Pagemap
-from tests.process.containers import WITHOUT_OTHERS, Container, container
+from tests.process.containers import Container, container, setup_script
 from tests.process.programs import compiled, stasis, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.tool("unshare")]
@@ -73,9 +73,7 @@ def _left_to_parent(images: Path) -> int:
 
 def _alone(directory: Path) -> Path:
     compiled(directory, WRITING)
-    script = directory / "setup"
-    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
-    return script
+    return setup_script(directory)
 
 
 def _finish(program: Container, images: Path) -> None:

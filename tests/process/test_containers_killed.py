@@ -12,7 +12,7 @@ import pytest
 
 from stasis.linux import procfs
 from stasis.linux.mountinfo import mount_table
-from tests.process.containers import PLACES, WITHOUT_OTHERS, Container, container
+from tests.process.containers import PLACES, Container, container, setup_script
 from tests.process.programs import compiled, stasis, wait_for
 from tests.process.victims import killed_while
 
@@ -36,9 +36,7 @@ int main(void) {
 
 def _alone(directory: Path) -> Path:
     compiled(directory, COUNTING)
-    script = directory / "setup"
-    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
-    return script
+    return setup_script(directory)
 
 
 def _counts(directory: Path) -> tuple[int, ...]:

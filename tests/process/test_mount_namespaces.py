@@ -13,7 +13,7 @@ import pytest
 from stasis.errors import ExitCode
 from stasis.linux import procfs
 from stasis.linux.mountinfo import mount_table
-from tests.process.containers import PLACES, WITHOUT_OTHERS, container
+from tests.process.containers import PLACES, WITHOUT_OTHERS, container, setup_script
 from tests.process.programs import compiled, cycle, stasis, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.tool("unshare")]
@@ -215,8 +215,7 @@ def test_a_mount_that_cannot_be_made_again_is_named(tmp_path: Path) -> None:
 def test_a_container_is_copied_ahead(tmp_path: Path) -> None:
     compiled(tmp_path, 'int main(void) { char *big = malloc(9 << 20); memset(big, 7, 9 << 20); set_up();'
                        'CHECK(big[8 << 20] == 7 && getpid() == 1); return content(); }')
-    script = tmp_path / "setup"
-    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
+    script = setup_script(tmp_path)
     with container(tmp_path, "-pm", "--mount-proc", "sh", script) as program:
         program.restore(program.dump("--pre-copy", "2"))
         program.finish()
@@ -224,8 +223,7 @@ def test_a_container_is_copied_ahead(tmp_path: Path) -> None:
 
 def test_a_process_that_has_entered_is_named(tmp_path: Path) -> None:
     compiled(tmp_path, "int main(void) { set_up(); return content(); }")
-    script = tmp_path / "setup"
-    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
+    script = setup_script(tmp_path)
     with container(tmp_path, "-pm", "--mount-proc", "sh", script) as program:
         command = ["nsenter", "-t", str(program.pid), "-p", "-m", "sleep", "1000"]
         with subprocess.Popen(command) as stranger:
@@ -242,8 +240,7 @@ def test_a_process_that_has_entered_is_named(tmp_path: Path) -> None:
 def test_many_of_one_container(tmp_path: Path) -> None:
     compiled(tmp_path, 'int main(void) { set_up(); int file = open("count", O_WRONLY | O_CREAT | O_APPEND, 0600);'
                        'CHECK(getpid() == 1 && write(file, ".", 1) == 1); return content(); }')
-    script = tmp_path / "setup"
-    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
+    script = setup_script(tmp_path)
     with container(tmp_path, "-pmiun", "--mount-proc", "sh", script) as program:
         images = program.dump("--leave-running")
         copies = [int(stasis("restore", "--images", images, *option)) for option in ((), ("--pid-namespace",))]

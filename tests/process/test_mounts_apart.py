@@ -11,7 +11,7 @@ import pytest
 
 from stasis.errors import ExitCode
 from stasis.linux.mountinfo import mount_table
-from tests.process.containers import PLACES, WITHOUT_OTHERS, container
+from tests.process.containers import PLACES, container, cycle_of_other_users, setup_script
 from tests.process.programs import running, stasis
 from tests.process.sandboxes import compiled_sandboxes, rooted_script
 
@@ -309,8 +309,7 @@ def test_sandboxes_below_a_process_without(tmp_path: Path) -> None:
 def test_sandboxes_in_a_container(tmp_path: Path) -> None:
     before = _outside(tmp_path)
     compiled_sandboxes(tmp_path, SANDBOXES)
-    script = tmp_path / "setup"
-    script.write_text(f"{WITHOUT_OTHERS}mount -t tmpfs more /mnt\nexec ./program\n")
+    script = setup_script(tmp_path, "mount -t tmpfs more /mnt\n")
     with container(tmp_path, "-pniu", "--mount-proc", "sh", script) as program:
         program.again_and_again()
         program.finish()
@@ -382,13 +381,5 @@ def test_a_sandbox_below_another_root(tmp_path: Path) -> None:
 
 @pytest.mark.tool("unshare")
 def test_sandboxes_of_other_users(short_dir: Path) -> None:
-    for directory in (short_dir.parent, short_dir):
-        directory.chmod(0o777)
-    (short_dir / "data").mkdir()
     compiled_sandboxes(short_dir, USERS)
-    script = short_dir / "setup"
-    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
-    with container(short_dir, "--mount", "sh", script, depth=3) as program:
-        (short_dir / "errors").chmod(0o666)
-        program.again_and_again()
-        program.finish()
+    cycle_of_other_users(short_dir)

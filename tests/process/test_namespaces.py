@@ -10,7 +10,7 @@ import pytest
 
 from stasis.errors import ExitCode
 from stasis.linux.mountinfo import mount_table
-from tests.process.containers import WITHOUT_OTHERS, contained_cycle, container
+from tests.process.containers import contained_cycle, container, cycle_of_other_users
 from tests.process.programs import compiled, stasis, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc"), pytest.mark.tool("unshare")]
@@ -341,13 +341,5 @@ def test_groups_that_are_seen_as_roots(tmp_path: Path) -> None:
 
 
 def test_users(short_dir: Path) -> None:
-    for directory in (short_dir.parent, short_dir):
-        directory.chmod(0o777)
-    (short_dir / "data").mkdir()
     compiled(short_dir, USERS)
-    script = short_dir / "setup"
-    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
-    with container(short_dir, "--mount", "sh", script, depth=3) as program:
-        (short_dir / "errors").chmod(0o666)
-        program.again_and_again()
-        program.finish()
+    cycle_of_other_users(short_dir)

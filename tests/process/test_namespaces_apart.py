@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stasis.errors import ExitCode
-from tests.process.containers import WITHOUT_OTHERS, container
+from tests.process.containers import container, setup_script
 from tests.process.programs import compiled, cycle, running, stasis
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("gcc")]
@@ -174,8 +174,7 @@ def test_children_in_other_namespaces(tmp_path: Path) -> None:
 @pytest.mark.tool("unshare")
 def test_children_in_other_namespaces_in_a_container(tmp_path: Path) -> None:
     compiled(tmp_path, SANDBOXES)
-    script = tmp_path / "setup"
-    script.write_text(f"{WITHOUT_OTHERS}exec ./program\n")
+    script = setup_script(tmp_path)
     with container(tmp_path, "-pniu", "--mount-proc", "sh", script) as program:
         program.restore(program.dump())
         program.finish()
