@@ -163,7 +163,8 @@ class SnapshotRequests(ABC):
         self.background.run(cow.close, closed)
 
     def _do_corrupt(self, connection: Connection, message: Message) -> None:
-        """End protection of a taken snapshot by order: its image answers EIO from now on."""
-        if self.export.cow is not None:
-            self.export.cow.fail(int(message.get("errno", EIO)))
-        connection.reply()
+        """End protection of a taken snapshot by order: its image answers EIO from now on. Tells whether there is one."""
+        cow = self.export.cow
+        if cow is not None:
+            cow.fail(int(message.get("errno", EIO)))
+        connection.reply(held=cow is not None)

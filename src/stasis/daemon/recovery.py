@@ -21,6 +21,7 @@ from stasis.block.snapshot import SnapshotState
 from stasis.daemon import sockets, statefile
 from stasis.daemon.child import Child, spawned
 from stasis.daemon.devices import DeviceKeeper
+from stasis.daemon.image import ImageServer
 from stasis.daemon.paths import Directories
 from stasis.daemon.served import STOP_TIMEOUT
 from stasis.daemon.snapshot import RECORD, Member, Snapshot, image_export
@@ -150,19 +151,22 @@ def _adopt(keeper: SnapshotKeeper, snapshot: Snapshot, found: _Found) -> None:
     for member in snapshot.members.values():
         if member.name not in keeper.devices.devices:
             member.error_code = member.error_code or -errno.ENODEV
-        elif fd is None or found.held.get(member.name) != (snapshot.id, "taken"):
-            _adopt_image(keeper, snapshot, member)
+            continue
+        image = _image(keeper, snapshot, member)
+        if fd is None or found.held.get(member.name) != (snapshot.id, "taken"):  # said before the image is served again
             keeper.device_lost(member.name, errno.ESTALE, "its worker died while no daemon held the device")
-        else:
-            _adopt_image(keeper, snapshot, member)
+        _serve_image(keeper, snapshot, member, image)
 
 
-def _adopt_image(keeper: SnapshotKeeper, snapshot: Snapshot, member: Member) -> None:
+def _image(keeper: SnapshotKeeper, snapshot: Snapshot, member: Member) -> ImageServer:
     tcp = None
     if snapshot.tcp and member.tcp:
         options = sockets.parse_address(snapshot.tcp, snapshot.tls_certificates, snapshot.tls_psk)
         tcp = sockets.TcpOptions(options.host, member.tcp[1], options.certificates, options.psk)
-    image = keeper.images.make(snapshot, member, tcp)
+    return keeper.images.make(snapshot, member, tcp)
+
+
+def _serve_image(keeper: SnapshotKeeper, snapshot: Snapshot, member: Member, image: ImageServer) -> None:
     child = Child.adopt(member.image_pid or 0, member.image_start_time)
     if snapshot.diff is None:
         if child is not None:

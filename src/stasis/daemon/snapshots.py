@@ -306,14 +306,13 @@ class SnapshotKeeper:
         self._corrupt(snapshot, name, -error, {"reason": reason})
 
     def _end_protection(self, snapshot: Snapshot, name: str, error: int) -> None:
-        """Make the image answer EIO: by its worker, or on the table itself when no worker writes to it."""
+        """Make the image answer EIO: by its worker, or on the table itself where it has none or one that never held it."""
         channel = self.devices.find(name).channel
         if error == errno.ENODEV:
             self.images.remove_node(snapshot.members[name])
             snapshot.images[name].stop()  # it has the origin open, which goes back to its owner
         try:
-            if channel is not None:
-                channel.call("corrupt", errno=error)
+            if channel is not None and channel.call("corrupt", errno=error)["held"]:
                 return
             table = ChunkTable.open(snapshot.table_path(name), writable=True)
         except (OSError, StasisError) as failure:
