@@ -163,7 +163,7 @@ class SnapshotRequests(ABC):
         self.background.run(cow.close, closed)
 
     def _do_corrupt(self, connection: Connection, message: Message) -> None:
-        """End protection of a taken snapshot by order: its image answers EIO from now on. Tells whether there is one."""
+        """End protection of a taken snapshot by order: its image answers EIO from now on. Tells whether we held one."""
         cow = self.export.cow
         if cow is not None:
             cow.fail(int(message.get("errno", EIO)))

@@ -306,7 +306,7 @@ class SnapshotKeeper:
         self._corrupt(snapshot, name, -error, {"reason": reason})
 
     def _end_protection(self, snapshot: Snapshot, name: str, error: int) -> None:
-        """Make the image answer EIO: by its worker, or on the table itself where it has none or one that never held it."""
+        """Make the image answer EIO: by the worker that holds it, or on the table itself where none does."""
         channel = self.devices.find(name).channel
         if error == errno.ENODEV:
             self.images.remove_node(snapshot.members[name])
