@@ -27,6 +27,7 @@ from tests.backup.restoring import CHUNK, image, new_repository, objects, publis
 from tests.block.loops import loop_device
 from tests.runner import Stasis
 from tests.system.helpers import Disk
+from tests.unmounting import unmount
 
 MIB = 1 << 20
 DEVICE_SIZE = 4 * MIB
@@ -56,7 +57,7 @@ def filesystem(tmp_path: Path, size: int) -> Iterator[tuple[str, Path]]:
         try:
             yield device, mounted
         finally:
-            subprocess.run(["umount", mounted], check=True)
+            unmount(mounted)
 
 
 # ---- block devices

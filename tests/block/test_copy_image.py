@@ -20,6 +20,7 @@ from stasis.linux import files
 from stasis.nbd.client import Client
 from tests.nbd.serve import SIZE, served
 from tests.runner import Stasis
+from tests.unmounting import unmount
 
 MIB = 1 << 20
 SERVED = b"a" * MIB + bytes(SIZE - MIB)
@@ -193,4 +194,4 @@ def test_a_mounted_block_device_is_refused_by_its_mount(tmp_path: Path, device_c
             with pytest.raises(BusyError, match=str(mount_point)):
                 device_copy(device)
         finally:
-            subprocess.run(["umount", mount_point], check=True)
+            unmount(mount_point)

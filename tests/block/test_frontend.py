@@ -27,6 +27,7 @@ from stasis.errors import BusyError, StasisError, StateError, UnsupportedError
 from stasis.linux import blockdev
 from stasis.nbd import protocol as p
 from stasis.nbd.uri import NbdUri
+from tests.unmounting import unmount
 
 SIZE = 64 << 20
 
@@ -140,7 +141,7 @@ def test_mounted_node_is_refused_with_its_mount_point(
                 frontend.disconnect(node.state)
             (tmp_path / "still").write_text("works")
         finally:
-            subprocess.run(["umount", tmp_path], check=True)
+            unmount(tmp_path)
     subprocess.run(["e2fsck", "-fn", server.file], check=True, capture_output=True)
 
 
@@ -228,7 +229,7 @@ class TestReconnect:
                 os.sync()
                 assert (tmp_path / "before").read_bytes() == b"b" * 100_000
             finally:
-                subprocess.run(["umount", tmp_path], check=True)
+                unmount(tmp_path)
         subprocess.run(["e2fsck", "-fn", server.file], check=True, capture_output=True)
         dump = ["debugfs", "-R", "cat /meanwhile", server.file]
         assert subprocess.run(dump, check=True, capture_output=True).stdout == b"m" * 100_000

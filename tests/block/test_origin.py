@@ -19,6 +19,7 @@ from stasis.errors import BusyError, NotFoundError, UsageError
 from tests.block.engine import Engine, is_corrupted, pread, pread_many, pwrite_many
 from tests.block.loops import loop_device
 from tests.block.workers import WorkerProcess
+from tests.unmounting import unmount
 
 MIB = 1 << 20
 ODD = 5 * MIB + 3 * 4096 + 512
@@ -87,7 +88,7 @@ def test_a_mount_leaves_its_mark(tmp_path: Path, buffered: bool) -> None:
         assert before == mark() != NO_FS_MARK
         (tmp_path / "mnt").mkdir()
         subprocess.run(["mount", device, tmp_path / "mnt"], check=True)
-        subprocess.run(["umount", tmp_path / "mnt"], check=True)
+        unmount(tmp_path / "mnt")
         assert NO_FS_MARK != mark() != before
     with contextlib.closing(open_origin(str(tmp_path / "disk"))) as origin:
         assert origin.fs_mark() == NO_FS_MARK
@@ -129,7 +130,7 @@ def test_a_mounted_device_is_refused_with_the_place(tmp_path: Path) -> None:
             with pytest.raises(BusyError, match=str(tmp_path / "mnt")):
                 open_origin(device)
         finally:
-            subprocess.run(["umount", tmp_path / "mnt"], check=True)
+            unmount(tmp_path / "mnt")
         open_origin(device).close()
 
 

@@ -15,6 +15,7 @@ import stasis as api
 from stasis.block import frontend
 from tests.daemon.helpers import MIB, await_true, kill
 from tests.runner import Stasis
+from tests.unmounting import unmount
 
 pytestmark = [
     pytest.mark.root,
@@ -34,7 +35,7 @@ def mounted(client: api.Client, make_image: MakeImage, short_dir: Path) -> Itera
     subprocess.run(["mkfs.ext4", "-q", "-F", str(device.node)], check=True)
     subprocess.run(["mount", str(device.node), target], check=True)
     yield device, target
-    subprocess.run(["umount", target], check=True)
+    unmount(target)
 
 
 def test_a_node_is_the_device_and_goes_with_it(client: api.Client, make_image: MakeImage) -> None:

@@ -25,7 +25,7 @@ from stasis.datto.ondevice import Places, new_header
 from stasis.errors import StasisError
 from stasis.linux import loop
 from tests.system.helpers import MIB, tool
-from tests.system.ondevice import unmount
+from tests.unmounting import unmount
 
 SIZES = {"ext4": 64, "ext3": 64, "xfs": 300, "btrfs": 120}
 CHECK = {"ext4": ["e2fsck", "-fn"], "ext3": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check"]}

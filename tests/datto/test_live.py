@@ -22,6 +22,7 @@ from tests.daemon.helpers import await_true, kill
 from tests.live.disks import CHECK, formatted, loop, mounted, put_number, tool, writing
 from tests.live.writers import MIB, Writers, bpf_works, loop_device, read_direct, state_directory
 from tests.runner import Stasis
+from tests.unmounting import unmount
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices")]
 
@@ -94,7 +95,7 @@ def test_the_image_of_a_mounted_ext4_is_whole_at_every_snapshot(client: api.Clie
                 with loop(tmp_path / "copy") as copied, mounted(copied, tmp_path / "mounted") as directory:
                     assert int((directory / "number").read_text()) >= known
                 tool(*CHECK["ext4"], tmp_path / "copy")
-        tool("umount", disk.directory)
+        unmount(disk.directory)
         try:
             _next(client, tmp_path, number + 1, image)
             assert image.read_bytes() == read_direct(disk.node, 0, os.path.getsize(image))

@@ -18,7 +18,7 @@ from stasis.errors import StasisError
 from stasis.linux import immutable, mounts
 from tests.datto.disk import COW_SIZE, Disk, mounted_disk
 from tests.system.helpers import LONG, MIB, tool
-from tests.system.ondevice import unmount
+from tests.unmounting import unmount
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("losetup", "mkfs.ext4", "mkfs.xfs")]
 

@@ -22,8 +22,8 @@ from stasis.live.source import LiveSource
 from stasis.live.staging import StagingArea
 from stasis.live.stash import Budget
 from tests.backup.stored import content_of
-from tests.daemon.helpers import await_true
 from tests.live.difftracker import DiffTracker
+from tests.unmounting import unmount
 
 __all__ = ["CHECK", "MIB", "Backup", "Disk", "Setup", "back_up", "check_file_system", "fast_folder", "formatted",
            "image_file", "loop", "mounted", "put_number", "tool", "writing"]
@@ -60,8 +60,7 @@ def mounted(node: str | Path, directory: Path, *options: str) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        # Mount namespaces of tests that run beside this one may hold a mount within it for a while.
-        await_true(lambda: subprocess.run(["umount", directory]).returncode == 0)
+        unmount(directory)
 
 
 def check_file_system(kind: str, image: Path) -> None:

@@ -36,6 +36,7 @@ from tests.live.disks import (
 from tests.live.writers import bpf_works, state_directory
 from tests.runner import Stasis
 from tests.system.helpers import LONG
+from tests.unmounting import unmount
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("mkfs.ext4", "mkfs.xfs", "git", "tar", "fio"),
               pytest.mark.skipif(not bpf_works(), reason="needs BTF and loop devices")]
@@ -198,7 +199,7 @@ def test_restored_disks_have_all_that_was_finished(kind: str, tracked_state: Sta
             assert made["backups"][0]["kind"] == ("incremental" if number else "full")
             assert made["warnings"] == []
             stasis("backup", "restore", "latest", folder / "restored.img", "--repo", folder / "repo", "--overwrite")
-            tool("umount", disk.directory)  # two file systems of one UUID are not mounted together everywhere
+            unmount(disk.directory)  # two file systems of one UUID are not mounted together everywhere
             _check_restored(kind, folder, tmp_path)
             tool("mount", disk.node, disk.directory)
             for directory in disk.directory.iterdir():
@@ -268,7 +269,7 @@ def test_a_backup_that_is_killed_leaves_nothing_frozen(tracked_state: Stasis, tm
         made = json.loads(stasis("backup", "create", disk.node, "--repo", tmp_path / "repo", "--json", "--max-freeze",
                                  "20s").splitlines()[-1])
         assert made["backups"][0]["kind"] == "incremental"
-        tool("umount", disk.directory)
+        unmount(disk.directory)
         stasis("backup", "restore", "latest", tmp_path / "out.img", "--repo", tmp_path / "repo")
         tool("mount", disk.node, disk.directory)
         with loop(tmp_path / "out.img") as node, mounted(node, tmp_path / "again") as directory:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import random
@@ -16,10 +15,11 @@ from pathlib import Path
 
 from stasis.cli import dbdctl, update_img
 from stasis.datto.extents import Territory
-from stasis.linux import fiemap, immutable, mounts
+from stasis.linux import fiemap, immutable
 from tests.minors import free_minor
 from tests.runner import Stasis
 from tests.system.helpers import MIB, tool, wait_until
+from tests.unmounting import unmount
 
 SIZES = {"ext4": 64 * MIB, "small blocks": 64 * MIB, "xfs": 300 * MIB}
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-b", "4096"], "small blocks": ["mkfs.ext4", "-q", "-b", "1024"],
@@ -152,24 +152,6 @@ class Volume:
 
     def check_origin(self) -> None:
         tool(*CHECK[self.kind], self.node)
-
-
-def unmount(mount: Path) -> None:
-    """And wait for the file system's end: other programs look at mounts, and a mount namespace that somebody made
-    meanwhile keeps it alive."""
-    node = next(one.source for one in mounts.mounts() if one.target == os.path.realpath(mount))
-    command = ["umount", str(mount)]
-    wait_until(lambda: not subprocess.run(command, capture_output=True).returncode, f"unmounting {mount}")
-    wait_until(lambda: _is_free(node), f"the end of the file system on {node}")
-
-
-def _is_free(node: str) -> bool:
-    try:
-        os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            return False
-    return True
 
 
 def is_immutable(path: Path) -> bool:

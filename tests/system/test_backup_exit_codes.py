@@ -18,7 +18,8 @@ import pytest
 
 from stasis.errors import ExitCode
 from tests.runner import Stasis
-from tests.system.helpers import MIB, Disk, tool, wait_until
+from tests.system.helpers import MIB, Disk, wait_until
+from tests.unmounting import unmount
 
 TABLE = Path(__file__).parents[2] / "docs" / "guide" / "exit-codes.md"
 
@@ -151,7 +152,7 @@ def _partial(bench: Bench) -> None:
             bench.fail(ExitCode.FAILURE, "create", directory / "bad.img")
             result = bench.stasis.run("backup", "create", directory / "bad.img", "--on-read-error", "skip", "--json")
         finally:
-            tool("umount", directory)
+            unmount(directory)
     assert result.returncode == ExitCode.PARTIAL, result.stderr
     (backup,) = json.loads(result.stdout.splitlines()[-1])["backups"]
     assert 100_000 <= backup["statistics"]["bytes_unreadable"] < MIB

@@ -19,6 +19,7 @@ import stasis as api
 from stasis.nbd.client import Client
 from tests.runner import Stasis
 from tests.system.helpers import LONG, MIB, tool, wait_until
+from tests.unmounting import unmount
 
 SIZE = 64 * MIB
 ROUNDS = 40 if LONG else 4
@@ -43,7 +44,7 @@ def _busy_disk(stasis: Stasis, directory: Path) -> Iterator[None]:
             with _fio(mounted):
                 yield
         finally:
-            tool("umount", mounted)
+            unmount(mounted)
     finally:
         stasis("device", "detach", "disk")
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.runner import Stasis
 from tests.system.helpers import MIB, snapshot, tool, wait_until
+from tests.unmounting import unmount
 
 pytestmark = [pytest.mark.root, pytest.mark.tool("nbdfuse", "losetup", "mkfs.ext4", "mkfs.xfs")]
 
@@ -48,7 +49,7 @@ def _mount(node: str | Path, directory: Path, *options: str) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        tool("umount", directory)
+        unmount(directory)
 
 
 @contextmanager
@@ -126,7 +127,7 @@ def _as_file(uri: str, directory: Path) -> Iterator[Path]:
         try:
             yield directory / "image"
         finally:
-            tool("umount", directory)
+            unmount(directory)
 
 
 def _holds(directory: Path, files: dict[str, bytes], newer: dict[str, bytes]) -> None:
