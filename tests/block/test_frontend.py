@@ -53,10 +53,14 @@ class Server:
         self.socket.unlink(missing_ok=True)
         self.process = subprocess.Popen(["nbdkit", "-f", "-U", self.socket, *self.options, "file", self.file])
         deadline = time.monotonic() + 30
-        while not self.socket.exists():
+        while not self._answers():  # the socket is there before anybody listens on it
             assert self.process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as client:
+            return not client.connect_ex(str(self.socket))
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         if self.process is not None:
