@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -219,10 +220,11 @@ def test_a_config_file_gives_directories_and_settings(stasis: Stasis, short_dir:
 def _wait_for_daemon(stasis: Stasis, daemon: subprocess.Popen[bytes]) -> None:
     """Until it answers: a client that may start one would be faster than the one under test."""
     deadline = time.monotonic() + 30
-    while not (stasis.run_dir / "control.sock").exists():
-        assert daemon.poll() is None, "the daemon ended"
-        assert time.monotonic() < deadline, "the daemon did not come up"
-        time.sleep(0.02)
+    with socket.socket(socket.AF_UNIX) as client:
+        while client.connect_ex(str(stasis.run_dir / "control.sock")):
+            assert daemon.poll() is None, "the daemon ended"
+            assert time.monotonic() < deadline, "the daemon did not come up"
+            time.sleep(0.02)
 
 
 def test_daemon_status_and_stop(stasis: Stasis, disk: Path) -> None:
