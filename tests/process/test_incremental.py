@@ -128,9 +128,9 @@ def steps(directory: Path) -> int:
     return len((directory / "steps").read_text().splitlines())
 
 
-def wait_for_steps(directory: Path, pid: int, count: int = 3) -> None:
-    """Wait until the process has gone on, or fail with what it complained about."""
-    wanted, deadline = steps(directory) + count, time.monotonic() + PATIENCE
+def wait_for_steps(directory: Path, pid: int, count: int = 3, *, since: int | None = None) -> None:
+    """Wait until the process has gone on, or fail with what it complained about. `since`: steps that it had taken."""
+    wanted, deadline = (steps(directory) if since is None else since) + count, time.monotonic() + PATIENCE
     while steps(directory) < wanted:
         assert _is_alive(pid), f"the process ended: {(directory / 'errors').read_text()}"
         assert time.monotonic() < deadline, f"the process does not go on: {procfs.status(pid)}"
@@ -148,13 +148,14 @@ def _is_alive(pid: int) -> bool:
 def running(directory: Path, code: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     """A writer in a session of its own; whatever has its pid in the end is ended."""
     (directory / "steps").touch()
+    before = steps(directory)  # one that takes no more than three at first is not asked for others
     with (
         open(directory / "errors", "ab") as errors,
         subprocess.Popen([sys.executable, "-c", code, str(directory), *words], stdin=subprocess.DEVNULL,
                          stdout=errors, stderr=errors, start_new_session=True) as process,
     ):  # fmt: skip
         try:
-            wait_for_steps(directory, process.pid)
+            wait_for_steps(directory, process.pid, since=before)
             yield process
         finally:
             if process.poll() is None:
