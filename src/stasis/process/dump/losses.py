@@ -31,7 +31,7 @@ LOCKED = "lo"
 
 def losses(remote: Remote, task: Task, layout: list[Mapping]) -> Iterator[str]:
     """A sentence for each. A restored task has these from who restores it: only what differs from us counts."""
-    ours, slack = os.sched_getaffinity(0), _timer_slack("self")
+    ours, slack, speculation = os.sched_getaffinity(0), _timer_slack("self"), _speculation(os.getpid(), os.getpid())
     for thread in task.threads:
         where = f"thread {thread.tid} of process {task.pid}"
         if os.sched_getaffinity(thread.tid) != ours:
@@ -40,7 +40,7 @@ def losses(remote: Remote, task: Task, layout: list[Mapping]) -> Iterator[str]:
             yield f"{where} will not have its I/O priority any more"
         if _timer_slack(thread.tid) not in (NO_SLACK, slack):
             yield f"{where} will not have its timer slack any more"
-        if _speculation(task.pid, thread.tid) != _speculation(os.getpid(), os.getpid()):
+        if _speculation(task.pid, thread.tid) != speculation:
             yield f"{where} will not be protected from speculation as it is (PR_SET_SPECULATION_CTRL)"
     if procfs.read(task.pid, "coredump_filter") != procfs.read(os.getpid(), "coredump_filter"):
         yield f"process {task.pid} will not have its core dump filter any more"
